@@ -1,0 +1,88 @@
+# make demo | test | lint | format | bench | wheel | clean
+# Another interpreter, the first time: make demo PYTHON=python3.12
+
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKERS ?= 2
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc kernels/cuda -type f 2>/dev/null)
+CPP_FILES := $(shell find csrc kernels/cuda tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+
+# A spinning OpenMP thread would take the core of another test worker.
+export OMP_WAIT_POLICY ?= passive
+
+.SILENT:
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint mypy format bench wheel clean
+
+help:
+	sed -n '1,2s/^# //p' Makefile
+
+demo: $(VENV)/native
+	$(BIN)/mfd-fast demo $(ARGS)
+
+test: lint mypy
+	echo "tests: pytest -n $(WORKERS)"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: $(VENV)/packages-test
+	echo "lint: ruff, codespell, clang-format"
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --diff .
+	$(BIN)/codespell
+	$(if $(CPP_FILES),$(BIN)/clang-format --dry-run --Werror $(CPP_FILES))
+
+mypy: $(VENV)/packages-test $(VENV)/native
+	echo "types: mypy"
+	$(BIN)/mypy --no-error-summary
+
+format: $(VENV)/packages-test
+	$(BIN)/ruff check --quiet --fix-only .
+	$(BIN)/ruff format --quiet .
+	$(if $(CPP_FILES),$(BIN)/clang-format -i $(CPP_FILES))
+
+bench: $(VENV)/packages-test $(VENV)/native
+	$(BIN)/python -m benchmarks $(ARGS)
+
+wheel: $(VENV)/packages-test
+	echo "wheel and sdist: dist/"
+	mkdir -p build
+	$(BIN)/python -m build --no-isolation --wheel --sdist --outdir dist . > build/wheel.log 2>&1 \
+	  || { cat build/wheel.log; exit 1; }
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info mfd_fast/_C.*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/native: $(NATIVE_SOURCES) $(VENV)/packages-demo
+	echo "build: the native module"
+	mkdir -p build
+	$(PIP) --verbose --no-deps --no-build-isolation --editable . > build/install.log 2>&1 \
+	  || { cat build/install.log; exit 1; }
+	sed -n 's/^.*\(mfd_fast: .* left out .*\)$$/\1/p' build/install.log | sort -u
+	touch $@
+
+$(VENV)/packages-demo: pyproject.toml constraints.txt $(VENV)/python
+	echo "install: torch and the demo's packages (takes minutes the first time)"
+	$(PIP) -qq setuptools pybind11 ninja cmake
+	MFD_FAST_NATIVE=0 $(PIP) -qq --no-build-isolation --editable '.[demo]'
+	touch $@
+
+$(VENV)/packages-test: $(VENV)/packages-demo
+	echo "install: the packages of the tests"
+	MFD_FAST_NATIVE=0 $(PIP) -qq --no-build-isolation --editable '.[test]'
+	touch $@
+
+$(VENV)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "mfd_fast needs Python 3.10 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	echo "environment: $(VENV), $$($(PYTHON) --version)"
+	$(PYTHON) -m venv --clear $(VENV) > /dev/null 2>&1 || { \
+	  echo "Python's venv cannot install pip (Debian: apt install python3-venv); trying pip --python, then virtualenv."; \
+	  $(PYTHON) -m venv --clear --without-pip $(VENV) > /dev/null 2>&1 \
+	    && $(PYTHON) -m pip --python $(BIN)/python --quiet install pip > /dev/null 2>&1 \
+	  || $(PYTHON) -m virtualenv --quiet --clear $(VENV) > /dev/null 2>&1 \
+	  || { echo "No way to make $(VENV) was found: install python3-venv."; rm -rf $(VENV); exit 1; }; }
+	touch $@

@@ -1,0 +1,112 @@
+// Row mathematics in double precision, shared by every instruction set. `static`: each translation unit keeps
+// its own copy, so that code compiled for one instruction set never runs on another.
+#pragma once
+
+#include <math.h>
+
+#include "common/types.h"
+
+namespace mfd {
+
+#define MFD_ROW_FN static inline __attribute__((unused))
+
+constexpr double kNan = __builtin_nan("");
+constexpr double kInf = __builtin_inf();
+
+MFD_ROW_FN int64_t row_offset(const Side& side, int64_t row) {
+  if (row < side.inner) return row * side.row_stride;
+  return (row / side.inner) * side.outer_stride + (row % side.inner) * side.row_stride;
+}
+
+MFD_ROW_FN int64_t block_count(int64_t classes) {
+  return (classes + kBlock - 1) / kBlock;
+}
+
+template <class T>
+MFD_ROW_FN double at(const PerRow& value, int64_t row) {
+  return value.rows ? static_cast<double>(static_cast<const T*>(value.rows)[row * value.stride])
+                    : value.value;
+}
+
+MFD_ROW_FN bool is_counted(const Problem& p, int64_t row) {
+  return (!p.mask || p.mask[row]) && (!p.labels || p.labels[row] != p.ignore_index);
+}
+
+// One row's sums relative to the row's maxima.
+struct RowSums {
+  double max_s, max_t;
+  double sum_s, sum_t, sum_h;
+  double cross;  // E_p[v - u] with u = (x - max_s)/Ts, v = (y - max_t)/Tt
+  double dot_s, dot_t;
+  double mean_x;  // mean(x - max_s)
+};
+
+// exp((block max - row max)/T): 1 where they agree, so that a row of one block costs nothing.
+MFD_ROW_FN double block_weight(double block_max, double row_max, double temperature) {
+  return block_max == row_max ? 1.0 : exp((block_max - row_max) / temperature);
+}
+
+MFD_ROW_FN RowSums merge_blocks(const BlockSums* sums, int64_t blocks, int64_t classes, double ts, double tt,
+                                bool soft, bool hard, bool extras) {
+  RowSums row{};
+  row.max_s = sums[0].max_s;
+  row.max_t = sums[0].max_t;
+  if (blocks == 1) {
+    const BlockSums& s = sums[0];
+    row.sum_s = s.sum_s == 0 ? kNan : s.sum_s;
+    row.sum_t = s.sum_t == 0 ? kNan : s.sum_t;
+    row.sum_h = s.sum_s == 0 ? kNan : s.sum_h;
+    row.cross = s.cross / (ts * row.sum_t);
+    if (extras) {
+      row.dot_s = s.dot_s / ts;
+      row.dot_t = s.dot_t / tt;
+    }
+    if (s.sum_x != 0) row.mean_x = s.sum_x / static_cast<double>(classes);
+    return row;
+  }
+  for (int64_t b = 1; b < blocks; ++b) {
+    if (sums[b].max_s > row.max_s) row.max_s = sums[b].max_s;
+    if (sums[b].max_t > row.max_t) row.max_t = sums[b].max_t;
+  }
+  double cross = 0, sum_x = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const BlockSums& s = sums[b];
+    const double du = (s.max_s - row.max_s) / ts, dv = (s.max_t - row.max_t) / tt;
+    const double ws = block_weight(s.max_s, row.max_s, ts);
+    row.sum_s += ws * s.sum_s;
+    if (hard) row.sum_h += (ts == 1.0 ? ws : block_weight(s.max_s, row.max_s, 1.0)) * s.sum_h;
+    if (soft) {
+      const double wt = block_weight(s.max_t, row.max_t, tt);
+      const double mass = wt * s.sum_t;
+      row.sum_t += mass;
+      // A block whose p is 0 throughout contributes 0, whatever its student logits are.
+      if (!(static_cast<float>(mass) == 0.0f)) cross += wt * s.cross / ts + mass * (dv - du);
+      if (extras) row.dot_t += s.sum_t == 0 ? 0.0 : wt * s.dot_t / tt + mass * dv;
+    }
+    if (extras) row.dot_s += s.sum_s == 0 ? 0.0 : ws * s.dot_s / ts + ws * s.sum_s * du;
+    sum_x +=
+        s.sum_x + static_cast<double>(b + 1 < blocks ? kBlock : classes - b * kBlock) * (s.max_s - row.max_s);
+  }
+  // A row of only -inf has no distribution.
+  if (row.sum_s == 0) row.sum_s = row.sum_h = kNan;
+  if (soft && row.sum_t == 0) row.sum_t = kNan;
+  row.cross = cross / row.sum_t;
+  row.mean_x = sum_x / static_cast<double>(classes);
+  return row;
+}
+
+// K = E_p[v - u] - log(sum_t) + log(sum_s), never negative; NaN stays.
+MFD_ROW_FN double forward_kl(const RowSums& row) {
+  const double k = row.cross - log(row.sum_t / row.sum_s);
+  return k < 0 ? 0.0 : k;
+}
+
+// log sum exp(x) - (1 - eps)*x_label - eps*mean(x); `label` is x_label - max(x).
+MFD_ROW_FN double cross_entropy(const RowSums& row, double label, double eps) {
+  double value = log(row.sum_h);
+  if (eps != 1.0) value -= (1.0 - eps) * label;
+  if (eps != 0.0) value -= eps * row.mean_x;
+  return value;
+}
+
+}  // namespace mfd

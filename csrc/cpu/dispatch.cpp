@@ -1,0 +1,244 @@
+#include "cpu/dispatch.h"
+
+#include <omp.h>
+#include <pthread.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+
+#include "common/row_math.h"
+#include "cpu/isa.h"
+
+namespace mfd {
+namespace {
+
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t kSerialElements = 32768;
+constexpr int64_t kChunksPerThread = 8;
+constexpr size_t kAlign = 64;
+// An arena larger than this is given back after the call.
+constexpr size_t kKeptArena = size_t{8} << 20;
+
+// A forked child has none of its parent's OpenMP threads and would wait for them for ever: it stays serial.
+std::atomic<bool> forked{false};
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+int usable_threads(int threads, int64_t elements) {
+  (void)fork_handler;
+  if (forked || elements < kSerialElements || omp_in_parallel()) return 1;
+  return std::max(threads, 1);
+}
+
+// Memory that a thread keeps between calls.
+class Arena {
+ public:
+  ~Arena() { free(data_); }
+
+  char* reserve(size_t bytes) {
+    if (bytes > size_) {
+      free(data_);
+      size_ = (bytes + 4095) / 4096 * 4096;
+      data_ = static_cast<char*>(aligned_alloc(kAlign, size_));
+      if (!data_) size_ = 0;
+    }
+    return data_;
+  }
+  void trim() {
+    if (size_ <= kKeptArena) return;
+    free(data_);
+    data_ = nullptr;
+    size_ = 0;
+  }
+
+ private:
+  char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+thread_local Arena worker_arena;
+thread_local Arena caller_arena;
+
+// Carves arrays out of an arena; with no memory it only counts the bytes.
+class Layout {
+ public:
+  explicit Layout(char* base) : base_(base) {}
+  void* take(size_t bytes) {
+    char* p = base_ ? base_ + used_ : nullptr;
+    // The odd number of lines keeps equal indices of two arrays in different cache sets.
+    used_ += (bytes + kAlign - 1) / kAlign * kAlign + kAlign * 5;
+    return p;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+struct Needs {
+  int64_t row;  // elements of a scratch row
+  bool own_exp, capped;
+  size_t element;
+};
+
+void take_row(Layout& layout, const Needs& needs, int64_t blocks, Scratch& s) {
+  const size_t bytes = static_cast<size_t>(needs.row) * needs.element;
+  s.exp_s = layout.take(bytes);
+  s.exp_t = layout.take(bytes);
+  if (needs.own_exp) s.exp_h = layout.take(bytes);
+  if (needs.capped) s.capped = layout.take(bytes);
+  const int64_t sums = std::max(blocks, kBlock / kRowAlign);
+  s.sums = static_cast<BlockSums*>(layout.take(static_cast<size_t>(sums) * sizeof(BlockSums)));
+}
+
+void take_blocks(Layout& layout, const Needs& needs, Scratch& s) {
+  const size_t bytes = static_cast<size_t>(kBlock) * needs.element;
+  s.block_x = layout.take(bytes);
+  s.block_y = layout.take(bytes);
+  s.block_out = layout.take(bytes);
+}
+
+// Scratch for whole rows (or for blocks only), from this thread's arena; false without memory.
+bool worker_scratch(const Needs& needs, int64_t blocks, bool whole_rows, Scratch& s) {
+  for (char* base = nullptr;;) {
+    Layout layout(base);
+    if (whole_rows) take_row(layout, needs, blocks, s);
+    take_blocks(layout, needs, s);
+    if (base) return true;
+    base = worker_arena.reserve(layout.used());
+    if (!base) return false;
+  }
+}
+
+// Runs body(begin, end, scratch) over chunks of rows.
+template <class Body>
+void over_rows(int64_t n_rows, const Needs& needs, int64_t blocks, int threads, const Body& body) {
+  const int64_t chunk =
+      std::max<int64_t>(1, (n_rows + threads * kChunksPerThread - 1) / (threads * kChunksPerThread));
+  const int64_t chunks = (n_rows + chunk - 1) / chunk;
+  std::atomic<bool> failed{false};
+  const auto work = [&](int64_t first, int64_t last, Scratch& scratch) {
+    for (int64_t k = first; k < last; ++k) body(k * chunk, std::min((k + 1) * chunk, n_rows), scratch);
+  };
+  if (threads == 1) {
+    Scratch scratch{};
+    if (!worker_scratch(needs, blocks, true, scratch)) throw std::bad_alloc();
+    work(0, chunks, scratch);
+    worker_arena.trim();
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch scratch{};
+    if (!worker_scratch(needs, blocks, true, scratch)) failed = true;
+#pragma omp barrier
+    if (!failed) {
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t k = 0; k < chunks; ++k) work(k, k + 1, scratch);
+    }
+    worker_arena.trim();
+  }
+  if (failed) throw std::bad_alloc();
+}
+
+// Few long rows: the blocks of each row are shared between the threads.
+void forward_by_blocks(const Forward& f, const Needs& needs, int64_t blocks, int threads, char* base) {
+  const Kernels& table = kernels();
+  Scratch shared{};
+  Layout layout(base);
+  take_row(layout, needs, blocks, shared);
+  std::atomic<bool> failed{false};
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch scratch = shared;
+    if (!worker_scratch(needs, blocks, false, scratch)) failed = true;
+#pragma omp barrier
+    if (!failed) {
+      const int64_t workers = omp_get_num_threads(), worker = omp_get_thread_num();
+      const int64_t begin = blocks * worker / workers, end = blocks * (worker + 1) / workers;
+      for (int64_t row = 0; row < f.problem.n_rows; ++row) {
+        table.forward_sums(f, row, begin, end, scratch);
+#pragma omp barrier
+        if (begin < end) table.forward_outputs(f, row, begin, end, scratch);
+#pragma omp barrier
+      }
+    }
+  }
+  if (failed) throw std::bad_alloc();
+}
+
+Needs needs_of(const Problem& p, bool own_exp, bool capped, int64_t row) {
+  return {row, own_exp, capped, p.is_double ? sizeof(double) : sizeof(float)};
+}
+
+}  // namespace
+
+int64_t count_rows(const Problem& p) {
+  if (!p.labels) {
+    if (!p.mask) return p.n_rows;
+    int64_t counted = 0;
+    for (int64_t row = 0; row < p.n_rows; ++row) counted += p.mask[row] != 0;
+    return counted;
+  }
+  int64_t counted = 0;
+  for (int64_t row = 0; row < p.n_rows; ++row) {
+    if (!is_counted(p, row)) continue;
+    if (p.labels[row] < 0 || p.labels[row] >= p.classes) return -1 - row;
+    ++counted;
+  }
+  return counted;
+}
+
+double forward(Forward f, bool wants_sum, int threads) {
+  const Problem& p = f.problem;
+  const int64_t blocks = block_count(p.classes);
+  // Scratch rows are whole blocks, so that vectors may run past the last class.
+  const Needs needs = needs_of(p, f.use_hard, p.student.softcap > 0, blocks * kBlock);
+  threads = usable_threads(threads, p.n_rows * p.classes);
+  const bool by_blocks =
+      threads > 1 && p.n_rows < 4 * threads && p.n_rows % threads != 0 && blocks >= 4 * threads;
+
+  Layout measure(nullptr);
+  Scratch unused{};
+  if (by_blocks) take_row(measure, needs, blocks, unused);
+  const size_t row_bytes = measure.used();
+  char* base = nullptr;
+  if (wants_sum || by_blocks) {
+    base = caller_arena.reserve(row_bytes + static_cast<size_t>(p.n_rows + 1) * sizeof(double));
+    if (!base) throw std::bad_alloc();
+  }
+  if (wants_sum) f.row_loss = reinterpret_cast<double*>(base + row_bytes);
+  if (by_blocks) {
+    forward_by_blocks(f, needs, blocks, threads, base);
+  } else {
+    const Kernels& table = kernels();
+    over_rows(p.n_rows, needs, blocks, threads,
+              [&](int64_t begin, int64_t end, const Scratch& s) { table.forward_rows(f, begin, end, s); });
+  }
+  double sum = 0;
+  if (wants_sum)
+    for (int64_t row = 0; row < p.n_rows; ++row) sum += f.row_loss[row];
+  caller_arena.trim();
+  return sum;
+}
+
+void backward(const Backward& g, int threads) {
+  const Problem& p = g.problem;
+  const Kernels& table = kernels();
+  over_rows(p.n_rows, needs_of(p, p.labels != nullptr, false, kBlock), 1,
+            usable_threads(threads, p.n_rows * p.classes),
+            [&](int64_t begin, int64_t end, const Scratch& s) { table.backward_rows(g, begin, end, s); });
+}
+
+void stream_add(const float* a, const float* b, float* out, int64_t n, int threads) {
+  const Kernels& table = kernels();
+  constexpr int64_t kChunk = 16384;
+  const int64_t chunks = (n + kChunk - 1) / kChunk;
+#pragma omp parallel for num_threads(usable_threads(threads, n)) schedule(static)
+  for (int64_t k = 0; k < chunks; ++k)
+    table.add(a + k * kChunk, b + k * kChunk, out + k * kChunk, std::min(kChunk, n - k * kChunk));
+}
+
+}  // namespace mfd

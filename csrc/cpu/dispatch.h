@@ -1,0 +1,18 @@
+// Spreads rows over threads. Every result is bitwise the same for any number of threads.
+#pragma once
+
+#include "common/types.h"
+
+namespace mfd {
+
+// Number of counted rows, or -1 - row for the first counted row whose label is out of range.
+int64_t count_rows(const Problem& problem);
+
+// Sum of the weighted row losses, in the fixed order of the rows; 0 where it is not wanted.
+double forward(Forward f, bool wants_sum, int threads);
+void backward(const Backward& g, int threads);
+
+// out = a + b past the caches: how fast this machine streams two inputs and one output.
+void stream_add(const float* a, const float* b, float* out, int64_t n, int threads);
+
+}  // namespace mfd

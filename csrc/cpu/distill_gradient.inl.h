@@ -1,0 +1,76 @@
+// Second pass over a row: the gradient from the exponentials in scratch.
+
+// Factors of one block: gradient = a*e_s - b*e_t + h*e_h - shift.
+template <class T>
+struct Factors {
+  T a, b, h, shift;
+};
+
+template <class S, bool kSoft, int kHard>
+MFD_INLINE typename S::V gradient_step(const typename S::T* es, const typename S::T* et,
+                                       const typename S::T* eh, const Factors<typename S::V>& f) {
+  typedef typename S::V V;
+  const V e = S::load(es);
+  V g{};
+  // Both products are rounded, so that equal distributions give exactly 0.
+  if (kSoft) g = e * f.a - S::load(et) * f.b;
+  if (kHard == kOwnExp) {
+    g = S::fma(S::load(eh), f.h, g) - f.shift;
+  } else if (kHard) {
+    g = S::fma(power<S, kHard>(e), f.h, g) - f.shift;
+  }
+  return g;
+}
+
+// One value of the same formula: the label's column.
+template <class T>
+MFD_INLINE T gradient_at(int hard, bool soft, T e, T p, T own, const Factors<T>& f) {
+  T g = soft ? e * f.a - p * f.b : T(0);
+  if (!hard) return g;
+  T power = hard == kOwnExp ? own : e;
+  for (int k = 1; hard != kOwnExp && k < hard; ++k) power *= e;
+  return g + (power * f.h - f.shift);
+}
+
+template <class S, bool kSoft, int kHard>
+static void block_gradient(const typename S::T* es, const typename S::T* et, const typename S::T* eh,
+                           int64_t n, const Factors<typename S::T>& factors, bool stream,
+                           typename S::T* out) {
+  typedef typename S::T T;
+  constexpr int64_t W = S::kWidth;
+  const Factors<typename S::V> f = {S::splat(factors.a), S::splat(factors.b), S::splat(factors.h),
+                                    S::splat(factors.shift)};
+  int64_t i = 0;
+  if (stream) {
+    // Elements before the first aligned vector.
+    const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) / sizeof(T)) & (W - 1);
+    if (misaligned) {
+      i = W - misaligned < n ? W - misaligned : n;
+      S::store_first(out, gradient_step<S, kSoft, kHard>(es, et, eh, f), i);
+    }
+    for (; i + W <= n; i += W) S::stream(out + i, gradient_step<S, kSoft, kHard>(es + i, et + i, eh + i, f));
+  } else {
+    for (; i + W <= n; i += W) S::store(out + i, gradient_step<S, kSoft, kHard>(es + i, et + i, eh + i, f));
+  }
+  if (i < n) S::store_first(out + i, gradient_step<S, kSoft, kHard>(es + i, et + i, eh + i, f), n - i);
+}
+
+template <class S, bool kSoft>
+static void block_gradient_of(int hard, const typename S::T* es, const typename S::T* et,
+                              const typename S::T* eh, int64_t n, const Factors<typename S::T>& f,
+                              bool stream, typename S::T* out) {
+  switch (hard) {
+    case 0:
+      return block_gradient<S, kSoft, 0>(es, et, eh, n, f, stream, out);
+    case 1:
+      return block_gradient<S, kSoft, 1>(es, et, eh, n, f, stream, out);
+    case 2:
+      return block_gradient<S, kSoft, 2>(es, et, eh, n, f, stream, out);
+    case 3:
+      return block_gradient<S, kSoft, 3>(es, et, eh, n, f, stream, out);
+    case 4:
+      return block_gradient<S, kSoft, 4>(es, et, eh, n, f, stream, out);
+    default:
+      return block_gradient<S, kSoft, kOwnExp>(es, et, eh, n, f, stream, out);
+  }
+}

@@ -1,0 +1,155 @@
+// First pass over a row: exponentials relative to the block's maxima, kept in scratch, and their sums.
+
+// How the exponentials of the hard term (temperature 1) come about: none; the N-th power of those at
+// temperature N = 1..4; computed.
+enum HardMode : int { kNoHard = 0, kOwnExp = 5 };
+
+template <class S>
+MFD_INLINE int hard_mode(const Forward& f, double temperature) {
+  if (!f.use_hard) return kNoHard;
+  if (!f.use_soft || temperature == 1.0) return 1;
+  return temperature == 2.0 ? 2 : temperature == 3.0 ? 3 : temperature == 4.0 ? 4 : kOwnExp;
+}
+
+template <class S>
+struct Scales {
+  Exponent<S> student, teacher, hard;
+  typename S::V ratio;  // Ts/Tt
+  Scales(double ts, double tt)
+      : student(ts), teacher(tt), hard(1.0), ratio(S::splat(static_cast<typename S::T>(ts / tt))) {}
+};
+
+// Bytes ahead of the pass that should already be on their way from memory, per vector.
+struct Ahead {
+  const char *x, *y;
+  int64_t x_step, y_step;
+};
+
+template <class S>
+MFD_INLINE typename S::T block_max(const typename S::T* x, int64_t n) {
+  typedef typename S::V V;
+  constexpr int64_t W = S::kWidth;
+  V m[4];
+  for (V& lane : m) lane = S::splat(S::kLowest);
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+    for (int k = 0; k < 4; ++k) m[k] = S::max(S::load(x + i + k * W), m[k]);
+  for (; i + W <= n; i += W) m[0] = S::max(S::load(x + i), m[0]);
+  if (i < n) m[1] = S::max(S::load_first(x + i, n - i, S::kLowest), m[1]);
+  return S::largest(S::max(S::max(m[0], m[1]), S::max(m[2], m[3])));
+}
+
+template <class S>
+struct Accumulators {
+  typename S::V s{}, t{}, h{}, cross{};
+};
+
+template <class S, bool kSoft, int kHard>
+MFD_INLINE void sums_step(typename S::V x, typename S::V y, typename S::V mx, typename S::V my,
+                          const Scales<S>& scales, typename S::T* es, typename S::T* et, typename S::T* eh,
+                          Accumulators<S>& acc) {
+  typedef typename S::V V;
+  const V tx = x - mx;
+  const V e = scales.student(tx);
+  S::store(es, e);
+  acc.s = acc.s + e;
+  if (kHard == kOwnExp) {
+    const V h = scales.hard(tx);
+    S::store(eh, h);
+    acc.h = acc.h + h;
+  } else if (kHard > 1) {
+    acc.h = acc.h + power<S, kHard>(e);
+  }
+  if (kSoft) {
+    const V ty = y - my;
+    const V p = scales.teacher(ty);
+    S::store(et, p);
+    acc.t = acc.t + p;
+    // 0*log 0 = 0; the one rounding is exact where x is close to y and Ts = Tt.
+    const V d = S::fma(ty, scales.ratio, -tx);
+    acc.cross = acc.cross + S::select(scales.teacher.vanishes(ty), V{}, p * d);
+  }
+}
+
+template <class S, bool kSoft, int kHard>
+static void block_sums(const typename S::T* x, const typename S::T* y, int64_t n, const Scales<S>& scales,
+                       const Ahead& ahead, typename S::T* es, typename S::T* et, typename S::T* eh,
+                       BlockSums* out) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  constexpr int64_t W = S::kWidth;
+  const T max_x = block_max<S>(x, n), max_y = kSoft ? block_max<S>(y, n) : T(0);
+  const V mx = S::splat(max_x), my = S::splat(max_y);
+  Accumulators<S> a, b;
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    __builtin_prefetch(ahead.x + i * ahead.x_step);
+    if (kSoft) __builtin_prefetch(ahead.y + i * ahead.y_step);
+    sums_step<S, kSoft, kHard>(S::load(x + i), kSoft ? S::load(y + i) : V{}, mx, my, scales, es + i, et + i,
+                               eh + i, a);
+    sums_step<S, kSoft, kHard>(S::load(x + i + W), kSoft ? S::load(y + i + W) : V{}, mx, my, scales,
+                               es + i + W, et + i + W, eh + i + W, b);
+  }
+  // Lanes past the end are -inf: they add exactly 0.
+  const T pad = static_cast<T>(-kInf);
+  for (; i < n; i += W) {
+    const int64_t left = n - i < W ? n - i : W;
+    sums_step<S, kSoft, kHard>(S::load_first(x + i, left, pad), kSoft ? S::load_first(y + i, left, pad) : V{},
+                               mx, my, scales, es + i, et + i, eh + i, a);
+  }
+  out->max_s = max_x;
+  out->max_t = max_y;
+  out->sum_s = S::sum(a.s + b.s);
+  out->sum_h = kHard == 1 ? out->sum_s : kHard ? S::sum(a.h + b.h) : 0.0;
+  out->sum_t = kSoft ? S::sum(a.t + b.t) : 0.0;
+  out->cross = kSoft ? S::sum(a.cross + b.cross) : 0.0;
+}
+
+// sum e*(x - max): for the entropies.
+template <class S>
+static double block_dot(const typename S::T* e, const typename S::T* x, int64_t n, double block_max) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  const V m = S::splat(static_cast<T>(block_max));
+  V acc{};
+  for (int64_t i = 0; i < n; i += S::kWidth) {
+    const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
+    const V w = S::load(e + i);
+    acc = acc + S::select(w == V{}, V{}, w * (S::load_first(x + i, left, T(0)) - m));
+  }
+  return S::sum(acc);
+}
+
+// sum (x - max): for label smoothing.
+template <class S>
+static double block_shifted_sum(const typename S::T* x, int64_t n, double block_max) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  const V m = S::splat(static_cast<T>(block_max));
+  V acc{};
+  for (int64_t i = 0; i < n; i += S::kWidth) {
+    const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
+    acc = acc + (S::load_first(x + i, left, static_cast<T>(block_max)) - m);
+  }
+  return S::sum(acc);
+}
+
+template <class S, bool kSoft>
+static void block_sums_of(int hard, const typename S::T* x, const typename S::T* y, int64_t n,
+                          const Scales<S>& scales, const Ahead& ahead, typename S::T* es, typename S::T* et,
+                          typename S::T* eh, BlockSums* out) {
+  switch (hard) {
+    case 0:
+      return block_sums<S, kSoft, 0>(x, y, n, scales, ahead, es, et, eh, out);
+    case 1:
+      return block_sums<S, kSoft, 1>(x, y, n, scales, ahead, es, et, eh, out);
+    case 2:
+      return block_sums<S, kSoft, 2>(x, y, n, scales, ahead, es, et, eh, out);
+    case 3:
+      return block_sums<S, kSoft, 3>(x, y, n, scales, ahead, es, et, eh, out);
+    case 4:
+      return block_sums<S, kSoft, 4>(x, y, n, scales, ahead, es, et, eh, out);
+    default:
+      return block_sums<S, kSoft, kOwnExp>(x, y, n, scales, ahead, es, et, eh, out);
+  }
+}

@@ -1,0 +1,5 @@
+#define MFD_ISA isa_avx2
+#define MFD_ISA_NAME "avx2"
+#define MFD_LANES 8
+
+#include "cpu/kernels.inl.h"

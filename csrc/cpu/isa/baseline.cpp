@@ -1,0 +1,5 @@
+#define MFD_ISA isa_baseline
+#define MFD_ISA_NAME "baseline"
+#define MFD_LANES 4
+
+#include "cpu/kernels.inl.h"

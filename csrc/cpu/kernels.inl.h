@@ -1,0 +1,65 @@
+// One instruction set's kernels. The including file defines MFD_ISA (a namespace), MFD_LANES and
+// kernel_table's name. Everything lives in an unnamed namespace inside MFD_ISA: the linker must never merge
+// code of two instruction sets.
+
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#endif
+
+#include "common/row_math.h"
+#include "common/types.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace mfd {
+namespace MFD_ISA {
+namespace {
+
+// clang-format off: the order is that of use.
+#include "cpu/vec.inl.h"
+#include "cpu/exp.inl.h"
+#include "cpu/rows.inl.h"
+#include "cpu/distill_sums.inl.h"
+#include "cpu/distill_gradient.inl.h"
+#include "cpu/distill_forward.inl.h"
+#include "cpu/distill_backward.inl.h"
+// clang-format on
+
+void forward_rows(const Forward& f, int64_t begin, int64_t end, const Scratch& s) {
+  f.problem.is_double ? forward_rows_of<F64>(f, begin, end, s) : forward_rows_of<F32>(f, begin, end, s);
+}
+
+void forward_sums(const Forward& f, int64_t row, int64_t begin, int64_t end, const Scratch& s) {
+  f.problem.is_double ? forward_sums_of<F64>(f, row, begin, end, s)
+                      : forward_sums_of<F32>(f, row, begin, end, s);
+}
+
+void forward_outputs(const Forward& f, int64_t row, int64_t begin, int64_t end, const Scratch& s) {
+  f.problem.is_double ? forward_outputs_of<F64>(f, row, begin, end, s)
+                      : forward_outputs_of<F32>(f, row, begin, end, s);
+}
+
+void backward_rows(const Backward& g, int64_t begin, int64_t end, const Scratch& s) {
+  g.problem.is_double ? backward_rows_of<F64>(g, begin, end, s) : backward_rows_of<F32>(g, begin, end, s);
+}
+
+// out = a + b past the caches; out is aligned to 64 bytes.
+void add(const float* a, const float* b, float* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) F32::stream(out + i, F32::load(a + i) + F32::load(b + i));
+  for (; i < n; ++i) out[i] = a[i] + b[i];
+}
+
+constexpr Kernels kTable = {MFD_ISA_NAME,    kLanes,        forward_rows, forward_sums,
+                            forward_outputs, backward_rows, add};
+
+}  // namespace
+
+const Kernels& kernels() {
+  return kTable;
+}
+
+}  // namespace MFD_ISA
+}  // namespace mfd

@@ -1,0 +1,171 @@
+"""Backends and the choice between them.
+
+Each backend is a package with ``available() -> str | None`` (None: it can run here; else the reason) and
+one module per op it has kernels for. That module's ``can_run(problem) -> str | None`` answers for one call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from ..contract import value_error
+
+NAMES = ("cuda", "triton", "cpu", "reference")  # best first
+OPS: dict[str, tuple[str, ...]] = {
+    "distill_loss": ("triton", "cpu", "reference"),
+    "modal_pool": ("reference",),
+    "feature_loss": ("reference",),
+    "mfd_loss": ("reference",),
+}
+
+_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("mfd_fast_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run; the message says why."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which backend runs a call and why. ``rejected`` maps every other candidate to its reason."""
+
+    backend: str
+    reason: str
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend}: {self.reason}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
+        return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs every op inside the block on one backend; raises :class:`BackendError` where it cannot.
+
+    >>> import torch, mfd_fast as mfd
+    >>> with mfd.use_backend("reference"):
+    ...     loss = mfd.distill_loss(torch.zeros(2, 3), torch.zeros(2, 3))
+    """
+    check_name("use_backend", name)
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def check_name(op: str, name: object) -> None:
+    if name not in NAMES:
+        raise value_error(op, "backend", name, "one of " + ", ".join(map(repr, NAMES)))
+
+
+def requested(backend: str | None, op: str) -> tuple[str | None, str]:
+    """The backend asked for, nearest first: argument, use_backend, MFD_FAST_BACKEND; and who asked."""
+    if backend is not None:
+        check_name(op, backend)
+        return backend, f"backend={backend!r} was passed"
+    name = _requested.get()
+    if name is not None:
+        return name, f"use_backend({name!r}) is active"
+    name = os.environ.get("MFD_FAST_BACKEND")
+    if name:
+        check_name("MFD_FAST_BACKEND", name)
+        return name, f"MFD_FAST_BACKEND={name}"
+    return None, ""
+
+
+def implementation(name: str, op: str) -> ModuleType:
+    """The module with ``op``'s entry points on backend ``name``."""
+    return _module(f"{name}.{op}")
+
+
+def _module(path: str) -> ModuleType:
+    module = _modules.get(path)
+    if module is None:
+        module = _modules[path] = importlib.import_module(f"{__name__}.{path}")
+    return module
+
+
+_modules: dict[str, ModuleType] = {}
+
+
+def availability(name: str) -> str | None:
+    """None if the backend can run on this machine, else why not."""
+    if name == "cuda":
+        return "this version has no CUDA C++ kernels"
+    reason: str | None = _module(name).available()
+    return reason
+
+
+def status() -> dict[str, str | None]:
+    """Every backend's reason why it cannot run here, None for those that can."""
+    return {name: availability(name) for name in NAMES}
+
+
+def why_not(name: str, op: str, problem: Any) -> str | None:
+    """None if backend ``name`` can run this call of ``op``, else the reason."""
+    reason = availability(name)
+    if reason is not None:
+        return reason
+    if name not in OPS[op]:
+        return f"{op} has no {name} kernel yet"
+    if name == "reference":
+        return None
+    refusal: str | None = implementation(name, op).can_run(problem)
+    return refusal
+
+
+def choose(op: str, problem: Any, backend: str | None = None, public_name: str | None = None) -> str:
+    """Name of the backend that runs this call."""
+    name, origin = requested(backend, public_name or op)
+    if name is None:
+        for name in OPS[op]:
+            if _prefers(name, problem) and why_not(name, op, problem) is None:
+                return name
+        raise BackendError(f"{public_name or op}: no backend can run this call")
+    reason = why_not(name, op, problem)
+    if reason is not None:
+        raise BackendError(f"{public_name or op}: backend {name!r} cannot run ({origin}): {reason}")
+    return name
+
+
+def _prefers(name: str, problem: Any) -> bool:
+    """On CPU tensors the interpreter is for checking, never for speed: it must be asked for."""
+    return not (name in ("triton", "cuda") and problem.device.type == "cpu")
+
+
+def explain_choice(op: str, problem: Any, backend: str | None, public_name: str) -> Choice:
+    """:func:`choose` with every reason spelled out."""
+    name, origin = requested(backend, public_name)
+    rejected: dict[str, str] = {}
+    if name is not None:
+        chosen = choose(op, problem, name, public_name)
+        for other in NAMES:
+            if other != chosen:
+                rejected[other] = why_not(other, op, problem) or origin
+        return Choice(chosen, origin, rejected)
+    chosen = choose(op, problem, None, public_name)
+    for other in NAMES:
+        if other == chosen:
+            continue
+        reason = why_not(other, op, problem)
+        if reason is None:
+            interpreted = not _prefers(other, problem)
+            reason = "interpreted on a CPU only when asked for by name" if interpreted else f"slower than {chosen}"
+        rejected[other] = reason
+    return Choice(chosen, f"the fastest that can run on {problem.device}", rejected)
+
+
+def forget_availability() -> None:
+    """Makes the backends look again at the machine and the environment (tests)."""
+    for name in NAMES:
+        if name != "cuda":
+            getattr(_module(name).available, "cache_clear", lambda: None)()

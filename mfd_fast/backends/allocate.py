@@ -1,0 +1,43 @@
+"""The only place where outputs are allocated, so that tests can poison every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Hook = Callable[[Tensor], Tensor]
+Provider = Callable[[torch.Size, torch.dtype], "Tensor | None"]
+
+_hook: Hook | None = None
+_cpu_gradient_provider: Provider | None = None
+
+
+def set_hook(hook: Hook | None) -> Hook | None:
+    """Passes every later allocation through ``hook(tensor) -> tensor``; returns the previous hook."""
+    global _hook
+    previous, _hook = _hook, hook
+    return previous
+
+
+def set_cpu_gradient_provider(provider: Provider | None) -> None:
+    """``provider(shape, dtype)`` returns recycled memory for a large CPU gradient, or None to decline."""
+    global _cpu_gradient_provider
+    _cpu_gradient_provider = provider
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised contiguous tensor; the caller writes every element."""
+    out = torch.empty(shape, dtype=dtype, device=device)
+    return out if _hook is None else _hook(out)
+
+
+def empty_gradient(like: Tensor) -> Tensor:
+    """Uninitialised contiguous tensor of ``like``'s shape, dtype and device for a large gradient."""
+    out = None
+    if _cpu_gradient_provider is not None and like.device.type == "cpu":
+        out = _cpu_gradient_provider(like.shape, like.dtype)
+    if out is None:
+        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return out if _hook is None else _hook(out)

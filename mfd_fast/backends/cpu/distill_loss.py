@@ -1,0 +1,191 @@
+"""distill_loss on the native CPU kernels: marshals tensors to addresses and allocates the outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...contract import label_error
+from ...rows import Rows
+from ...types import ForwardKL, LogitTransform
+from .. import allocate
+from ..layout import row_layout
+from . import native
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_STATS = 8
+
+#: Gradients of at least this many bytes are written past the caches.
+STREAM_BYTES = 4 << 20
+
+ByProducts = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None", Tensor]
+
+
+def can_run(rows: Rows) -> str | None:
+    """Why the native kernels cannot take this call, None if they can."""
+    if rows.student.device.type != "cpu":
+        return f"the tensors are on {rows.student.device}"
+    if type(rows.divergence) is not ForwardKL:
+        return f"{rows.divergence.name} has no native kernel yet"
+    for transform in (rows.student_transform, rows.teacher_transform):
+        if transform is not None and transform.standardize:
+            return "LogitTransform(standardize=True) has no native kernel yet"
+    return None
+
+
+def _side(module: Any, logits: Tensor, transform: LogitTransform | None, keep: list[Tensor]) -> Any:
+    tensor, inner, outer_stride, row_stride = row_layout(logits)
+    keep.append(tensor)
+    scale, softcap = (1.0, 0.0) if transform is None else (transform.scale, transform.softcap or 0.0)
+    return module.Side(
+        tensor.data_ptr(), _DTYPES[tensor.dtype], inner, outer_stride, row_stride, tensor.shape[-1], scale, softcap
+    )
+
+
+def _temperature(value: float | Tensor) -> tuple[float, int, int]:
+    """(value, address of one value per row or 0, stride)."""
+    if not isinstance(value, Tensor):
+        return value, 0, 0
+    if value.dim() == 0:
+        return value.item(), 0, 0
+    return 1.0, value.data_ptr(), value.stride(0)
+
+
+def _problem(module: Any, rows: Rows, labels: Tensor | None, keep: list[Tensor]) -> Any:
+    """The native description of ``rows``; tensors it points into are appended to ``keep``."""
+    same = rows.teacher_temperature is rows.temperature
+    temperature = _temperature(rows.temperature)
+    return module.Problem(
+        rows.n_rows,
+        rows.classes,
+        rows.dtype is torch.float64,
+        _side(module, rows.student, rows.student_transform, keep),
+        _side(module, rows.teacher, rows.teacher_transform, keep),
+        *temperature,
+        *(temperature if same else _temperature(rows.teacher_temperature)),
+        0 if labels is None else labels.data_ptr(),
+        0 if rows.mask is None else rows.mask.data_ptr(),
+        rows.ignore_index,
+        rows.label_smoothing,
+        rows.scale_by_temperature,
+    )
+
+
+def _count(module: Any, rows: Rows, problem: Any) -> int:
+    """Number of counted rows; raises ValueError for a label out of range in one of them."""
+    if rows.labels is None and rows.mask is None:
+        return rows.n_rows
+    counted: int = module.count_rows(problem)
+    if counted < 0:
+        assert rows.labels is not None
+        row = -1 - counted
+        raise label_error(rows.op, row, int(rows.labels[row]), rows.classes)
+    return counted
+
+
+def _streams(gradient: Tensor | None) -> bool:
+    return gradient is not None and gradient.numel() * gradient.itemsize >= STREAM_BYTES
+
+
+def scalar(
+    rows: Rows,
+    *,
+    weight: Tensor | None,
+    soft_weight: float | Tensor,
+    hard_weight: float | Tensor,
+    mean: bool,
+    normalizer: float | Tensor | None,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The scalar loss and, from the same pass, its gradient with respect to the student."""
+    module = native()
+    keep: list[Tensor] = []
+    use_soft = isinstance(soft_weight, Tensor) or soft_weight != 0
+    use_hard = rows.labels is not None and (isinstance(hard_weight, Tensor) or hard_weight != 0)
+    problem = _problem(module, rows, rows.labels, keep)
+    counted = _count(module, rows, problem)
+    soft_factor, hard_factor = float(soft_weight), float(hard_weight)
+    if mean:
+        divisor = max(counted, 1) if normalizer is None else float(normalizer)
+        soft_factor, hard_factor = _divide(soft_factor, divisor), _divide(hard_factor, divisor)
+    device = rows.student.device
+    loss = allocate.empty((), rows.dtype, device)
+    gradient = allocate.empty_gradient(rows.student) if needs_grad else None
+    if not (use_soft or use_hard):
+        loss.zero_()
+        return loss, None if gradient is None else gradient.zero_()
+    module.scalar(
+        problem,
+        use_soft,
+        use_hard,
+        0 if weight is None else weight.data_ptr(),
+        soft_factor,
+        hard_factor,
+        loss.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+        _streams(gradient),
+        torch.get_num_threads(),
+    )
+    return loss, gradient
+
+
+def _divide(factor: float, divisor: float) -> float:
+    """IEEE division: a normalizer of 0 gives inf or NaN, as it does for tensors."""
+    if divisor != 0:
+        return factor / divisor
+    return float(torch.tensor(factor, dtype=torch.float64) / divisor)
+
+
+def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProducts | None]:
+    """soft [N], hard [N], statistics [N, 8] for the backward, and the by-products if ``terms``."""
+    module = native()
+    keep: list[Tensor] = []
+    n, device = rows.n_rows, rows.student.device
+    problem = _problem(module, rows, rows.labels, keep)
+    _count(module, rows, problem)
+
+    def column() -> Tensor:
+        return allocate.empty((n,), rows.dtype, device)
+
+    soft, hard = column(), column()
+    stats = allocate.empty((n, _STATS), rows.dtype, device)
+    extra: ByProducts | None = None
+    addresses = [0] * 5
+    if terms:
+        label_probs = (None, None) if rows.labels is None else (column(), column())
+        extra = (column(), column(), *label_probs, allocate.empty((n,), torch.bool, device))
+        addresses = [0 if t is None else t.data_ptr() for t in extra]
+    if n:
+        module.per_row(problem, soft.data_ptr(), hard.data_ptr(), stats.data_ptr(), *addresses, torch.get_num_threads())
+    return soft, hard, stats, extra
+
+
+def per_row_backward(
+    rows: Rows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``sum(grad_soft*soft + grad_hard*hard)`` to both logits and, per row, both temperatures."""
+    module = native()
+    keep: list[Tensor] = []
+    problem = _problem(module, rows, rows.labels, keep)
+    grad_soft, grad_hard, stats = grad_soft.to(rows.dtype), grad_hard.to(rows.dtype), stats.contiguous()
+    d_student = allocate.empty_gradient(rows.student) if needs[0] else None
+    d_teacher = allocate.empty_gradient(rows.teacher) if needs[1] else None
+    d_temperature, d_teacher_temperature = (
+        allocate.empty((rows.n_rows,), rows.dtype, rows.student.device) if need else None for need in needs[2:]
+    )
+    outputs = (d_student, d_teacher, d_temperature, d_teacher_temperature)
+    if rows.n_rows:
+        module.per_row_backward(
+            problem,
+            stats.data_ptr(),
+            grad_soft.data_ptr(),
+            grad_soft.stride(0),
+            grad_hard.data_ptr(),
+            grad_hard.stride(0),
+            *(0 if t is None else t.data_ptr() for t in outputs),
+            _streams(d_student) or _streams(d_teacher),
+            torch.get_num_threads(),
+        )
+    return outputs

@@ -1,0 +1,51 @@
+"""Row addressing: how a kernel walks ``[..., C]`` logits of any layout without a copy where possible."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class RowLayout(NamedTuple):
+    """Row i of the flattened ``[N, C]`` starts at element ``(i // inner)*outer_stride + (i % inner)*row_stride``.
+
+    The last dimension of ``tensor`` has stride 1. Strides are in elements and may be 0.
+    """
+
+    tensor: Tensor
+    inner: int
+    outer_stride: int
+    row_stride: int
+
+
+def row_layout(tensor: Tensor) -> RowLayout:
+    """Two-level row layout of ``tensor [..., C]``; copies only when no such layout exists.
+
+    Two levels cover the shifted logits of language models, ``logits[:, :-1]``, as they are.
+    """
+    shape, strides = tensor.shape, tensor.stride()
+    columns = shape[-1]
+    if columns > 1 and strides[-1] != 1:
+        tensor = tensor.contiguous()
+        return RowLayout(tensor, max(tensor.numel() // columns, 1), 0, columns)
+    if len(shape) == 2:
+        return RowLayout(tensor, max(shape[0], 1), 0, strides[0])
+
+    # Merge adjacent leading dimensions that step as one; sizes of 1 never step.
+    groups: list[tuple[int, int]] = []  # (size, stride), outermost first
+    for size, stride in zip(shape[:-1], strides[:-1], strict=True):
+        if size == 1:
+            continue
+        if groups and groups[-1][1] == size * stride:
+            groups[-1] = (groups[-1][0] * size, stride)
+        else:
+            groups.append((size, stride))
+    if len(groups) > 2:
+        tensor = tensor.contiguous()
+        return RowLayout(tensor, max(tensor.numel() // max(columns, 1), 1), 0, columns)
+    if len(groups) == 2:
+        return RowLayout(tensor, max(groups[1][0], 1), groups[0][1], groups[1][1])
+    if len(groups) == 1:
+        return RowLayout(tensor, max(groups[0][0], 1), 0, groups[0][1])
+    return RowLayout(tensor, 1, 0, 0)

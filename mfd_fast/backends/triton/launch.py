@@ -1,0 +1,78 @@
+"""Launching Triton kernels: lazy import, device guard, number or tensor arguments, the interpreter's quirks."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import allocate
+from . import interpreting
+
+_modules: dict[str, ModuleType] = {}
+
+
+def kernels(name: str) -> ModuleType:
+    """Module ``mfd_fast.kernels.triton.<name>``, imported at the first use."""
+    module = _modules.get(name)
+    if module is None:
+        module = _modules[name] = importlib.import_module(f"mfd_fast.kernels.triton.{name}")
+    return module
+
+
+def launch(kernel: Any, programs: int, device: torch.device, warps: int, arguments: dict[str, Any]) -> None:
+    """Runs ``kernel`` on ``programs`` programs of the current stream of ``device``."""
+    if interpreting():
+        with _quiet():
+            kernel[(programs,)](**arguments)
+        return
+    # Contraction to FMA off: a student equal to its teacher gives gradients of exactly 0.
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
+    if device.index is None or device.index == torch.cuda.current_device():
+        kernel[(programs,)](**arguments, **options)
+        return
+    with torch.cuda.device(device):
+        kernel[(programs,)](**arguments, **options)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The interpreter computes in NumPy, which warns where IEEE arithmetic gives inf or NaN as it should."""
+    import numpy as np
+
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+def number(value: float | Tensor | None, like: Tensor) -> tuple[float, Tensor | None]:
+    """(number, pointer) arguments of a kernel: exactly one of them counts."""
+    if value is None:
+        return 1.0, None
+    if not isinstance(value, Tensor):
+        return float(value), None
+    if value.device != like.device:  # a 0-d CPU tensor: its value is at hand
+        return float(value), None
+    return 1.0, value.contiguous()
+
+
+def gradient(like: Tensor) -> tuple[Tensor, Tensor]:
+    """(what the kernel writes, what the caller receives): contiguous, of ``like``'s shape and dtype.
+
+    One tensor, but for bfloat16 in the interpreter, whose conversion loses the carry into the exponent.
+    """
+    out = allocate.empty_gradient(like)
+    if interpreting() and like.dtype == torch.bfloat16:
+        return allocate.empty(tuple(like.shape), torch.float32, like.device), out
+    return out, out
+
+
+def finish(written: Tensor, out: Tensor) -> Tensor:
+    """The second half of :func:`gradient`, after the launch."""
+    return out if written is out else out.copy_(written)

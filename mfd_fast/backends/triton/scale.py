@@ -1,0 +1,38 @@
+"""Multiplication of a saved gradient by the gradient of the loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .launch import interpreting, kernels, launch
+
+BLOCK = 4096
+MAX_PROGRAMS = 1024
+
+
+def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """``gradient *= factor`` (0-d, same device) in place in one kernel, which does nothing where ``factor`` is 1.
+
+    ``gradient`` is contiguous. The host does not wait for the value of ``factor``. Returns ``gradient``.
+    """
+    n = gradient.numel()
+    if n == 0:
+        return gradient
+    emulate = interpreting() and gradient.dtype == torch.bfloat16  # see launch.gradient
+    target = gradient.float() if emulate else gradient
+    tl = kernels("scale").tl
+    launch(
+        kernels("scale").scale_in_place,
+        min(-(-n // BLOCK), MAX_PROGRAMS),
+        gradient.device,
+        8,
+        {
+            "grad_ptr": target,
+            "factor_ptr": factor.contiguous(),
+            "n": n,
+            "DTYPE": tl.float64 if torch.float64 in (gradient.dtype, factor.dtype) else tl.float32,
+            "BLOCK": BLOCK,
+        },
+    )
+    return gradient.copy_(target) if emulate else gradient

@@ -1,0 +1,265 @@
+"""Contract checks: every violation raises before any work and names the op, the argument, what it got
+and what it needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .rows import Rows
+from .types import DIVERGENCES, Divergence, LogitTransform
+
+FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def describe(value: object) -> str:
+    """Short description of what an argument was."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)} on {value.device}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def value_error(op: str, argument: str, got: object, expected: str) -> ValueError:
+    return ValueError(f"{op}: {argument} must be {expected}, got {describe(got)}")
+
+
+def type_error(op: str, argument: str, got: object, expected: str) -> TypeError:
+    return TypeError(f"{op}: {argument} must be {expected}, got {describe(got)}")
+
+
+def label_error(op: str, row: int, value: int, classes: int) -> ValueError:
+    return ValueError(f"{op}: labels must be in [0, {classes}) or ignore_index, got {value} in row {row}")
+
+
+def is_number(value: object) -> bool:
+    kind = type(value)
+    if kind is float or kind is int:
+        return True
+    # SymInt and SymFloat: numbers that torch.compile traces instead of baking them in.
+    return kind is not bool and isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any input is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def check_floating(op: str, argument: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise type_error(op, argument, value, "a tensor")
+    if value.dtype not in FLOATING:
+        raise type_error(op, argument, value, "a float16, bfloat16, float32 or float64 tensor")
+    return value
+
+
+def check_device(op: str, argument: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise value_error(op, argument, value, f"on {device}")
+
+
+def check_choice(op: str, argument: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise value_error(op, argument, value, "one of " + ", ".join(map(repr, choices)))
+
+
+def check_bool(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise type_error(op, argument, value, "a bool")
+
+
+def check_scalar(op: str, argument: str, value: object, *, positive: bool = False) -> None:
+    """A finite Python number or a 0-d floating tensor (whose value is not read: no synchronisation)."""
+    low = 0.0 if positive else -math.inf
+    if type(value) is float and low < value < math.inf:
+        return
+    if isinstance(value, Tensor):
+        check_floating(op, argument, value)
+        if value.dim() != 0:
+            raise value_error(op, argument, value, "a number or a 0-d tensor")
+        return
+    if not is_number(value):
+        raise type_error(op, argument, value, "a number or a 0-d tensor")
+    if not low < value < math.inf:  # type: ignore[operator]
+        raise value_error(op, argument, value, "a finite number > 0" if positive else "a finite number")
+
+
+def check_row_tensor(
+    op: str,
+    argument: str,
+    value: object,
+    leading: torch.Size,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """One value per row: shape ``[...]``. ``dtype`` None accepts any floating dtype."""
+    if not isinstance(value, Tensor):
+        raise type_error(op, argument, value, "a tensor")
+    if dtype is None:
+        check_floating(op, argument, value)
+    elif value.dtype != dtype:
+        raise type_error(op, argument, value, f"a {str(dtype).removeprefix('torch.')} tensor")
+    if value.shape != leading:
+        raise value_error(op, argument, value, f"of shape {list(leading)} (one value per row)")
+    check_device(op, argument, value, device)
+    return value
+
+
+def flat(value: Tensor) -> Tensor:
+    """``[...]`` to contiguous ``[N]``."""
+    return value if value.dim() == 1 and value.is_contiguous() else value.reshape(-1).contiguous()
+
+
+def check_temperature(
+    op: str, argument: str, value: object, leading: torch.Size, device: torch.device, dtype: torch.dtype
+) -> float | Tensor:
+    """float, or a tensor (0-d or ``[N]``) of the compute dtype on the logits' device, still in the graph.
+
+    A tensor's sign is checked on a CPU only: elsewhere the check would wait for the device.
+    """
+    if not isinstance(value, Tensor):
+        check_scalar(op, argument, value, positive=True)
+        return value  # type: ignore[return-value]
+    check_floating(op, argument, value)
+    if value.dim() != 0:
+        value = flat(check_row_tensor(op, argument, value, leading, device, None))
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
+        low = value.detach().min().item()
+        if low <= 0:
+            raise ValueError(f"{op}: {argument} must be > 0, got a tensor whose smallest value is {low}")
+    return value.to(device=device, dtype=dtype)
+
+
+def check_transform(op: str, argument: str, value: object, columns: int) -> int:
+    """Number of columns that are used."""
+    if value is None:
+        return columns
+    if not isinstance(value, LogitTransform):
+        raise type_error(op, argument, value, "a LogitTransform or None")
+    if value.classes is None:
+        return columns
+    if value.classes > columns:
+        raise ValueError(f"{op}: {argument}.classes must be at most {columns} (the columns), got {value.classes}")
+    return value.classes
+
+
+def check_divergence(op: str, value: object) -> Divergence:
+    if isinstance(value, str):
+        check_choice(op, "divergence", value, tuple(DIVERGENCES))
+        return DIVERGENCES[value]
+    if not isinstance(value, Divergence) or type(value) is Divergence:
+        raise type_error(op, "divergence", value, "a name or a Divergence")
+    return value
+
+
+def check_smoothing(op: str, value: object) -> None:
+    if not is_number(value):
+        raise type_error(op, "label_smoothing", value, "a number")
+    if not 0.0 <= value <= 1.0:  # type: ignore[operator]
+        raise value_error(op, "label_smoothing", value, "in [0, 1]")
+
+
+def check_ignore_index(op: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise type_error(op, "ignore_index", value, "an int")
+
+
+def check_rows(
+    op: str,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    *,
+    divergence: str | Divergence = "forward_kl",
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    student_transform: LogitTransform | None = None,
+    teacher_transform: LogitTransform | None = None,
+    scale_by_temperature: bool = True,
+) -> Rows:
+    """Checks the arguments that distill_loss and distill_terms share and brings them to one form."""
+    check_floating(op, "student", student)
+    check_floating(op, "teacher", teacher)
+    if student.dim() < 1:
+        raise value_error(op, "student", student, "of shape [..., C]")
+    leading, device = student.shape[:-1], student.device
+    if teacher.dim() < 1 or teacher.shape[:-1] != leading:
+        raise value_error(op, "teacher", teacher, f"of shape {[*leading, 'C']} (the student's leading dimensions)")
+    check_device(op, "teacher", teacher, device)
+
+    classes = check_transform(op, "student_transform", student_transform, student.shape[-1])
+    teacher_classes = check_transform(op, "teacher_transform", teacher_transform, teacher.shape[-1])
+    if classes != teacher_classes:
+        raise ValueError(
+            f"{op}: teacher must have as many classes as student, got {teacher_classes} and {classes}; "
+            "for padded heads pass LogitTransform(classes=...) for the wider side"
+        )
+    if classes < 1:
+        raise value_error(op, "student", student, "of shape [..., C] with C >= 1")
+
+    dtype = compute_dtype(student, teacher)
+    if labels is not None:
+        labels = flat(check_row_tensor(op, "labels", labels, leading, device, torch.int64))
+    if mask is not None:
+        mask = flat(check_row_tensor(op, "mask", mask, leading, device, torch.bool))
+    temperature = check_temperature(op, "temperature", temperature, leading, device, dtype)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    else:
+        teacher_temperature = check_temperature(op, "teacher_temperature", teacher_temperature, leading, device, dtype)
+    check_smoothing(op, label_smoothing)
+    check_ignore_index(op, ignore_index)
+    check_bool(op, "scale_by_temperature", scale_by_temperature)
+    return Rows(
+        student,
+        teacher,
+        labels,
+        mask,
+        temperature,
+        teacher_temperature,
+        check_divergence(op, divergence),
+        label_smoothing,
+        ignore_index,
+        student_transform if student_transform is not None and student_transform.changes_values else None,
+        teacher_transform if teacher_transform is not None and teacher_transform.changes_values else None,
+        scale_by_temperature,
+        leading.numel(),
+        classes,
+        dtype,
+        op,
+    )
+
+
+def check_reduction(op: str, reduction: object, normalizer: object) -> None:
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    if normalizer is not None:
+        if reduction != "mean":
+            raise ValueError(f"{op}: normalizer replaces the row count of reduction='mean', got {reduction!r}")
+        check_scalar(op, "normalizer", normalizer, positive=True)
+
+
+def check_weight(op: str, weight: object, leading: torch.Size, device: torch.device) -> None:
+    if weight is not None:
+        check_row_tensor(op, "weight", weight, leading, device, None)
+
+
+def check_labels_in_range(op: str, rows: Rows) -> None:
+    """On a CPU only: elsewhere a bad label gives NaN for its row instead of a synchronisation."""
+    if rows.labels is None or rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    labels = rows.labels
+    bad = (labels < 0) | (labels >= rows.classes)
+    counted = rows.counted()
+    if counted is not None:
+        bad &= counted
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise label_error(op, row, int(labels[row]), rows.classes)

@@ -1,0 +1,45 @@
+"""mfd_fast.explain: which backend a call would run on, and why not the others."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from . import contract
+from .backends import Choice, explain_choice
+from .ops.distill_loss import check_loss, distill_loss, distill_terms
+from .ops.feature_loss import check_feature_loss, feature_loss
+from .ops.mfd_loss import check_mfd_loss, mfd_loss
+from .ops.modal_pool import check_pool, modal_pool
+
+# Public op -> (op that has the kernels, the contract check that builds its problem from all arguments).
+_PLANS: dict[Callable[..., Any], tuple[str, Callable[..., Any]]] = {
+    distill_loss: ("distill_loss", check_loss),
+    distill_terms: ("distill_loss", contract.check_rows),
+    modal_pool: ("modal_pool", check_pool),
+    feature_loss: ("feature_loss", check_feature_loss),
+    mfd_loss: ("mfd_loss", check_mfd_loss),
+}
+
+
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
+    """Which backend ``op(*args, **kwargs)`` runs on, the reason, and each other backend's reason.
+
+    Nothing is computed. A call that breaks the contract raises as the op itself would, and so does a
+    backend that was asked for and cannot run (:class:`~mfd_fast.BackendError`).
+
+    >>> import torch, mfd_fast as mfd
+    >>> mfd.explain(mfd.distill_loss, torch.zeros(2, 3), torch.zeros(2, 3), backend="reference").backend
+    'reference'
+    """
+    plan = _PLANS.get(op)
+    if plan is None:
+        known = ", ".join(f.__name__ for f in _PLANS)
+        raise contract.value_error("explain", "op", getattr(op, "__name__", op), f"one of {known}")
+    kernel_op, check = plan
+    name = op.__name__
+    bound = inspect.signature(op).bind(*args, **kwargs)
+    bound.apply_defaults()
+    backend = bound.arguments.pop("backend")
+    return explain_choice(kernel_op, check(name, **bound.arguments), backend, name)

@@ -1,0 +1,97 @@
+"""The checked ``distill_loss`` problem that every backend receives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .types import Divergence, LogitTransform
+
+
+class Rows:
+    """N rows of C classes of student and teacher logits with everything the row losses depend on.
+
+    Built by :func:`mfd_fast.contract.check_rows`; backends trust it.
+
+    Attributes:
+        student, teacher: ``[..., Cs]``, ``[..., Ct]`` raw logits, any strides, one device.
+        labels, mask: ``[N]`` int64 / bool, contiguous, or None.
+        temperature, teacher_temperature: float, or a tensor (0-d or contiguous ``[N]``) of ``dtype``.
+        n_rows, classes: N, and the C columns used on both sides.
+        dtype: dtype of the arithmetic and of the losses: float64 if either side is, else float32.
+        op: name of the public function, for messages.
+        student_transform, teacher_transform: None where the values are used as they are.
+    """
+
+    __slots__ = (
+        "classes",
+        "divergence",
+        "dtype",
+        "ignore_index",
+        "label_smoothing",
+        "labels",
+        "mask",
+        "n_rows",
+        "op",
+        "scale_by_temperature",
+        "student",
+        "student_transform",
+        "teacher",
+        "teacher_temperature",
+        "teacher_transform",
+        "temperature",
+    )
+
+    def __init__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        mask: Tensor | None,
+        temperature: float | Tensor,
+        teacher_temperature: float | Tensor,
+        divergence: Divergence,
+        label_smoothing: float,
+        ignore_index: int,
+        student_transform: LogitTransform | None,
+        teacher_transform: LogitTransform | None,
+        scale_by_temperature: bool,
+        n_rows: int,
+        classes: int,
+        dtype: torch.dtype,
+        op: str = "distill_loss",
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.labels = labels
+        self.mask = mask
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+        self.divergence = divergence
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.student_transform = student_transform
+        self.teacher_transform = teacher_transform
+        self.scale_by_temperature = scale_by_temperature
+        self.n_rows = n_rows
+        self.classes = classes
+        self.dtype = dtype
+        self.op = op
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device
+
+    def replace(self, **changes: object) -> Rows:
+        """A copy with some attributes exchanged."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        values.update(changes)
+        return Rows(**values)
+
+    def counted(self) -> Tensor | None:
+        """Bool ``[N]``, True where a row exists; None when all do."""
+        keep = self.mask
+        if self.labels is not None:
+            not_ignored = self.labels != self.ignore_index
+            keep = not_ignored if keep is None else keep & not_ignored
+        return keep

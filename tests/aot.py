@@ -1,0 +1,147 @@
+"""Ahead-of-time compilation of Triton kernels for GPUs that are not here, and what the machine code says.
+
+:func:`compile_all` works in a process of its own: kernels that were defined under ``TRITON_INTERPRET=1``, as they
+are in a test session, cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Report:
+    """Facts about one compiled kernel. Widths are bits per thread of global memory instructions."""
+
+    registers: int
+    stack: int
+    local_instructions: int
+    shared: int
+    load_widths: dict[str, int]
+    store_widths: dict[str, int]
+    double_instructions: int
+    ttir: str
+
+
+def compile_all(module: str, names: list[str]) -> dict[str, Report]:
+    """``module.launches(name)`` for every name, compiled in two fresh processes without the interpreter.
+
+    ``launches(name)`` returns ``(kernel, arguments, capability, warps)`` as for :func:`compile_kernel`; ``module``
+    lies beside this file.
+    """
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        halves = [names[k::2] for k in range(2)]
+        found = list(pool.map(lambda half: _in_process("compile", module, half), halves))
+    return {name: Report(**report) for half in found for name, report in half.items()}
+
+
+def keys_of(module: str, names: tuple[str, ...]) -> dict[str, list[str]]:
+    """Keys in the launcher's cache of every call of ``module.variants(name)``."""
+    return _in_process("keys", module, list(names))
+
+
+def _in_process(task: str, module: str, names: list[str]) -> dict[str, Any]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as cache:
+        environment["TRITON_CACHE_DIR"] = cache
+        command = [sys.executable, __file__, task, module, *names]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{task} {names} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compile_kernel(kernel: Any, arguments: dict[str, Any], capability: int, warps: int) -> Report:
+    """Compiles ``kernel`` as its launch with ``arguments`` on a GPU of ``capability`` (90: sm_90) would.
+
+    Tensors among the arguments may live anywhere: only dtype and alignment count.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile, make_backend  # noqa: A004
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    known = {name: value for name, value in arguments.items() if name in kernel.arg_names}
+    assert len(known) == len(arguments), f"unknown arguments: {arguments.keys() - known.keys()}"
+    bound, specialization, rest = binder(**known, **options)
+    parsed, signature, constexprs, attributes = kernel._pack_args(backend, rest, bound, specialization, rest)
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    compiled = compile(source, target=target, options=parsed.__dict__)
+    return inspect_cubin(compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ttir"])
+
+
+def specialization_key(kernel: Any, arguments: dict[str, Any], capability: int) -> str:
+    """What the launcher's cache of compiled kernels distinguishes."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    return str(create_function_from_signature(kernel.signature, kernel.params, backend)(**arguments)[1])
+
+
+def inspect_cubin(cubin: bytes, shared: int, ttir: str) -> Report:
+    """Reads a cubin with the cuobjdump and nvdisasm that the triton wheel carries."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _output(tools / "cuobjdump", "-res-usage", path)
+        sass = _output(tools / "nvdisasm", "-c", path)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    operations = re.findall(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", sass, re.MULTILINE)
+    assert any(op == "EXIT" for op in operations), "no instructions recognised"
+    return Report(
+        registers=int(found[1]),
+        stack=int(found[2]),
+        local_instructions=sum(op.split(".")[0] in ("LDL", "STL") for op in operations),
+        shared=shared,
+        load_widths=_widths(operations, "LDG"),
+        store_widths=_widths(operations, "STG"),
+        double_instructions=sum(op.split(".")[0] in ("DADD", "DMUL", "DFMA", "DSETP") for op in operations),
+        ttir=ttir,
+    )
+
+
+def _output(*command: Any) -> str:
+    return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True).stdout
+
+
+def _widths(operations: list[str], name: str) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for op in operations:
+        parts = op.split(".")
+        if parts[0] == name:
+            small = [int(p[1:]) for p in parts if p in ("U8", "S8", "U16", "S16")]
+            wide = [int(p) for p in parts if p in ("64", "128", "256")]
+            width = str((small or wide or [32])[0])
+            counts[width] = counts.get(width, 0) + 1
+    return counts
+
+
+def _main(task: str, module: str, *names: str) -> dict[str, Any]:
+    import importlib
+
+    jobs = importlib.import_module(module)
+    if task == "keys":
+        return {name: [specialization_key(k, a, 90) for k, a, *_ in jobs.variants(name)] for name in names}
+    return {name: asdict(compile_kernel(*jobs.launches(name))) for name in names}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_main(*sys.argv[1:])))

@@ -1,0 +1,185 @@
+"""What a user writes today, in the dtype of the inputs: the yardstick of the tolerance rule and nothing else."""
+
+import torch
+import torch.nn.functional as F
+
+
+def _transform(logits, transform):
+    if transform is None:
+        return logits
+    logits = logits[..., : transform.classes] * transform.scale
+    return logits if transform.softcap is None else transform.softcap * torch.tanh(logits / transform.softcap)
+
+
+def _per_row(temperature):
+    return temperature.unsqueeze(-1) if isinstance(temperature, torch.Tensor) and temperature.dim() else temperature
+
+
+def _rows(
+    student,
+    teacher,
+    labels=None,
+    *,
+    temperature=1.0,
+    teacher_temperature=None,
+    label_smoothing=0.0,
+    mask=None,
+    ignore_index=-100,
+    student_transform=None,
+    teacher_transform=None,
+    scale_by_temperature=True,
+):
+    x, y = _transform(student, student_transform), _transform(teacher, teacher_transform)
+    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+    log_q = F.log_softmax(x / _per_row(temperature), -1)
+    log_p = F.log_softmax(y / _per_row(teacher_temperature), -1)
+    soft = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    if scale_by_temperature:
+        soft = soft * temperature**2
+    keep = torch.ones(soft.shape, dtype=torch.bool) if mask is None else mask
+    hard = torch.zeros_like(soft)
+    if labels is not None:
+        hard = F.cross_entropy(
+            x.flatten(0, -2),
+            labels.flatten(),
+            reduction="none",
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        ).reshape(labels.shape)
+        keep = keep & (labels != ignore_index)
+    return torch.where(keep, soft, 0), torch.where(keep, hard, 0), keep, log_q, log_p
+
+
+def _reduce(per_row, keep, weight, reduction, normalizer):
+    if weight is not None:
+        per_row = torch.where(keep, weight * per_row, 0)
+    if reduction == "none":
+        return per_row
+    if reduction == "sum":
+        return per_row.sum()
+    return per_row.sum() / (max(int(keep.sum()), 1) if normalizer is None else normalizer)
+
+
+def distill_loss(
+    student,
+    teacher,
+    labels=None,
+    *,
+    soft_weight=1.0,
+    hard_weight=0.0,
+    weight=None,
+    reduction="mean",
+    normalizer=None,
+    **options,
+):
+    soft, hard, keep, _, _ = _rows(student, teacher, labels, **options)
+    return _reduce(soft_weight * soft + hard_weight * hard, keep, weight, reduction, normalizer)
+
+
+def distill_terms(student, teacher, labels=None, **options):
+    soft, hard, keep, log_q, log_p = _rows(student, teacher, labels, **options)
+    q, p = log_q.exp(), log_p.exp()
+    out = {
+        "soft": soft,
+        "student_entropy": torch.where(keep, -(q * log_q).sum(-1), 0),
+        "teacher_entropy": torch.where(keep, -(p * log_p).sum(-1), 0),
+    }
+    if labels is not None:
+        index = torch.where(keep, labels, 0).unsqueeze(-1)
+        out["hard"] = hard
+        out["student_label_prob"] = torch.where(keep, q.gather(-1, index).squeeze(-1), 0)
+        out["teacher_label_prob"] = torch.where(keep, p.gather(-1, index).squeeze(-1), 0)
+    return out
+
+
+def modal_pool(features, query=None, *, scores=None, bias=None, temperature=1.0, present=None, scale=None):
+    x = features if isinstance(features, torch.Tensor) else torch.stack(list(features), -2)
+    logits = torch.zeros(x.shape[:-1], dtype=x.dtype)
+    if query is not None:
+        logits = (x @ query) * (x.shape[-1] ** -0.5 if scale is None else scale)
+    if scores is not None:
+        logits = scores
+    if bias is not None:
+        logits = logits + bias
+    logits = logits / _per_row(temperature)
+    if present is not None:
+        logits = logits.masked_fill(~present, -torch.inf)
+        x = x.masked_fill(~present.unsqueeze(-1), 0)
+        nothing = ~present.any(-1, keepdim=True)
+        weights = torch.softmax(logits.masked_fill(nothing, 0), -1).masked_fill(nothing, 0)
+    else:
+        weights = torch.softmax(logits, -1)
+    return {"pooled": (weights.unsqueeze(-1) * x).sum(-2).to(x.dtype), "weights": weights}
+
+
+def _feature_rows(a, b, kind):
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(a, b, dim=-1)
+    loss = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}[kind]
+    return loss(a, b, reduction="none").mean(-1)
+
+
+def feature_loss(student, teacher, *, kind="mse", mask=None, weight=None, projector=None, reduction="mean"):
+    if isinstance(student, torch.Tensor):
+        student, teacher, projector = [student], [teacher], [projector]
+    taps = len(student)
+    weight = list(weight.unbind()) if isinstance(weight, torch.Tensor) and weight.dim() else weight
+    weights = weight if isinstance(weight, (list, tuple)) else [1.0 if weight is None else weight] * taps
+    total = 0.0
+    for s, t, w, proj in zip(student, teacher, weights, projector or [None] * taps, strict=True):
+        a = s if proj is None else s @ proj.T
+        rows = _feature_rows(a, t, kind)
+        count = rows.numel()
+        if mask is not None:
+            rows, count = torch.where(mask, rows, 0), int(mask.sum())
+        each = rows if reduction == "none" else rows.sum()
+        if reduction == "mean":
+            each = each / count
+        elif reduction == "sum" and kind != "cosine":
+            each = each * a.shape[-1]
+        total = total + w * each
+    return total
+
+
+def mfd_loss(
+    features,
+    query,
+    head_weight,
+    head_bias,
+    teacher_logits,
+    labels=None,
+    *,
+    teacher_features=None,
+    present=None,
+    bias=None,
+    pool_temperature=1.0,
+    pool_scale=None,
+    soft_weight=1.0,
+    hard_weight=0.0,
+    feature_weight=0.0,
+    feature_kind="mse",
+    teacher_pool_weights=None,
+    pool_weight=0.0,
+    weight=None,
+    reduction="mean",
+    normalizer=None,
+    **options,
+):
+    pool = modal_pool(features, query, bias=bias, temperature=pool_temperature, present=present, scale=pool_scale)
+    logits = F.linear(pool["pooled"], head_weight, head_bias)
+    soft, hard, keep, _, _ = _rows(logits, teacher_logits, labels, **options)
+    feature = torch.zeros_like(soft)
+    if teacher_features is not None:
+        feature = torch.where(keep, _feature_rows(pool["pooled"], teacher_features, feature_kind), 0)
+    per_row = soft_weight * soft + hard_weight * hard + feature_weight * feature
+    if teacher_pool_weights is not None:
+        on = teacher_pool_weights > 0
+        log_target = torch.where(on, teacher_pool_weights, 1).log()
+        log_weights = torch.where(on, pool["weights"], 1).log()
+        each = teacher_pool_weights * (log_target - log_weights)
+        per_row = per_row + pool_weight * torch.where(keep, each.sum(-1), 0)
+    terms = {"soft": soft, "hard": hard, "feature": feature}
+    out = {name: _reduce(value.detach(), keep, weight, reduction, normalizer) for name, value in terms.items()}
+    out["loss"] = _reduce(per_row, keep, weight, reduction, normalizer)
+    out["weights"] = torch.where(keep.unsqueeze(-1), pool["weights"].detach(), 0)
+    return out

@@ -1,0 +1,56 @@
+"""Autocast: dtypes do not change, and no result is less accurate than eager's under the same autocast."""
+
+import pytest
+import torch
+from harness import assert_obeys_rule, evaluate, on, reference64, stacked
+from op_db import RECORDS, SAMPLE_CASES, SAMPLE_IDS
+from test_values import DRAWS, eager_outputs
+
+from mfd_fast.testing import assert_bitwise_equal
+
+CPU_AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("record", "backend", "name"), SAMPLE_CASES, ids=SAMPLE_IDS)
+def test_dtypes_stay_and_accuracy_holds(record, backend, name, dtype):
+    actual, exact, eager = [], [], []
+    for seed in range(DRAWS[backend] // 3):
+        arguments = record.samples(dtype=dtype, seed=seed)[name]
+        plain = evaluate(record, on(record, backend), arguments)
+        exact.append(reference64(record, arguments))
+        with torch.autocast(**CPU_AUTOCAST):
+            actual.append(evaluate(record, on(record, backend), arguments))
+            eager.append(evaluate(record, lambda **a: eager_outputs(record, a), arguments))
+        for (key, a), (_, b) in zip(actual[-1].items(), plain.items(), strict=True):
+            assert a.dtype == b.dtype, key
+        for result in (actual[-1], exact[-1]):
+            result.outputs.pop("predictions", None)  # the argmax of rounded logits
+    assert_obeys_rule(*(stacked(r) for r in (actual, exact, eager)), f"{record.name} {backend} {name}")
+
+
+@pytest.mark.parametrize("backend", RECORDS["distill_loss"].backends)
+@pytest.mark.parametrize("name", ["distill_loss", "distill_terms"])
+def test_row_losses_ignore_autocast(backend, name):
+    record = RECORDS[name]
+    for arguments in record.samples().values():
+        plain = evaluate(record, on(record, backend), arguments)
+        with torch.autocast(**CPU_AUTOCAST):
+            found = evaluate(record, on(record, backend), arguments)
+        for (key, a), (_, b) in zip(found.items(), plain.items(), strict=True):
+            assert_bitwise_equal(a, b, key)
+
+
+def test_backward_of_a_model_under_autocast_reaches_float32_parameters():
+    model = torch.nn.Linear(5, 7)
+    sample = RECORDS["distill_loss"].samples(rows=4, classes=7)["plain"]
+    for backend in RECORDS["distill_loss"].backends:
+        model.zero_grad()
+        with torch.autocast(**CPU_AUTOCAST):
+            logits = model(torch.ones(4, 5))
+            assert logits.dtype == torch.bfloat16
+            loss = RECORDS["distill_loss"].op(logits, sample["teacher"], temperature=2.0, backend=backend)
+        assert loss.dtype == torch.float32
+        loss.backward()
+        assert model.weight.grad.dtype == torch.float32
+        assert bool(model.weight.grad.any())

@@ -1,0 +1,152 @@
+"""The choice of a backend: who asks, who wins, what explain says, and never a silent fallback."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from op_db import CASE_IDS, CASES, RECORDS
+
+import mfd_fast as mfd
+from mfd_fast import backends
+
+SAMPLE = RECORDS["distill_loss"].samples()["plain"]
+
+
+@pytest.mark.parametrize(("record", "backend"), CASES, ids=CASE_IDS)
+def test_explain_tells_what_runs(record, backend):
+    arguments = next(iter(record.samples().values()))
+    choice = mfd.explain(record.op, **arguments, backend=backend)
+    assert choice.backend == backend
+    assert f"backend='{backend}' was passed" in choice.reason
+    assert set(choice.rejected) == set(backends.NAMES) - {backend}
+    assert all(choice.rejected.values())
+    assert str(choice).startswith(f"{backend}: ")
+
+
+@pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
+def test_default_choice(record):
+    choice = mfd.explain(record.op, **next(iter(record.samples().values())))
+    assert choice.backend == ("cpu" if "cpu" in record.backends else "reference")
+    assert "CUDA" in choice.rejected["cuda"]
+    if "triton" in record.backends:
+        assert "only when asked for" in choice.rejected["triton"]
+
+
+def test_nearest_request_wins(monkeypatch):
+    def chosen(**options):
+        return mfd.explain(mfd.distill_loss, **SAMPLE, **options).backend
+
+    monkeypatch.setenv("MFD_FAST_BACKEND", "triton")
+    assert chosen() == "triton"
+    with mfd.use_backend("reference"):
+        assert chosen() == "reference"
+        with mfd.use_backend("cpu"):
+            assert chosen() == "cpu"
+        assert chosen() == "reference"
+        assert chosen(backend="cpu") == "cpu"
+    assert chosen() == "triton"
+    monkeypatch.setenv("MFD_FAST_BACKEND", "")
+    assert chosen() == "cpu"
+
+
+def test_request_ends_with_its_block_also_after_an_error():
+    with pytest.raises(KeyError), mfd.use_backend("reference"):
+        raise KeyError
+    assert mfd.explain(mfd.distill_loss, **SAMPLE).backend == "cpu"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_the_backend_that_was_asked_for_is_the_one_that_runs(monkeypatch, backend):
+    """Every other backend's entry points would fail loudly."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("the wrong backend ran")
+
+    for other in {"cpu", "triton"} - {backend}:
+        module = backends.implementation(other, "distill_loss")
+        for entry in ("scalar", "per_row", "per_row_backward"):
+            monkeypatch.setattr(module, entry, fail)
+    student = SAMPLE["student"].clone().requires_grad_()
+    for reduction in ("mean", "none"):
+        loss = mfd.distill_loss(student, SAMPLE["teacher"], reduction=reduction, backend=backend)
+        loss.sum().backward()
+    if backend == "reference":
+        return
+    module = backends.implementation(backend, "distill_loss")
+    monkeypatch.setattr(module, "scalar", fail)
+    with pytest.raises(AssertionError, match="the wrong backend ran"):
+        mfd.distill_loss(student, SAMPLE["teacher"], backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_standardize_is_refused_by_name_and_falls_to_the_reference_by_default(backend):
+    options = {"student_transform": mfd.LogitTransform(standardize=True)}
+    with pytest.raises(mfd.BackendError, match=f"backend '{backend}' cannot run .*standardi"):
+        mfd.distill_loss(**SAMPLE, **options, backend=backend)
+    choice = mfd.explain(mfd.distill_loss, **SAMPLE, **options)
+    assert choice.backend == "reference"
+    assert "standardi" in choice.rejected["cpu"]
+    assert mfd.distill_loss(**SAMPLE, **options).isfinite()
+
+
+def python(code, **environment):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MFD_FAST", "TRITON"))}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**env, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+CALL = "import torch, mfd_fast as mfd; x = torch.zeros(2, 3); print(mfd.explain(mfd.distill_loss, x, x).backend);"
+
+
+def test_import_needs_neither_triton_nor_the_native_module():
+    code = (
+        "import sys; sys.modules['triton'] = None; sys.modules['mfd_fast._C'] = None\n"
+        + CALL
+        + "\nprint(float(mfd.distill_loss(x, x + torch.eye(2, 3))) > 0)"
+        + "\nfor name in ('cpu', 'triton'):"
+        + "\n    try: mfd.distill_loss(x, x, backend=name)"
+        + "\n    except mfd.BackendError as error: print(error)"
+    )
+    done = python(code)
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["reference", "True"], done.stderr
+    assert "distill_loss: backend 'cpu' cannot run" in lines[2]
+    assert "distill_loss: backend 'triton' cannot run" in lines[3]
+
+
+def test_import_loads_no_heavy_module():
+    done = python(
+        "import sys, mfd_fast; print([m for m in ('triton', 'numpy.f2py', 'matplotlib') if m in sys.modules])"
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_triton_without_a_gpu_says_how_to_run_it():
+    done = python(CALL + "mfd.distill_loss(x, x, backend='triton')")
+    assert done.stdout.strip() == "cpu"
+    assert "BackendError" in done.stderr
+    assert "TRITON_INTERPRET=1" in done.stderr
+
+
+def test_unknown_instruction_set_is_one_sentence_and_the_rest_goes_on():
+    done = python(CALL + "mfd.distill_loss(x, x, backend='cpu')", MFD_FAST_CPU_ISA="sse9")
+    assert done.stdout.strip() == "reference"
+    last = done.stderr.strip().splitlines()[-1]
+    assert "MFD_FAST_CPU_ISA=sse9: unknown instruction set, expected one of" in last
+    assert "baseline" in last
+
+
+def test_environment_variable_chooses_in_a_fresh_process():
+    assert python(CALL, MFD_FAST_BACKEND="reference").stdout.strip() == "reference"
+    done = python(CALL, MFD_FAST_BACKEND="tpu")
+    assert "MFD_FAST_BACKEND: backend must be one of" in done.stderr
+
+
+def test_tensors_of_another_device_are_refused_with_a_reason():
+    x = torch.zeros(2, 3, device="meta")
+    for backend, reason in (("cpu", "meta"), ("triton", "CPU tensors only")):
+        with pytest.raises(mfd.BackendError, match=f"backend '{backend}' cannot run .*{reason}"):
+            mfd.distill_loss(x, x, backend=backend)

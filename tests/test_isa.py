@@ -1,0 +1,56 @@
+"""Every instruction set that this machine can run passes the battery, each in a process of its own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from mfd_fast.backends import cpu
+
+HERE = pathlib.Path(__file__).parent
+FILES = (
+    "test_special_values.py",
+    "test_values.py",
+    "test_layouts.py",
+    "test_poisoned_outputs.py",
+    "test_determinism.py",
+    "test_gradients.py",
+)
+SUPPORTED = cpu.native().supported_isas()
+OTHERS = [name for name in SUPPORTED if name != SUPPORTED[0]]
+
+
+def test_the_best_instruction_set_is_the_default_and_baseline_is_always_there():
+    assert cpu.isa() == os.environ.get("MFD_FAST_CPU_ISA", SUPPORTED[0])
+    assert SUPPORTED[-1] == "baseline"
+
+
+@pytest.mark.parametrize("isa", OTHERS)
+@pytest.mark.parametrize("file", FILES)
+def test_battery(isa, file):
+    """The default instruction set is what the rest of the battery runs on."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu", str(HERE / file)],
+        env={**os.environ, "MFD_FAST_CPU_ISA": isa},
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("isa", SUPPORTED)
+def test_variable_selects_the_instruction_set(isa):
+    done = subprocess.run(
+        [sys.executable, "-c", "from mfd_fast.backends import cpu; print(cpu.isa())"],
+        env={**os.environ, "MFD_FAST_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == isa, done.stderr

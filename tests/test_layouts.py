@@ -1,0 +1,107 @@
+"""Any layout of inputs and of grad_output gives the same numbers as contiguous memory."""
+
+import pytest
+import torch
+from harness import assert_same, evaluate, map_tensors, on, requiring_grad, upstream
+from op_db import CASE_IDS, CASES, RECORDS, SAMPLE_CASES, SAMPLE_IDS
+
+from mfd_fast.testing import LAYOUTS
+
+ODD = [name for name in LAYOUTS if name != "contiguous"]
+# A layout may change which vector width reads a row, and with it the order of a sum.
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def laid_out(arguments, names, layout):
+    """Both the argument in that layout and its contiguous copy (some layouts repeat values)."""
+    odd = {k: map_tensors(v, LAYOUTS[layout]) if k in names else v for k, v in arguments.items()}
+    return odd, map_tensors(odd, lambda t: t.clone(memory_format=torch.contiguous_format))
+
+
+@pytest.mark.parametrize("layout", ODD)
+@pytest.mark.parametrize(("record", "backend", "name"), SAMPLE_CASES, ids=SAMPLE_IDS)
+def test_all_inputs_in_a_layout(record, backend, name, layout):
+    sample = record.samples()[name]
+    odd, plain = laid_out(sample, tuple(sample), layout)
+    found, expected = (evaluate(record, on(record, backend), a) for a in (odd, plain))
+    assert_same(found, expected, layout, **CLOSE)
+    one = record.differentiable[:1]
+    found, expected = (evaluate(record, on(record, backend), a, names=one) for a in (odd, plain))
+    assert_same(found, expected, layout, **CLOSE)
+
+
+@pytest.mark.parametrize("layout", ODD)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", RECORDS["distill_loss"].backends)
+def test_one_side_in_a_layout(backend, side, layout, dtype):
+    record = RECORDS["distill_loss"]
+    sample = record.samples(dtype=dtype, rows=8, classes=37)["leading"]
+    odd, plain = laid_out(sample, (side,), layout)
+    for names in (("student",), ("student", "teacher")):
+        found, expected = (evaluate(record, on(record, backend), a, names=names) for a in (odd, plain))
+        tolerance = CLOSE if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-6}
+        assert_same(found, expected, f"{side} {layout}", **tolerance)
+
+
+@pytest.mark.parametrize("layout", ODD)
+@pytest.mark.parametrize(("record", "backend"), CASES, ids=CASE_IDS)
+def test_grad_output_in_a_layout(record, backend, layout):
+    for name, sample in record.samples().items():
+
+        def odd(output, seed):
+            return LAYOUTS[layout](upstream(output, seed))
+
+        def plain(output, seed):
+            return odd(output, seed).clone(memory_format=torch.contiguous_format)
+
+        found, expected = (evaluate(record, on(record, backend), sample, grad_outputs=g) for g in (odd, plain))
+        assert_same(found, expected, f"{name} {layout}", **CLOSE)
+
+
+@pytest.mark.parametrize("backend", RECORDS["distill_loss"].backends)
+@pytest.mark.parametrize(
+    "shape",
+    [(), (1,), (1, 1, 1), (2, 1, 3), (3, 1), (2, 3, 2), (1, 2, 1, 3)],
+    ids=str,
+)
+def test_leading_dimensions(backend, shape):
+    """Any number of leading dimensions, none included, equals the flattened problem."""
+    record = RECORDS["distill_loss"]
+    count = torch.Size(shape).numel()
+    flat = {**record.samples(rows=count, classes=5)["per_row"]}
+    shaped = {
+        k: v.reshape((*shape, *v.shape[1:])) if isinstance(v, torch.Tensor) and v.dim() else v for k, v in flat.items()
+    }
+    found, expected = (evaluate(record, on(record, backend), a) for a in (shaped, flat))
+    assert found.outputs["loss"].shape == shape
+    for (name, a), (_, b) in zip(found.items(), expected.items(), strict=True):
+        torch.testing.assert_close(a.reshape(b.shape), b, **CLOSE, msg=name)
+
+
+@pytest.mark.parametrize("backend", RECORDS["distill_loss"].backends)
+def test_overlapping_windows_and_flips(backend):
+    """Rows that share memory, and views torch makes of negative-step indexing."""
+    record = RECORDS["distill_loss"]
+    buffer = torch.randn(40)
+    student, teacher = buffer.as_strided((5, 7), (3, 1)), buffer.as_strided((5, 7), (1, 3), 2)
+    plain = {"student": student.clone(), "teacher": teacher.clone()}
+    found, expected = (
+        evaluate(record, lambda **a: {"loss": record.op(**a, backend=backend)}, a, names=("student",))
+        for a in ({"student": student, "teacher": teacher.flip(0).flip(0)}, plain)
+    )
+    assert_same(found, expected, "windows", **CLOSE)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_gradient_is_contiguous_and_of_the_students_form(backend):
+    record = RECORDS["distill_loss"]
+    for name, sample in record.samples(dtype=torch.bfloat16).items():
+        for names in (("student",), ("student", "teacher")):
+            arguments = requiring_grad(sample, names)
+            loss = record.op(**arguments, backend=backend)
+            grads = torch.autograd.grad(loss.sum(), [arguments[k] for k in names], allow_unused=True)
+            for key, grad in zip(names, grads, strict=True):
+                if grad is not None:
+                    assert grad.is_contiguous(), (name, key)
+                    assert (grad.shape, grad.dtype) == (arguments[key].shape, arguments[key].dtype)

@@ -1,0 +1,129 @@
+"""Values and gradients obey the tolerance rule of mfd_fast.testing at every distance, dtype and size."""
+
+import pytest
+import torch
+from harness import Result, assert_obeys_rule, assert_same, evaluate, on, reference64, stacked
+from op_db import RECORDS, SAMPLE_CASES, SAMPLE_IDS
+
+from mfd_fast.testing import DISTANCES
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# Interpreted kernels are slow; the bound on one scalar is luck, so the others pool the errors of many draws.
+DRAWS = {"reference": 24, "cpu": 24, "triton": 6}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize(("record", "backend", "name"), SAMPLE_CASES, ids=SAMPLE_IDS)
+def test_values_and_all_gradients(record, backend, name, distance, dtype):
+    actual, exact, eager = [], [], []
+    for seed in range(DRAWS[backend]):
+        arguments = record.samples(dtype=DTYPES[dtype], distance=distance, seed=seed)[name]
+        eager.append(evaluate(record, lambda **a: eager_outputs(record, a), arguments))
+        exact.append(reference64(record, arguments))
+        actual.append(evaluate(record, on(record, backend), arguments))
+    assert_obeys_rule(*(stacked(r) for r in (actual, exact, eager)), f"{record.name} {backend} {name}")
+
+
+def eager_outputs(record, arguments):
+    found = record.eager(**arguments)
+    return found if isinstance(found, dict) else {"loss": found}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("name", ["plain", "labels", "leading", "hard_only", "transforms"])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_gradient_of_the_student_alone(backend, name, distance, dtype):
+    """The scalar loss whose gradient is computed in the forward pass."""
+    record = RECORDS["distill_loss"]
+    actual, exact, eager = [], [], []
+    for seed in range(DRAWS[backend]):
+        arguments = record.samples(dtype=DTYPES[dtype], distance=distance, seed=seed)[name]
+        one = {"names": ("student",)}
+        eager.append(evaluate(record, lambda **a: eager_outputs(record, a), arguments, **one))
+        exact.append(reference64(record, arguments, **one))
+        actual.append(evaluate(record, on(record, backend), arguments, **one))
+    assert_obeys_rule(*(stacked(r) for r in (actual, exact, eager)), f"{backend} {name}")
+
+
+SIZES = [1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 31, 32, 33, 61, 63, 64, 65, 127, 128, 129, 255, 256, 257]
+SHAPES = [(n, 5) for n in (0, 1, 3, 7, 16, 17)] + [(2, c) for c in SIZES]
+LONG = [(3, c) for c in (1000, 1021, 4095, 4097, 32000, 65537)] + [(1031, 3), (4099, 10)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("backend", "shape"),
+    [(b, s) for b in ("cpu", "triton") for s in SHAPES] + [("cpu", s) for s in LONG] + [("triton", (2, 4097))],
+    ids=str,
+)
+def test_sizes(backend, shape, dtype):
+    """Zero, one, primes, powers of two and their neighbours, in rows and in classes."""
+    record = RECORDS["distill_loss"]
+    roads = (("none", ("student", "teacher")), ("mean", ("student",)))
+    for reduction, names in roads if dtype != torch.bfloat16 else roads[:1]:
+        actual, exact, eager = [], [], []
+        draws = range(8 if dtype == torch.float32 and backend == "cpu" and shape not in LONG else 1)
+        for seed in draws:
+            arguments = record.samples(dtype=dtype, rows=shape[0], classes=shape[1], seed=seed)["labels"]
+            arguments["reduction"] = reduction
+            actual.append(evaluate(record, on(record, backend), arguments, names=names))
+            exact.append(reference64(record, arguments, names=names))
+            eager.append(evaluate(record, lambda **a: eager_outputs(record, a), arguments, names=names))
+        context = f"{backend} {shape} {reduction}"
+        if dtype == torch.float64:
+            assert_same(actual[0], exact[0], context, rtol=1e-11, atol=1e-12)
+        elif dtype == torch.float32 and (len(draws) == 1 and shape not in LONG):
+            assert_same(actual[0], narrowed(exact[0]), context, rtol=2e-6, atol=2e-6)
+        else:
+            if shape in LONG and reduction == "mean":  # one number: pooled in the tests above
+                for result in (actual[0], exact[0], eager[0]):
+                    del result.outputs["loss"]
+            assert_obeys_rule(stacked(actual), stacked(exact), stacked(eager), context)
+
+
+def narrowed(result):
+    """float64 results rounded to float32."""
+    return Result(*({k: v.float() for k, v in part.items()} for part in (result.outputs, result.grads)))
+
+
+@pytest.mark.parametrize("backend", RECORDS["distill_loss"].backends)
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (0, 1), (3, 1)])
+def test_degenerate_sizes_are_exact(backend, shape):
+    record = RECORDS["distill_loss"]
+    for reduction in ("mean", "sum", "none"):
+        arguments = record.samples(rows=shape[0], classes=shape[1])["plain"]
+        found = evaluate(record, on(record, backend), {**arguments, "reduction": reduction})
+        assert found.outputs["loss"].shape == (shape[:1] if reduction == "none" else ())
+        assert all(not bool(value.any()) for _, value in found.items())
+
+
+@pytest.mark.parametrize("backend", RECORDS["distill_loss"].backends)
+def test_large_temperature_limit(backend):
+    """T^2 KL -> |z_c - t_c|^2 / (2 C) with centred logits, as T -> infinity."""
+    record = RECORDS["distill_loss"]
+    arguments = record.samples(dtype=torch.float64, rows=4, classes=9)["plain"]
+    student, teacher = (arguments[k] - arguments[k].mean(-1, keepdim=True) for k in ("student", "teacher"))
+    limit = (student - teacher).square().sum(-1) / (2 * 9)
+    previous = torch.inf
+    for temperature in (1e2, 1e3, 1e4):
+        loss = record.op(student, teacher, temperature=temperature, reduction="none", backend=backend)
+        error = float((loss - limit).abs().max())
+        assert error < 0.2 * previous  # the error falls as 1/T
+        previous = error
+    assert previous < 2e-3 * float(limit.max())
+
+
+@pytest.mark.parametrize("backend", RECORDS["distill_loss"].backends)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_divergence_is_never_negative(backend, dtype):
+    """Nearly equal distributions, where rivals in bfloat16 return -0.007."""
+    record = RECORDS["distill_loss"]
+    for seed in range(DRAWS[backend]):
+        sample = record.samples(dtype=DTYPES[dtype], distance="almost", seed=seed)["plain"]
+        loss = record.op(**{**sample, "reduction": "none"}, backend=backend)
+        assert bool((loss >= 0).all())
+        same = record.op(**{**sample, "teacher": sample["student"], "reduction": "none"}, backend=backend)
+        assert bool((same >= 0).all())
+        assert bool((same <= 4e-6).all())
