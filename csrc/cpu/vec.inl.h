@@ -159,8 +159,12 @@ struct F32 {
 #endif
   }
   // Lane i and lane i + width meet, width = kLanes/2 .. 1: the same tree with shuffles and without.
-  MFD_INLINE T sum(V v) { return reduce(v, [](auto a, auto b) { return a + b; }); }
-  MFD_INLINE T largest(V v) { return reduce(v, [](auto a, auto b) { return a > b ? a : b; }); }
+  MFD_INLINE T sum(V v) {
+    return reduce(v, [](auto a, auto b) { return a + b; });
+  }
+  MFD_INLINE T largest(V v) {
+    return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
+  }
 
   template <class Combine>
   MFD_INLINE T reduce(V v, Combine combine) {
