@@ -251,9 +251,8 @@ void mfd_pool(Mfd& m, Address pooled, Address weights, int threads) {
   mfd::pool_forward(f, threads);
 }
 
-// Writes loss, and soft, hard and feature to terms[0..2].
-void mfd_rows(Mfd& m, Address loss, Address terms, Address predictions, Address grad, bool stream,
-              int threads) {
+void mfd_rows(Mfd& m, Address loss, Address soft, Address hard, Address feature, Address predictions,
+              Address grad, bool stream, int threads) {
   mfd::MfdRows r{};
   r.problem = m.problem;
   r.use_soft = m.use_soft;
@@ -273,11 +272,10 @@ void mfd_rows(Mfd& m, Address loss, Address terms, Address predictions, Address 
   r.predictions = pointer<int64_t>(predictions);
   const mfd::MfdSums sums = mfd::mfd_rows(r, threads);
   const bool is_double = m.problem.is_double;
-  const Address step = is_double ? sizeof(double) : sizeof(float);
   put_value(loss, is_double, sums.loss);
-  put_value(terms, is_double, sums.soft);
-  put_value(terms + step, is_double, sums.hard);
-  put_value(terms + 2 * step, is_double, sums.feature);
+  put_value(soft, is_double, sums.soft);
+  put_value(hard, is_double, sums.hard);
+  put_value(feature, is_double, sums.feature);
 }
 
 void mfd_backward(const Mfd& m, Address weights, Address pooled, Address d_pooled, Address d_logits,

@@ -263,7 +263,7 @@ RECORDS = {
             samples=mfd_loss_samples,
             differentiable=("features", "query", "bias", "head_weight", "head_bias", "teacher_logits", "weight"),
             outputs=_fields,
-            backends=("reference",),
+            backends=("cpu", "reference"),
             errors=op_errors.mfd_loss,
         ),
     )

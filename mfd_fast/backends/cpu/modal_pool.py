@@ -32,7 +32,7 @@ def native_pool(module: Any, p: Any, keep: list[Tensor]) -> Any:
     )
     temperature = p.temperature
     if isinstance(temperature, Tensor) and temperature.dim():
-        temperature = temperature.reshape(-1).contiguous()
+        temperature = temperature.reshape(-1).to(p.dtype).contiguous()
         keep.append(temperature)
     return module.Pool(
         p.leading.numel(),
