@@ -21,7 +21,7 @@ NAMES = ("cuda", "triton", "cpu", "reference")  # best first
 OPS: dict[str, tuple[str, ...]] = {
     "distill_loss": ("triton", "cpu", "reference"),
     "modal_pool": ("cpu", "reference"),
-    "feature_loss": ("reference",),
+    "feature_loss": ("cpu", "reference"),
     "mfd_loss": ("cpu", "reference"),
 }
 
