@@ -70,7 +70,7 @@ class _ScalarLoss(torch.autograd.Function):
         return (None, None, None, *gradients)
 
 
-def _with_leaves(problem: MFDProblem, leaves: Sequence[Tensor | None]) -> MFDProblem:
+def _with_leaves(problem: MFDProblem, leaves: Sequence[Any]) -> MFDProblem:
     query, bias, head_weight, head_bias, *features = leaves
     pool = replace(problem.pool, query=query, bias=bias, features=features)
     return replace(problem, pool=pool, head_weight=head_weight, head_bias=head_bias)
