@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import allocate
 from . import native
-from .rows import DTYPES, NO_ROWS, address, dense, rows_argument, stacked_arguments, streams, temperature_argument
+from .rows import DTYPES, NO_ROWS, address, cast, dense, rows_argument, stacked_arguments, streams, temperature_argument
 
 #: Modalities that the kernels have room for.
 MAX_MODALITIES = 32
@@ -109,9 +109,9 @@ def backward(
         torch.get_num_threads(),
     )
     if d_query is not None:
-        d_query = d_query.to(p.query.dtype)
+        d_query = cast(d_query, p.query.dtype)
     if d_scores is not None:
-        d_scores = d_scores.to(p.scores.dtype)
+        d_scores = cast(d_scores, p.scores.dtype)
     if d_bias is not None:
-        d_bias = d_bias.to(p.bias.dtype)
+        d_bias = cast(d_bias, p.bias.dtype)
     return [d_query, d_scores, d_bias, d_temperature, *d_features]
