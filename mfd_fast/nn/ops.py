@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from . import types
-from .ops.distill_loss import distill_loss
-from .ops.feature_loss import feature_loss
-from .ops.mfd_loss import mfd_loss
-from .ops.modal_pool import modal_pool
+from .. import types
+from ..ops.distill_loss import distill_loss
+from ..ops.feature_loss import feature_loss
+from ..ops.mfd_loss import mfd_loss
+from ..ops.modal_pool import modal_pool
 
 __all__ = ["DistillationLoss", "FeatureLoss", "MFDLoss", "ModalPool"]
 
