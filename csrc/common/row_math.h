@@ -109,4 +109,10 @@ MFD_ROW_FN double cross_entropy(const RowSums& row, double label, double eps) {
   return value;
 }
 
+// The smoothed label's own probability, (1 - eps) + eps/C: exactly 1 for one class.
+MFD_ROW_FN double label_share(const Problem& p) {
+  const double even = p.smoothing / static_cast<double>(p.classes);
+  return p.classes == 1 ? 1.0 : (1.0 - p.smoothing) + even;
+}
+
 }  // namespace mfd

@@ -134,8 +134,11 @@ static void backward_block(const Backward& g, const BackwardRow<S>& row, const E
     const double shift = row.grad_hard * problem.smoothing / static_cast<double>(problem.classes);
     student_gradient<S>(q, p, h, n, row.grad_soft * row.soft_scale / row.ts, row.grad_hard, shift, out);
     const int64_t at_label = row.label - start;
-    if (h && at_label >= 0 && at_label < n)
-      out[at_label] -= static_cast<T>(row.grad_hard * (1.0 - problem.smoothing));
+    if (h && at_label >= 0 && at_label < n) {
+      const T soft = static_cast<T>(row.grad_soft * row.soft_scale / row.ts) * (q[at_label] - p[at_label]);
+      const T hard = static_cast<T>(row.grad_hard) * h[at_label];
+      out[at_label] = soft + (hard - static_cast<T>(row.grad_hard * label_share(problem)));
+    }
     emit<S>(problem.student, x.x, n, g.stream, out, d_student + start * dtype_size(problem.student.dtype));
   }
   if (d_teacher || g.d_teacher_temperature) {

@@ -201,8 +201,9 @@ static void write_gradient(const RowContext<S>& c, const RowSums& row, int64_t b
     }
     const int64_t at_label = c.label - start;
     if (f.use_hard && at_label >= 0 && at_label < n) {
-      const T g = gradient_at<T>(c.hard, f.use_soft, es[at_label], et[at_label], eh[at_label], factors);
-      target[at_label] = g - static_cast<T>(hard * (1.0 - p.smoothing));
+      factors.shift = static_cast<T>(hard * label_share(p));
+      target[at_label] =
+          gradient_at<T>(c.hard, f.use_soft, es[at_label], et[at_label], eh[at_label], factors);
     }
     if (direct) continue;
     if (p.student.scale != 1.0 || p.student.softcap > 0) {
