@@ -22,7 +22,7 @@ from ..reference.mfd_loss import is_used
 from ..reference.mfd_loss import mfd_loss as reference_loss
 from ..rows import Rows
 from ..types import Divergence, MFDOutput
-from .modal_pool import check_pool, check_vector
+from .pool_problem import check_pool, check_vector
 
 
 @dataclass
