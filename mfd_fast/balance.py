@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import contract
 from .ops.distill_loss import distill_terms
-from .ops.modal_pool import check_features
+from .ops.pool_problem import check_features
 
 if TYPE_CHECKING:
     from typing_extensions import Self

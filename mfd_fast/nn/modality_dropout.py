@@ -106,7 +106,9 @@ class ModalityDropout(nn.Module):
         return PresentFeatures([self._filled(m, x, present) for m, x in enumerate(xs)], present)
 
     def _draw(self, rows: torch.Size, present: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        u = torch.rand(*rows, self.modalities, device=self.p.device, generator=generator)
+        # torch.compile does not trace generators, not even None where sizes are symbolic.
+        source: dict[str, Any] = {} if generator is None else {"generator": generator}
+        u = torch.rand(*rows, self.modalities, device=self.p.device, **source)
         keep = u >= self.p
         # Given that all were dropped, u_m / p_m are independent and uniform in [0, 1).
         rank = u / self.p

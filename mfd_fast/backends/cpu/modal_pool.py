@@ -27,9 +27,7 @@ def can_run(problem: Any) -> str | None:
 
 def native_pool(module: Any, p: Any, keep: list[Tensor]) -> Any:
     """The native description of a pool; tensors it points into are appended to ``keep``."""
-    features = (
-        stacked_arguments(p.features[0], keep) if p.stacked else [rows_argument(x, keep) for x in p.features]
-    )
+    features = stacked_arguments(p.features[0], keep) if p.stacked else [rows_argument(x, keep) for x in p.features]
     temperature = p.temperature
     if isinstance(temperature, Tensor) and temperature.dim():
         temperature = temperature.reshape(-1).contiguous()
@@ -86,9 +84,7 @@ def backward(
     keep: list[Tensor] = []
     need_query, need_scores, need_bias, need_temperature, *need_features = needs
     dtype, device = p.dtype, p.device
-    d_features, addresses, row_stride = feature_gradients(
-        p.features, need_features, p.stacked, p.modalities, p.width
-    )
+    d_features, addresses, row_stride = feature_gradients(p.features, need_features, p.stacked, p.modalities, p.width)
 
     def empty(need: bool, *shape: int) -> Tensor | None:
         return allocate.empty(shape, dtype, device) if need else None
