@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from . import contract
 from .ops.distill_loss import distill_terms
-from .ops.pool_problem import check_features
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,7 +60,7 @@ def modality_statistics(
     tensor([[0.2500, 0.9996]])
     """
     op = "modality_statistics"
-    each = check_features(op, logits)
+    each = _per_modality(op, logits)
     leading, device = each[0].shape[:-1], each[0].device
     contract.check_row_tensor(op, "labels", labels, leading, device, torch.int64)
     if present is not None:
@@ -77,6 +76,20 @@ def modality_statistics(
             assert terms.hard is not None
             rows.append((terms.student_label_prob, terms.student_entropy, terms.hard))
         return ModalityStatistics(*(torch.stack(field, -1) for field in zip(*rows, strict=True)))
+
+
+def _per_modality(op: str, logits: object) -> list[Tensor]:
+    """M floating tensors ``[..., C]`` of one shape and device."""
+    if isinstance(logits, Tensor) and logits.dim() >= 2:
+        logits = logits.unbind(-2)
+    if isinstance(logits, (str, Tensor)) or not isinstance(logits, Sequence) or not logits:
+        raise contract.type_error(op, "logits", logits, "a sequence of tensors or one tensor [..., M, C]")
+    each = [contract.check_floating(op, f"logits[{m}]", z) for m, z in enumerate(logits)]
+    for m, z in enumerate(each):
+        if z.dim() < 1 or z.shape != each[0].shape:
+            raise contract.value_error(op, f"logits[{m}]", z, f"of shape {list(each[0].shape) or '[..., C]'}")
+        contract.check_device(op, f"logits[{m}]", z, each[0].device)
+    return each
 
 
 def ogm_coefficients(label_prob: Tensor, *, alpha: float | Tensor, present: Tensor | None = None) -> Tensor:

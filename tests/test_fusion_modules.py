@@ -6,120 +6,25 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from fusion_modules import (
+    CLOSE,
+    COMPILED,
+    MODULES,
+    OUT,
+    STATES,
+    WIDTHS,
+    LinearAttentionFusion,
+    call,
+    inputs,
+    low_rank,
+    made,
+    projected_then_stacked,
+)
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import mfd_fast as mfd
 from mfd_fast.testing import assert_bitwise_equal, assert_close_to_float64
-
-WIDTHS, OUT = (6, 4, 5), 7
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-
-
-def projected_then_stacked(fusion, features, present=None, temperature=1.0):
-    """ModalFusion in plain PyTorch: M projections, a stack, a softmax, a weighted sum (also for the benchmark)."""
-    start, projected = 0, []
-    for m, x in enumerate(features):
-        weight = fusion.weight[:, start : start + x.shape[-1]]
-        projected.append(F.linear(x, weight, None if fusion.bias is None else fusion.bias[m]))
-        start += x.shape[-1]
-    stacked = torch.stack(projected, -2)
-    if fusion.score_weight is not None:
-        scores = F.linear(torch.cat(list(features), -1), fusion.score_weight, fusion.score_bias)
-    elif fusion.query is not None:
-        scores = stacked @ fusion.query * fusion.out_features**-0.5 + fusion.score_bias
-    else:
-        scores = fusion.score_bias.expand(stacked.shape[:-1])
-    scores = scores / temperature
-    if present is not None:
-        scores = scores.masked_fill(~present, -torch.inf)
-    weights = scores.softmax(-1)
-    return (weights.unsqueeze(-1) * stacked).sum(-2), weights
-
-
-class LinearAttentionFusion(nn.Module):
-    """The function of torchmultimodal's AttentionFusionModule, for modalities given in sorted order."""
-
-    def __init__(self, widths, out):
-        super().__init__()
-        self.attention = nn.Linear(sum(widths), len(widths))
-        self.projections = nn.ModuleList(nn.Linear(d, out) for d in widths)
-
-    def forward(self, features):
-        weights = torch.softmax(self.attention(torch.cat(features, -1)), -1)
-        parts = [p(x) * weights[:, m : m + 1] for m, (p, x) in enumerate(zip(self.projections, features, strict=True))]
-        return torch.stack(parts).sum(0)
-
-
-def low_rank(module, features):
-    """LowRankFusion as the paper writes it: every factor, stacked, then the product over modalities."""
-    z = []
-    for x, factor in zip(features, module.factors, strict=True):
-        padded = torch.cat([torch.ones_like(x[..., :1]), x], -1)
-        z.append(torch.einsum("...d,dro->...ro", padded, factor))
-    y = torch.einsum("r,...ro->...o", module.rank_weight, torch.stack(z).prod(0))
-    return y if module.bias is None else y + module.bias
-
-
-def modal(scoring="linear", fold=None, **options):
-    return lambda **form: mfd.nn.ModalFusion(WIDTHS, OUT, scoring=scoring, fold=fold, **options, **form)
-
-
-def gated(kind, **options):
-    sizes = (6,) if kind == "tanh" else (6, 4) if kind == "film" else (6, 4, 5)
-    return lambda **form: mfd.nn.GatedFusion(*sizes, kind=kind, **options, **form)
-
-
-MODULES = {
-    **{f"modal {s} {f}": modal(s, f) for s in ("linear", "query", "prior") for f in (True, False)},
-    "modal without bias": modal("query", True, bias=False),
-    "modal cold": modal("linear", None, temperature=0.3),
-    **{kind: gated(kind) for kind in ("tanh", "sigmoid", "gmu", "film")},
-    "tanh per channel": gated("tanh", per_channel=True),
-    "gmu without bias": gated("gmu", bias=False),
-    "low rank": lambda **form: mfd.nn.LowRankFusion(WIDTHS, OUT, 3, **form),
-    "low rank without bias": lambda **form: mfd.nn.LowRankFusion(WIDTHS, OUT, 3, bias=False, **form),
-}
-STATES = {
-    "modal linear True": {"weight", "bias", "score_weight", "score_bias"},
-    "modal query True": {"weight", "bias", "query", "score_bias"},
-    "modal prior True": {"weight", "bias", "score_bias"},
-    "modal without bias": {"weight", "query", "score_bias"},
-    "tanh": {"gate"},
-    "sigmoid": {"gate.weight", "gate.bias", "value.weight", "value.bias"},
-    "gmu": {f"{layer}.{kind}" for layer in ("x_value", "h_value", "gate") for kind in ("weight", "bias")},
-    "film": {"film.weight", "film.bias"},
-    "low rank": {"factors.0", "factors.1", "factors.2", "rank_weight", "bias"},
-}
-COMPILED = ("modal linear True", "modal query True", "modal linear False", "tanh", "sigmoid", "gmu", "film", "low rank")
-
-
-def made(name, dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    module = MODULES[name](dtype=dtype)
-    with torch.no_grad():  # no parameter at 0: every path carries a gradient
-        for p in module.parameters():
-            p.add_(torch.randn_like(p, dtype=torch.float32).mul_(0.3).to(p.dtype))
-    return module
-
-
-def inputs(module, *leading, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    widths = (module.x_features, module.h_features) if isinstance(module, mfd.nn.GatedFusion) else module.in_features
-    features = [torch.randn(*leading, d, generator=generator, dtype=torch.float64).to(dtype) for d in widths]
-    present = torch.rand(*leading, len(widths), generator=generator) < 0.6
-    if leading and leading[0] > 2:
-        present[0], present[1] = True, False
-    return features, present
-
-
-def call(module, features, present=None, **options):
-    """(fused, weights or None)."""
-    if isinstance(module, mfd.nn.GatedFusion):
-        return module(*features, present), None
-    out = module(features, present, **options)
-    return out if isinstance(out, tuple) else (out, None)
-
 
 # ------------------------------------------------------------------------------------------------ their functions
 
@@ -146,18 +51,19 @@ def test_modal_fusion_is_the_stacked_projections(name, masked):
 
 @pytest.mark.parametrize("fold", [True, False])
 def test_linear_scoring_is_torchmultimodals_attention_fusion(fold):
-    other = LinearAttentionFusion(WIDTHS, OUT).double()
     module = mfd.nn.ModalFusion(WIDTHS, OUT, fold=fold, dtype=torch.float64)
-    module.load_state_dict(
-        {
-            "weight": torch.cat([p.weight for p in other.projections], 1),
-            "bias": torch.stack([p.bias for p in other.projections]),
-            "score_weight": other.attention.weight,
-            "score_bias": other.attention.bias,
-        }
-    )
+    twin = LinearAttentionFusion(module)
     features, _ = inputs(module, 9, dtype=torch.float64)
-    torch.testing.assert_close(module(features).pooled, other(features))
+    leaves = [x.requires_grad_() for x in features]
+    found, expected = module(leaves).pooled, twin(leaves)
+    torch.testing.assert_close(found, expected)
+    up = torch.randn_like(expected)
+    mine = torch.autograd.grad(found, [*leaves, module.weight, module.bias], up)
+    theirs = torch.autograd.grad(expected, [*leaves, *twin.projections.parameters()], up)
+    for a, b in zip(mine[:3], theirs, strict=False):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(mine[3], torch.cat(theirs[3::2], 1))
+    torch.testing.assert_close(mine[4], torch.stack(theirs[4::2]))
 
 
 @pytest.mark.parametrize(("out", "form"), [(5, "_projected"), (6, "_folded")])
@@ -256,7 +162,10 @@ def test_low_rank_gradient_is_exact_where_a_factor_is_zero():
     features, _ = inputs(module, 3, dtype=torch.float64)
     up = torch.randn(3, OUT, dtype=torch.float64)
     module(features).backward(up)
-    z = [torch.einsum("bd,dro->bro", F.pad(x, (1, 0), value=1.0), f) for x, f in zip(features, module.factors)]
+    z = [
+        torch.einsum("bd,dro->bro", F.pad(x, (1, 0), value=1.0), f)
+        for x, f in zip(features, module.factors, strict=True)
+    ]
     left_out = z[0] * z[2] * module.rank_weight[:, None] * up[:, None]
     expected = torch.einsum("bd,bro->dro", F.pad(features[1], (1, 0), value=1.0), left_out)
     torch.testing.assert_close(module.factors[1].grad, expected)
@@ -445,108 +354,6 @@ def test_scheduled_temperature_never_recompiles():
         schedule.step()
     assert counter.frame_count == 1
     assert len(seen) == 5
-
-
-# ------------------------------------------------------------------------------------------------------- dropout
-
-
-def dropped(module, features, present=None, seed=0):
-    return module(features, present, generator=torch.Generator().manual_seed(seed))
-
-
-def test_dropout_keeps_one_and_is_reproducible():
-    features = [torch.ones(4000, 2), torch.ones(4000, 3), torch.ones(4000, 1)]
-    module = mfd.nn.ModalityDropout(3, [0.5, 0.2, 1.0])
-    out, present = dropped(module, features)
-    assert_bitwise_equal(present, dropped(module, features)[1])
-    assert not torch.equal(present, dropped(module, features, seed=1)[1])
-    assert bool(present.any(-1).all())
-    for m, x in enumerate(out):
-        assert_bitwise_equal(x, present[:, m, None].expand_as(x).float())
-    # Of modality 2 (p = 1) only the third of those rows is left that would have lost everything: 0.5·0.2/3.
-    share = present.float().mean(0)
-    expected = torch.tensor([0.5 + 0.1 / 3, 0.8 + 0.1 / 3, 0.1 / 3])
-    torch.testing.assert_close(share, expected, rtol=0, atol=0.03)
-
-
-def test_dropout_respects_what_is_absent_already():
-    features = [torch.randn(500, 4), torch.randn(500, 4), torch.randn(500, 4)]
-    incoming = torch.rand(500, 3) < 0.5
-    incoming[0] = False
-    features = [torch.where(incoming[:, m, None], x, torch.nan) for m, x in enumerate(features)]
-    out, present = dropped(mfd.nn.ModalityDropout(3, 0.9), features, incoming)
-    assert not (present & ~incoming).any()
-    assert_bitwise_equal(present.any(-1), incoming.any(-1))
-    for m, x in enumerate(out):
-        assert not x[~present[:, m]].any()
-        assert_bitwise_equal(x[present[:, m]], features[m][present[:, m]])
-
-
-def test_dropout_zero_and_one():
-    features = [torch.randn(50, 2), torch.randn(50, 2)]
-    assert bool(mfd.nn.ModalityDropout(2, 0.0)(features).present.all())
-    assert_bitwise_equal(mfd.nn.ModalityDropout(2, 1.0)(features).present.sum(-1), torch.ones(50, dtype=torch.int64))
-    assert bool(mfd.nn.ModalityDropout(1, 1.0)([features[0]]).present.all())
-
-
-def test_dropout_in_eval_is_the_identity():
-    features = [torch.randn(5, 2), torch.full((5, 3), torch.nan)]
-    present = torch.tensor([[True, False]] * 5)
-    module = mfd.nn.ModalityDropout(2, 0.5).eval()
-    for mask in (None, present):
-        out, after = module(features, mask)
-        assert all(a is b for a, b in zip(out, features, strict=True))
-        assert after is mask
-    learned = mfd.nn.ModalityDropout(2, 0.5, fill_features=[2, 3]).eval()
-    assert learned(features)[0][1] is features[1]
-    with torch.no_grad():
-        learned.fills[1].fill_(2.0)
-    out, after = learned(features, present)
-    assert after is present
-    assert_bitwise_equal(out[0], features[0])
-    assert_bitwise_equal(out[1].detach(), torch.full((5, 3), 2.0))
-
-
-def test_learned_fill_learns_from_absent_rows_only():
-    module = mfd.nn.ModalityDropout(2, 0.0, fill_features=[2, 3])
-    assert {n: tuple(p.shape) for n, p in module.named_parameters()} == {"fills.0": (2,), "fills.1": (3,)}
-    present = torch.tensor([[True, False], [True, True], [True, False]])
-    features = [torch.randn(3, 2, requires_grad=True), torch.randn(3, 3, requires_grad=True)]
-    out, _ = module(features, present)
-    sum(x.sum() for x in out).backward()
-    assert_bitwise_equal(module.fills[1].grad, torch.full((3,), 2.0))
-    assert not module.fills[0].grad.any()
-    assert_bitwise_equal(features[1].grad, present[:, 1:].expand(3, 3).float())
-
-
-def test_dropout_of_tokens_drops_whole_samples():
-    image, text = torch.ones(6, 9, 4), torch.ones(6, 2, 5, 3)
-    module = mfd.nn.ModalityDropout(2, 0.5, row_dims=1, fill_features=[4, 3])
-    (image, text), present = dropped(module, [image, text])
-    assert present.shape == (6, 2)
-    assert_bitwise_equal(image.detach(), present[:, 0, None, None].expand(6, 9, 4).float())
-    assert_bitwise_equal(text.detach(), present[:, 1, None, None, None].expand(6, 2, 5, 3).float())
-
-
-def test_dropout_compiles_pickles_and_feeds_the_other_modules():
-    torch._dynamo.reset()
-    drop = mfd.nn.ModalityDropout(3, 0.5, fill_features=WIDTHS)
-    fusion = mfd.nn.ModalFusion(WIDTHS, OUT)
-
-    def step(xs, mask):
-        return fusion(*drop(xs, mask))
-
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
-    for rows in (9, 8):
-        features, incoming = inputs(fusion, rows)
-        out = compiled(features, incoming)
-        assert not ((out.weights > 0) & ~incoming).any()
-        assert_bitwise_equal((out.weights > 0).any(-1), incoming.any(-1))
-    assert counter.frame_count == 1
-    for twin in (pickle.loads(pickle.dumps(drop)), copy.deepcopy(drop)):
-        assert_bitwise_equal(dropped(twin, features)[1], dropped(drop, features)[1])
-    assert "p=(0.5, 0.5, 0.5)" in repr(drop)
 
 
 # -------------------------------------------------------------------------------------------------------- errors
