@@ -101,7 +101,8 @@ def ogm_coefficients(label_prob: Tensor, *, alpha: float | Tensor, present: Tens
 
     For two modalities this is the paper's equation (ρ_v = Σp_v/Σp_a); for more, each modality is compared with the
     mean of the others, so that the ratio of equals is 1 whatever their number. A modality that no row has gets 1
-    and is left out of the others' mean; so does a modality with nothing to compare it with (M = 1).
+    and is left out of the others' mean; so does a modality with nothing to compare it with (M = 1), and one whose
+    s_m or rivals are NaN.
     Peng et al., Balanced Multimodal Learning via On-the-fly Gradient Modulation, arXiv:2203.15332.
 
     Args:

@@ -77,6 +77,21 @@ def test_fold_follows_the_widths(out, form, monkeypatch):
         mfd.nn.ModalFusion([8, 4], out, fold=form == "_projected")(features)
 
 
+def test_equal_widths_may_come_as_one_tensor():
+    features = torch.randn(4, 3, 6)
+    for module in (mfd.nn.ModalFusion([6] * 3, OUT), mfd.nn.LowRankFusion([6] * 3, OUT, 2)):
+        whole, parts = (call(module, x)[0].detach() for x in (features, list(features.unbind(-2))))
+        assert_bitwise_equal(whole, parts)
+
+
+def test_modules_work_on_the_meta_device():
+    for name in MODULES:
+        module = MODULES[name](device="meta", dtype=torch.float32)
+        features, present = inputs(module, 4)
+        fused, _ = call(module, [x.to("meta") for x in features], present.to("meta"))
+        assert fused.device.type == "meta"
+
+
 def test_temperature_of_the_call_and_per_row():
     module = made("modal linear True")
     features, _ = inputs(module, 4)

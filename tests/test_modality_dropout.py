@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import pytest
 import torch
 from fusion_modules import OUT, WIDTHS, inputs
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -41,6 +42,11 @@ def test_dropout_respects_what_is_absent_already():
     for m, x in enumerate(out):
         assert not x[~present[:, m]].any()
         assert_bitwise_equal(x[present[:, m]], features[m][present[:, m]])
+
+
+def test_dropout_beside_its_device_is_refused():
+    with pytest.raises(ValueError, match=r"ModalityDropout: features\[0\] must be on cpu"):
+        mfd.nn.ModalityDropout(2)([torch.ones(3, 2, device="meta"), torch.ones(3, 2, device="meta")])
 
 
 def test_dropout_zero_and_one():

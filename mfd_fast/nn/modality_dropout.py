@@ -100,6 +100,7 @@ class ModalityDropout(nn.Module):
         rows = xs[0].shape[: (xs[0].dim() - 1 if self.row_dims is None else self.row_dims)]
         check_present(_OP, present, rows, self.modalities, xs[0].device)
         if self.training:
+            contract.check_device(_OP, "features[0]", xs[0], self.p.device)
             present = self._draw(rows, present, generator)
         elif present is None or self.fills is None:
             return PresentFeatures(xs, present)

@@ -157,7 +157,7 @@ def differentiable_gradients(
     query, scores, bias, temperature, *features = leaves
     alias = replace(
         problem,
-        features=features,
+        features=[x for x in features if x is not None],
         query=query,
         scores=scores,
         bias=bias,
