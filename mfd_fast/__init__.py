@@ -1,6 +1,6 @@
 """Multimodal knowledge distillation at hardware speed."""
 
-from . import nn
+from . import balance, nn, schedules
 from .backends import BackendError, Choice, use_backend
 from .explain import explain
 from .ops.distill_loss import distill_loss, distill_terms
@@ -20,6 +20,7 @@ __all__ = [
     "LogitTransform",
     "MFDOutput",
     "ModalPool",
+    "balance",
     "distill_loss",
     "distill_terms",
     "explain",
@@ -27,5 +28,6 @@ __all__ = [
     "mfd_loss",
     "modal_pool",
     "nn",
+    "schedules",
     "use_backend",
 ]

@@ -156,7 +156,7 @@ def differentiable_gradients(
     leaves = [*others, *features]
     alias = replace(
         problem,
-        features=features,
+        features=[x for x in features if x is not None],
         query=query,
         scores=scores,
         bias=bias,
