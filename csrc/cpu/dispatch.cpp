@@ -98,6 +98,9 @@ void take_blocks(Layout& layout, const Needs& needs, Scratch& s) {
   s.block_x = layout.take(bytes);
   s.block_y = layout.take(bytes);
   s.block_out = layout.take(bytes);
+  s.block_r = layout.take(bytes);
+  s.block_q = layout.take(bytes);
+  s.block_p = layout.take(bytes);
 }
 
 // Scratch for whole rows (or for blocks only), from this thread's arena; false without memory.
@@ -161,6 +164,10 @@ void forward_by_blocks(const Forward& f, const Needs& needs, int64_t blocks, int
       for (int64_t row = 0; row < f.problem.n_rows; ++row) {
         table.forward_sums(f, row, begin, end, scratch);
 #pragma omp barrier
+        if (f.use_soft && is_pointwise(f.problem.divergence)) {
+          table.forward_points(f, row, begin, end, scratch);
+#pragma omp barrier
+        }
         if (begin < end) table.forward_outputs(f, row, begin, end, scratch);
 #pragma omp barrier
       }
@@ -195,10 +202,14 @@ double forward(Forward f, bool wants_sum, int threads) {
   const Problem& p = f.problem;
   const int64_t blocks = block_count(p.classes);
   // Scratch rows are whole blocks, so that vectors may run past the last class.
-  const Needs needs = needs_of(p, f.use_hard, p.student.softcap > 0, blocks * kBlock);
+  const bool exp_at_one = f.use_hard || (f.use_soft && p.divergence == Divergence::kNKD);
+  const bool standardized = p.student.standardize || p.teacher.standardize;
+  const Needs needs =
+      needs_of(p, exp_at_one, p.student.softcap > 0 || p.student.standardize, blocks * kBlock);
   threads = usable_threads(threads, p.n_rows * p.classes);
-  const bool by_blocks =
-      threads > 1 && p.n_rows < 4 * threads && p.n_rows % threads != 0 && blocks >= 4 * threads;
+  // A standardised row needs sums over all of it before its first pass and before its gradient: not shared.
+  const bool by_blocks = threads > 1 && p.n_rows < 4 * threads && p.n_rows % threads != 0 &&
+                         blocks >= 4 * threads && !standardized;
 
   Layout measure(nullptr);
   Scratch unused{};

@@ -26,7 +26,7 @@ MFD_INLINE typename S::V gradient_step(const typename S::T* es, const typename S
 template <class T>
 MFD_INLINE T gradient_at(int hard, bool soft, T e, T p, T own, const Factors<T>& f) {
   T g = soft ? e * f.a - p * f.b : T(0);
-  if (!hard) return g;
+  if (!hard) return g - f.shift;
   T power = hard == kOwnExp ? own : e;
   for (int k = 1; hard != kOwnExp && k < hard; ++k) power *= e;
   return g + (power * f.h - f.shift);

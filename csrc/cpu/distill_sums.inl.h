@@ -4,11 +4,12 @@
 // temperature N = 1..4; computed.
 enum HardMode : int { kNoHard = 0, kOwnExp = 5 };
 
-template <class S>
-MFD_INLINE int hard_mode(const Forward& f, double temperature) {
-  if (!f.use_hard) return kNoHard;
-  if (!f.use_soft || temperature == 1.0) return 1;
-  return temperature == 2.0 ? 2 : temperature == 3.0 ? 3 : temperature == 4.0 ? 4 : kOwnExp;
+MFD_INLINE int hard_mode(double temperature) {
+  return temperature == 1.0   ? 1
+         : temperature == 2.0 ? 2
+         : temperature == 3.0 ? 3
+         : temperature == 4.0 ? 4
+                              : kOwnExp;
 }
 
 template <class S>
@@ -105,21 +106,6 @@ static void block_sums(const typename S::T* x, const typename S::T* y, int64_t n
   out->cross = kSoft ? S::sum(a.cross + b.cross) : 0.0;
 }
 
-// sum e*(x - max): for the entropies.
-template <class S>
-static double block_dot(const typename S::T* e, const typename S::T* x, int64_t n, double block_max) {
-  typedef typename S::T T;
-  typedef typename S::V V;
-  const V m = S::splat(static_cast<T>(block_max));
-  V acc{};
-  for (int64_t i = 0; i < n; i += S::kWidth) {
-    const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
-    const V w = S::load(e + i);
-    acc = acc + S::select(w == V{}, V{}, w * (S::load_first(x + i, left, T(0)) - m));
-  }
-  return S::sum(acc);
-}
-
 // sum (x - max): for label smoothing.
 template <class S>
 static double block_shifted_sum(const typename S::T* x, int64_t n, double block_max) {
@@ -130,6 +116,55 @@ static double block_shifted_sum(const typename S::T* x, int64_t n, double block_
   for (int64_t i = 0; i < n; i += S::kWidth) {
     const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
     acc = acc + (S::load_first(x + i, left, static_cast<T>(block_max)) - m);
+  }
+  return S::sum(acc);
+}
+
+// sum exp(x - max), the N-th powers of the exponentials e at temperature N or computed.
+template <class S, int kHard>
+static double block_unit_sum(const typename S::T* e, const typename S::T* x, int64_t n, double block_max) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  const V m = S::splat(static_cast<T>(block_max));
+  const Exponent<S> exponent(1.0);
+  V acc{};
+  for (int64_t i = 0; i < n; i += S::kWidth) {
+    if (kHard == kOwnExp) {
+      const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
+      acc = acc + exponent(S::load_first(x + i, left, static_cast<T>(-kInf)) - m);
+    } else {
+      acc = acc + power<S, kHard>(S::load(e + i));
+    }
+  }
+  return S::sum(acc);
+}
+
+template <class S>
+static double block_unit_sum_of(int hard, const typename S::T* e, const typename S::T* x, int64_t n,
+                                double block_max) {
+  switch (hard) {
+    case 2:
+      return block_unit_sum<S, 2>(e, x, n, block_max);
+    case 3:
+      return block_unit_sum<S, 3>(e, x, n, block_max);
+    case 4:
+      return block_unit_sum<S, 4>(e, x, n, block_max);
+    default:
+      return block_unit_sum<S, kOwnExp>(e, x, n, block_max);
+  }
+}
+
+// sum w*(x - max) where w is not 0.
+template <class S>
+static double weighted_sum(const typename S::T* weights, const typename S::T* x, int64_t n, double max) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  const V m = S::splat(static_cast<T>(max));
+  V acc{};
+  for (int64_t i = 0; i < n; i += S::kWidth) {
+    const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
+    const V w = left < S::kWidth ? S::load_first(weights + i, left, T(0)) : S::load(weights + i);
+    acc = acc + S::select(w == V{}, V{}, w * (S::load_first(x + i, left, T(0)) - m));
   }
   return S::sum(acc);
 }

@@ -7,6 +7,7 @@
 #endif
 
 #include "common/row_math.h"
+#include "common/target_math.h"
 #include "common/types.h"
 
 #if defined(__SSE2__)
@@ -20,10 +21,16 @@ namespace {
 // clang-format off: the order is that of use.
 #include "cpu/vec.inl.h"
 #include "cpu/exp.inl.h"
+#include "cpu/log.inl.h"
 #include "cpu/rows.inl.h"
 #include "cpu/distill_sums.inl.h"
+#include "cpu/distill_row.inl.h"
+#include "cpu/divergences.inl.h"
+#include "cpu/distill_points.inl.h"
 #include "cpu/distill_gradient.inl.h"
+#include "cpu/distill_values.inl.h"
 #include "cpu/distill_forward.inl.h"
+#include "cpu/distill_slopes.inl.h"
 #include "cpu/distill_backward.inl.h"
 // clang-format on
 
@@ -34,6 +41,11 @@ void forward_rows(const Forward& f, int64_t begin, int64_t end, const Scratch& s
 void forward_sums(const Forward& f, int64_t row, int64_t begin, int64_t end, const Scratch& s) {
   f.problem.is_double ? forward_sums_of<F64>(f, row, begin, end, s)
                       : forward_sums_of<F32>(f, row, begin, end, s);
+}
+
+void forward_points(const Forward& f, int64_t row, int64_t begin, int64_t end, const Scratch& s) {
+  f.problem.is_double ? forward_points_of<F64>(f, row, begin, end, s)
+                      : forward_points_of<F32>(f, row, begin, end, s);
 }
 
 void forward_outputs(const Forward& f, int64_t row, int64_t begin, int64_t end, const Scratch& s) {
@@ -52,7 +64,7 @@ void add(const float* a, const float* b, float* out, int64_t n) {
   for (; i < n; ++i) out[i] = a[i] + b[i];
 }
 
-constexpr Kernels kTable = {MFD_ISA_NAME,    kLanes,        forward_rows, forward_sums,
+constexpr Kernels kTable = {MFD_ISA_NAME,    kLanes,        forward_rows, forward_sums, forward_points,
                             forward_outputs, backward_rows, add};
 
 }  // namespace

@@ -175,7 +175,7 @@ def _rows_fake(*args: Any) -> tuple[Tensor, ...]:
     return (
         student.new_empty(n, dtype=dtype),
         student.new_empty(n, dtype=dtype),
-        student.new_empty(n, 8, dtype=dtype),
+        student.new_empty(n, 11, dtype=dtype),
         student.new_empty(4, extra, dtype=dtype),
         student.new_empty(extra, dtype=torch.bool),
     )

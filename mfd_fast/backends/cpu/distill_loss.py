@@ -15,7 +15,18 @@ from ..layout import row_layout
 from . import native
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_STATS = 8
+#: Numbers of the divergences in csrc/common/types.h.
+_DIVERGENCES = {
+    "forward_kl": 0,
+    "reverse_kl": 1,
+    "jsd": 2,
+    "skew_kl": 3,
+    "skew_reverse_kl": 4,
+    "tvd": 5,
+    "alpha_beta": 6,
+    "dkd": 7,
+    "nkd": 8,
+}
 
 #: Gradients of at least this many bytes are written past the caches.
 STREAM_BYTES = 4 << 20
@@ -39,8 +50,10 @@ def _side(module: Any, logits: Tensor, transform: LogitTransform | None, keep: l
     tensor, inner, outer_stride, row_stride = row_layout(logits)
     keep.append(tensor)
     scale, softcap = (1.0, 0.0) if transform is None else (transform.scale, transform.softcap or 0.0)
+    standardize = transform is not None and transform.standardize
+    width, dtype = tensor.shape[-1], _DTYPES[tensor.dtype]
     return module.Side(
-        tensor.data_ptr(), _DTYPES[tensor.dtype], inner, outer_stride, row_stride, tensor.shape[-1], scale, softcap
+        tensor.data_ptr(), dtype, inner, outer_stride, row_stride, width, scale, softcap, standardize
     )
 
 
@@ -70,6 +83,8 @@ def _problem(module: Any, rows: Rows, labels: Tensor | None, keep: list[Tensor])
         rows.ignore_index,
         rows.label_smoothing,
         rows.scale_by_temperature,
+        _DIVERGENCES[rows.divergence.name],
+        *getattr(rows.divergence, 'parameters', (0.0, 0.0)),
     )
 
 
@@ -139,7 +154,7 @@ def _divide(factor: float, divisor: float) -> float:
 
 
 def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProducts | None]:
-    """soft [N], hard [N], statistics [N, 8] for the backward, and the by-products if ``terms``."""
+    """soft [N], hard [N], statistics [N, S] for the backward, and the by-products if ``terms``."""
     module = native()
     keep: list[Tensor] = []
     n, device = rows.n_rows, rows.student.device
@@ -150,7 +165,7 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProdu
         return allocate.empty((n,), rows.dtype, device)
 
     soft, hard = column(), column()
-    stats = allocate.empty((n, _STATS), rows.dtype, device)
+    stats = allocate.empty((n, module.statistics), rows.dtype, device)
     extra: ByProducts | None = None
     addresses = [0] * 5
     if terms:

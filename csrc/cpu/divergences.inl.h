@@ -1,0 +1,205 @@
+// The pointwise divergences, sum f(q, p), each as a functor of one vector of classes:
+//   value = f,  g = q*df/dq,  h = p*df/dp,
+// where a multiple of q - p may be added to f, a constant to df/dq and one to df/dp: sum f and the gradients
+// do not notice. The constants make both derivatives 0 at p = q, so that nothing cancels near it, and the
+// logarithms come from r = log p - log q, which the caller takes from the logits.
+// All three are 0 where p and q are, whatever r is there. The gradients follow: dL/du = g - q*sum g, dL/dv = h -
+// p*sum h.
+
+template <class S>
+struct Point {
+  typename S::V value, g, h;
+};
+
+// 0 where the probability is, whatever the factor.
+template <class S>
+MFD_INLINE typename S::V weighed(typename S::V probability, typename S::V factor) {
+  return S::select(probability == typename S::V{}, typename S::V{}, probability * factor);
+}
+
+// f = p*r + q - p
+template <class S>
+struct ForwardKL {
+  typedef typename S::V V;
+  static constexpr bool kTakesLogs = false;
+  ForwardKL(double, double) {}
+  __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V, V) const {
+    const V h = weighed<S>(p, r);
+    return {h, q - p, h};
+  }
+};
+
+// f = -q*r, df/dp = 1 - q/p
+template <class S>
+struct ReverseKL {
+  typedef typename S::V V;
+  static constexpr bool kTakesLogs = false;
+  ReverseKL(double, double) {}
+  __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V, V) const {
+    const V g = -weighed<S>(q, r);
+    return {g, g, p - q};
+  }
+};
+
+// What p, q and their mean m = wp*p + wq*q, wp + wq = 1, have to do with each other. With `small` and `big` the
+// lesser and the greater of p and q and e = small/big - 1 = expm1(-|r|): m/big = 1 + w_small*e.
+template <class S>
+struct MeanOf {
+  typedef typename S::V V;
+  V log_pm, log_qm;  // log(p/m), log(q/m)
+  V difference;      // p - q
+  V tilt;            // (p - q)/m
+
+  __attribute__((always_inline)) inline MeanOf(V q, V p, V r, V wq, V wp) {
+    const auto teacher_above = r > V{};
+    const V distance = S::select(teacher_above, -r, r);
+    const V big = S::select(teacher_above, p, q);
+    const V e = expm1_of(distance);
+    const V excess = S::select(teacher_above, wq, wp) * e;
+    const V above = -log1p_of(excess, S::select(teacher_above, wp, wq)), below = above + distance;
+    log_pm = S::select(teacher_above, above, below);
+    log_qm = S::select(teacher_above, below, above);
+    const V sign = S::select(teacher_above, -e, e);
+    difference = weighed<S>(big, sign);
+    tilt = sign / (S::splat(typename S::T(1)) + excess);
+  }
+};
+
+// m = (1 - beta)*q + beta*p, f = beta*p*log(p/m) + (1 - beta)*q*log(q/m)
+template <class S>
+struct JSD {
+  typedef typename S::V V;
+  static constexpr bool kTakesLogs = false;
+  V wq, wp;
+  JSD(double beta, double)
+      : wq(S::splat(static_cast<typename S::T>(1 - beta))), wp(S::splat(static_cast<typename S::T>(beta))) {}
+  __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V, V) const {
+    const MeanOf<S> m(q, p, r, wq, wp);
+    const V g = wq * weighed<S>(q, m.log_qm), h = wp * weighed<S>(p, m.log_pm);
+    return {g + h, g, h};
+  }
+};
+
+// m = lam*p + (1 - lam)*q, f = p*log(p/m) - p + m, df/dq = (1 - lam) - (1 - lam)*p/m,
+// df/dp = log(p/m) - lam*p/m + lam
+template <class S>
+struct SkewKL {
+  typedef typename S::V V;
+  static constexpr bool kTakesLogs = false;
+  V wq, wp;
+  SkewKL(double lam, double)
+      : wq(S::splat(static_cast<typename S::T>(1 - lam))), wp(S::splat(static_cast<typename S::T>(lam))) {}
+  __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V, V) const {
+    const MeanOf<S> m(q, p, r, wq, wp);
+    const V term = weighed<S>(p, m.log_pm);
+    return {term - wq * m.difference, -weighed<S>(q, wq * wq * m.tilt),
+            term - weighed<S>(p, wp * wq * m.tilt)};
+  }
+};
+
+// The same with p and q exchanged: m = (1 - lam)*p + lam*q, f = q*log(q/m) - q + m
+template <class S>
+struct SkewReverseKL {
+  typedef typename S::V V;
+  static constexpr bool kTakesLogs = false;
+  V wq, wp;
+  SkewReverseKL(double lam, double)
+      : wq(S::splat(static_cast<typename S::T>(lam))), wp(S::splat(static_cast<typename S::T>(1 - lam))) {}
+  __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V, V) const {
+    const MeanOf<S> m(q, p, r, wq, wp);
+    const V term = weighed<S>(q, m.log_qm);
+    return {term + wp * m.difference, term + weighed<S>(q, wp * wq * m.tilt),
+            weighed<S>(p, wp * wp * m.tilt)};
+  }
+};
+
+// f = |p - q|/2; the sign is that of r, which has no rounding of its own where p = q; 0 at a tie
+template <class S>
+struct TVD {
+  typedef typename S::V V;
+  static constexpr bool kTakesLogs = false;
+  TVD(double, double) {}
+  __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V, V) const {
+    const V half = S::splat(typename S::T(0.5)), difference = p - q;
+    const V sign = S::select(r > V{}, half, S::select(r < V{}, -half, V{}));
+    return {half * S::select(difference < V{}, -difference, difference), -sign * q, sign * p};
+  }
+};
+
+// f = -(p^a q^b - a/s p^s - b/s q^s)/(a*b), s = a + b: homogeneous of degree s, so that s*f = g + h, with
+//   g = (q^s - p^a q^b)/a = -q^s expm1(a*r)/a,  h = (p^s - p^a q^b)/b = -p^s expm1(-b*r)/b.
+// From the greater of p and q, so that nothing overflows for a, b > 0. Limits: a = 0: g = -q^s r; b = 0: h = p^s
+// r; s = 0: f = (expm1(a*r) - a*r)/a^2, and r^2/2 for a = b = 0.
+// Cichocki, Cruces, Amari: Generalized Alpha-Beta Divergences, Entropy 13 (2011) 134.
+template <class S>
+struct AlphaBeta {
+  typedef typename S::V V;
+  typedef typename S::T T;
+  static constexpr bool kTakesLogs = true;
+  double alpha, beta;
+  AlphaBeta(double a, double b) : alpha(a), beta(b) {}
+
+  // p^s with its logarithm at hand.
+  __attribute__((always_inline)) inline V raised(V probability, V logarithm) const {
+    const double degree = alpha + beta;
+    if (degree == 1.0) return probability;
+    if (degree == 0.0) return S::splat(T(1));
+    return exp_of(logarithm * S::splat(static_cast<T>(degree)));
+  }
+
+  __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V log_q, V log_p) const {
+    const double degree = alpha + beta;
+    const V a = S::splat(static_cast<T>(alpha)), b = S::splat(static_cast<T>(beta));
+    const V qs = raised(q, log_q), ps = raised(p, log_p);
+    const auto teacher_above = r > V{};
+    const V e = expm1_of(S::select(teacher_above, -b * r, a * r));
+    const V mixed = S::select(teacher_above, ps, qs) * (e + S::splat(T(1)));
+    V g, h;
+    if (alpha != 0) {
+      g = S::select(teacher_above, qs - mixed, -(qs * e)) * S::splat(static_cast<T>(1 / alpha));
+    } else {
+      g = -weighed<S>(qs, r);
+    }
+    if (beta != 0) {
+      h = S::select(teacher_above, -(ps * e), ps - mixed) * S::splat(static_cast<T>(1 / beta));
+    } else {
+      h = weighed<S>(ps, r);
+    }
+    V value;
+    if (degree != 0) {
+      value = (g + h) * S::splat(static_cast<T>(1 / degree));
+    } else if (alpha != 0) {
+      value = (h - r) * S::splat(static_cast<T>(1 / alpha));
+    } else {
+      value = r * r * S::splat(T(0.5));
+    }
+    // One logit -inf.
+    const V infinity = S::splat(static_cast<T>(kInf));
+    value = S::select(r == -infinity, alpha > 0 && degree > 0 ? value : infinity, value);
+    value = S::select(r == infinity, beta > 0 && degree > 0 ? value : infinity, value);
+    // Both logits -inf, or past the end of the row.
+    const auto absent = ((q == V{}) & (p == V{})) & (r != r);
+    return {S::select(absent, V{}, value), S::select(absent, V{}, g), S::select(absent, V{}, h)};
+  }
+};
+
+// Calls act with the functor of a pointwise divergence.
+template <class S, class Act>
+MFD_INLINE void with_divergence(const Problem& p, const Act& act) {
+  switch (p.divergence) {
+    case Divergence::kReverseKL:
+      return act(ReverseKL<S>(p.first, p.second));
+    case Divergence::kJSD:
+      return act(JSD<S>(p.first, p.second));
+    case Divergence::kSkewKL:
+      return act(SkewKL<S>(p.first, p.second));
+    case Divergence::kSkewReverseKL:
+      return act(SkewReverseKL<S>(p.first, p.second));
+    case Divergence::kTVD:
+      return act(TVD<S>(p.first, p.second));
+    case Divergence::kAlphaBeta:
+      return act(AlphaBeta<S>(p.first, p.second));
+    default:  // one-pass without a mixture of teachers
+      return act(ForwardKL<S>(p.first, p.second));
+  }
+}
