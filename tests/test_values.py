@@ -64,7 +64,8 @@ def test_sizes(backend, shape, dtype):
     roads = (("none", ("student", "teacher")), ("mean", ("student",)))
     for reduction, names in roads if dtype != torch.bfloat16 else roads[:1]:
         actual, exact, eager = [], [], []
-        draws = range(8 if dtype == torch.float32 and backend == "cpu" and shape not in LONG else 1)
+        # The errors of a few numbers are luck: pooled over draws they are a statistic.
+        draws = range(8 if dtype == torch.float32 and backend == "cpu" else 1)
         for seed in draws:
             arguments = record.samples(dtype=dtype, rows=shape[0], classes=shape[1], seed=seed)["labels"]
             arguments["reduction"] = reduction
@@ -74,12 +75,9 @@ def test_sizes(backend, shape, dtype):
         context = f"{backend} {shape} {reduction}"
         if dtype == torch.float64:
             assert_same(actual[0], exact[0], context, rtol=1e-11, atol=1e-12)
-        elif dtype == torch.float32 and (len(draws) == 1 and shape not in LONG):
+        elif dtype == torch.float32 and len(draws) == 1:
             assert_same(actual[0], narrowed(exact[0]), context, rtol=2e-6, atol=2e-6)
         else:
-            if shape in LONG and reduction == "mean":  # one number: pooled in the tests above
-                for result in (actual[0], exact[0], eager[0]):
-                    del result.outputs["loss"]
             assert_obeys_rule(stacked(actual), stacked(exact), stacked(eager), context)
 
 

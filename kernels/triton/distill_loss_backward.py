@@ -13,7 +13,6 @@ from .row_gradients import (
     student_gradient,
     teacher_gradient,
     temperature_moment,
-    zero_columns,
 )
 from .row_statistics import hold_rows
 from .rows import (
@@ -249,7 +248,7 @@ def distill_rows_backward(
         inv_t = divide(one, st)
         mean_gap = divide(cross, st)
         gap_rest = centred_gap(x, y, ms, mt, ct, rho, st, mean_gap)
-        mean_gap = tl.where(kl == INF, INF, mean_gap)
+        mean_gap = tl.where(kl < INF, mean_gap, kl)
         ratio, ratio_rest = split_ratio(ss, st)
         if HARD:
             inv_1 = divide(one, valid_sum(s1))
@@ -267,15 +266,16 @@ def distill_rows_backward(
         hard_share = tl.load(grad_hard_ptr + row * grad_hard_stride, mask=counted, other=0.0).to(DTYPE)
     q_factor = slope * inv_s
     q1_factor = hard_share * inv_1
-    label_share = hard_share * (1.0 - eps)
-    even_share = divide(hard_share * eps, one * classes)
+    n_classes = one * classes
+    label_share = hard_share * (1.0 - eps * divide(n_classes - 1.0, n_classes))
+    even_share = divide(hard_share * eps, n_classes)
 
     s_moment = tl.zeros([ROWS, LANES], DTYPE)
     t_moment = s_moment
     STUDENT_MOMENT: tl.constexpr = d_temperature_ptr is not None
     TEACHER_MOMENT: tl.constexpr = d_teacher_temperature_ptr is not None
     if LOOP:
-        for first in range(0, classes, BLOCK):
+        for first in range(0, tl.maximum(s_width, t_width), BLOCK):
             here = col + first
             keep = counted[:, None, None] & (here < classes)
             x = read(
@@ -370,11 +370,6 @@ def distill_rows_backward(
             T_CAPPED,
         )
 
-    first_free = (classes + BLOCK - 1) // BLOCK * BLOCK
-    if d_student_ptr is not None:
-        zero_columns(d_student_ptr, row, s_width, first_free, exists, ROWS, 256)
-    if d_teacher_ptr is not None:
-        zero_columns(d_teacher_ptr, row, t_width, first_free, exists, ROWS, 256)
     if d_temperature_ptr is not None:
         total = tl.sum(s_moment, 1) * inv_s
         if SQUARED:

@@ -30,7 +30,7 @@ def student_gradient(
     SCALED: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
-    """(es - et*ratio)*q_factor + e1*q1_factor - label_share*[label] - even_share, through the transform.
+    """(es - et*ratio)*q_factor + e1*q1_factor - (label_share at the label, else even_share), through the transform.
 
     The factors are [ROWS] and hold the upstream gradient, 1/Ts and the reciprocals of the sums of exponentials;
     ratio + ratio_rest = sum es / sum et.
@@ -44,9 +44,10 @@ def student_gradient(
         grad = ((es - et * ratio[:, None, None]) - et * ratio_rest[:, None, None]) * q_factor[:, None, None]
     if HARD:
         hard = power(dx, tl.full([1, 1, 1], LOG2E, cs.dtype)) * q1_factor[:, None, None]
-        hard = hard - tl.where(here == label[:, None, None], label_share[:, None, None], 0.0)
+        target = tl.where(here == label[:, None, None], label_share[:, None, None], 0.0)
         if SMOOTH:
-            hard = hard - even_share[:, None, None]
+            target = tl.where(here == label[:, None, None], target, even_share[:, None, None])
+        hard = hard - target
         if SOFT:
             grad = grad + hard
         else:
@@ -96,13 +97,3 @@ def teacher_gradient(x, y, ms, mt, ct, rho, inv_t, mean_gap, gap_rest, Tt):
     p = power(dy, ct[:, None, None]) * inv_t[:, None, None]
     gap = (dy - dx * rho[:, None, None] - mean_gap[:, None, None]) - gap_rest[:, None, None]
     return tl.where(p == 0.0, 0.0, p * divide(gap, Tt[:, None, None]))
-
-
-@triton.jit
-def zero_columns(ptr, row, width, first, exists, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Zeros in columns first.. of contiguous rows: the gradient of columns that are not classes."""
-    lane = tl.arange(0, LANES)
-    for start in range(first, width, LANES):
-        col = start + lane[None, :]
-        zero = tl.zeros([ROWS, LANES], ptr.dtype.element_ty)
-        tl.store(ptr + (row * width)[:, None] + col, zero, mask=exists[:, None] & (col < width))

@@ -49,7 +49,8 @@ def backend_when_compiling(rows: Rows, backend: str | None) -> str:
 
 def _zero_dim(value: float | Tensor, dtype: torch.dtype) -> Tensor:
     # A CPU scalar on every device: reading it back at run time waits for nothing.
-    return value if isinstance(value, Tensor) else torch.full((), value, dtype=dtype)
+    # A product: torch.compile keeps a traced number symbolic in arithmetic, but bakes it into torch.full.
+    return value if isinstance(value, Tensor) else torch.ones((), dtype=dtype) * value
 
 
 def _pack(rows: Rows, backend: str) -> tuple[Any, ...]:

@@ -182,6 +182,9 @@ def combine_rows(
         per_row = per_row + soft_weight * soft
     if _is_used(hard_weight):
         per_row = per_row + hard_weight * hard
+    if not (_is_used(soft_weight) or _is_used(hard_weight)):
+        # An empty slice of the student: a loss without terms can still be differentiated.
+        per_row = per_row + rows.student[..., :0].sum()
     return reduce_rows(per_row, rows, weight, reduction, normalizer)
 
 

@@ -67,10 +67,9 @@ def scalar(
         normalizer = 1.0
     common, blocks = _common(rows, (rows.student.shape[-1],))
     programs = -(-rows.n_rows // blocks.rows)
-    partial = allocate.empty((programs,), rows.dtype, rows.device)
+    partial = allocate.empty((programs,), torch.float64, rows.device)
     divisor, divisor_ptr = number(normalizer, rows.student)
     arguments = scalar_arguments(rows, common, blocks, weight, soft_weight, hard_weight, soft, hard)
-    module = kernels("distill_loss")
     by = {
         "normalizer_ptr": divisor_ptr,
         "counts_ptr": counts,
@@ -79,9 +78,9 @@ def scalar(
         "COUNTS": MAX_COUNTS,
     }
     arguments |= by | {"grad_ptr": written, "partial_ptr": partial}
-    launch(module.distill_scalar, programs, rows.device, blocks.warps, arguments)
+    launch(kernels("distill_loss").distill_scalar, programs, rows.device, blocks.warps, arguments)
     launch(
-        module.reduce_loss,
+        kernels("reduce").reduce_loss,
         1,
         rows.device,
         4,
@@ -136,7 +135,7 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[T
         extra[:of_labels] = [allocate.empty((n,), dtype, device) for _ in range(of_labels)]
         extra[4] = allocate.empty((n,), torch.bool, device)
     if n:
-        common, blocks = _common(rows, ())
+        common, blocks = _common(rows, (), many_sums=terms)
         arguments = common | {
             "soft_ptr": soft,
             "hard_ptr": hard,
@@ -151,7 +150,7 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[T
             "TERMS": terms,
             "LOOP": blocks.loop,
         }
-        kernel = kernels("distill_loss").distill_rows
+        kernel = kernels("distill_rows").distill_rows
         launch(kernel, -(-n // blocks.rows), device, blocks.warps, arguments)
     return soft, hard, stats, tuple(extra) if terms else None
 
@@ -205,11 +204,11 @@ def _count(rows: Rows) -> tuple[Tensor, int]:
         "ignore_index": rows.ignore_index,
         "BLOCK": COUNT_BLOCK,
     }
-    launch(kernels("distill_loss").count_rows, programs, rows.device, 4, arguments)
+    launch(kernels("reduce").count_rows, programs, rows.device, 4, arguments)
     return counts, programs
 
 
-def _common(rows: Rows, widths: tuple[int, ...]) -> tuple[dict[str, Any], Blocks]:
+def _common(rows: Rows, widths: tuple[int, ...], many_sums: bool = False) -> tuple[dict[str, Any], Blocks]:
     """Arguments that all row kernels share. ``widths``: row lengths of the gradients to be written."""
     student, s_inner, s_outer, s_row = row_layout(rows.student)
     teacher, t_inner, t_outer, t_row = row_layout(rows.teacher)
@@ -220,7 +219,9 @@ def _common(rows: Rows, widths: tuple[int, ...]) -> tuple[dict[str, Any], Blocks
     aligned = unit
     if student.data_ptr() % 16 or teacher.data_ptr() % 16:
         aligned = 1
-    blocks = choose_blocks(rows.classes, max(student.element_size(), teacher.element_size()), aligned)
+    blocks = choose_blocks(
+        max((rows.classes, *widths)), max(student.element_size(), teacher.element_size()), aligned, many_sums
+    )
     tl = kernels("distill_loss").tl
     temperature, temperature_ptr = number(rows.temperature, student)
     teacher_temperature, teacher_temperature_ptr = number(rows.teacher_temperature, student)
