@@ -152,19 +152,18 @@ struct AlphaBeta {
     const V a = S::splat(static_cast<T>(alpha)), b = S::splat(static_cast<T>(beta));
     const V qs = raised(q, log_q), ps = raised(p, log_p);
     const auto teacher_above = r > V{};
-    const V e = expm1_of(S::select(teacher_above, -b * r, a * r));
-    const V mixed = S::select(teacher_above, ps, qs) * (e + S::splat(T(1)));
-    V g, h;
-    if (alpha != 0) {
-      g = S::select(teacher_above, qs - mixed, -(qs * e)) * S::splat(static_cast<T>(1 / alpha));
-    } else {
-      g = -weighed<S>(qs, r);
-    }
-    if (beta != 0) {
-      h = S::select(teacher_above, -(ps * e), ps - mixed) * S::splat(static_cast<T>(1 / beta));
-    } else {
-      h = weighed<S>(ps, r);
-    }
+    const V to_student = -b * r, to_teacher = a * r;
+    // From the greater side: p^a q^b = big^s*(1 + e); the lesser side's own expm1 only where nothing overflows.
+    const V e = expm1_of(S::select(teacher_above, to_student, to_teacher));
+    const auto near = (r < S::splat(T(1))) & (r > S::splat(T(-1)));
+    const V lesser = S::select(near, S::select(teacher_above, to_teacher, to_student), V{});
+    const V greater_power = S::select(teacher_above, ps, qs), lesser_power = S::select(teacher_above, qs, ps);
+    const V greater = -(greater_power * e);
+    const V other = S::select(near, -(lesser_power * expm1_of(lesser)), lesser_power - (greater_power + greater_power * e));
+    V g = S::select(teacher_above, other, greater) * S::splat(static_cast<T>(1 / alpha));
+    V h = S::select(teacher_above, greater, other) * S::splat(static_cast<T>(1 / beta));
+    if (alpha == 0) g = -weighed<S>(qs, r);
+    if (beta == 0) h = weighed<S>(ps, r);
     V value;
     if (degree != 0) {
       value = (g + h) * S::splat(static_cast<T>(1 / degree));
