@@ -98,9 +98,8 @@ void take_blocks(Layout& layout, const Needs& needs, Scratch& s) {
   s.block_x = layout.take(bytes);
   s.block_y = layout.take(bytes);
   s.block_out = layout.take(bytes);
-  s.block_r = layout.take(bytes);
-  s.block_q = layout.take(bytes);
-  s.block_p = layout.take(bytes);
+  s.to_u = layout.take(bytes);
+  s.to_v = layout.take(bytes);
 }
 
 // Scratch for whole rows (or for blocks only), from this thread's arena; false without memory.

@@ -57,8 +57,8 @@ struct RowGradients {
     const int64_t label = row.label - start;
     if (label < 0 || label >= n) return out;
     if (row.apart) {
-      // softmax(x)_label - 1 = -logistic(-log-odds)
-      out[label] = static_cast<T>(times(soft, row.slopes.label) - times(hard, logistic(-row.target.hard_student)) +
+      // softmax(x)_label - 1 = -rest
+      out[label] = static_cast<T>(times(soft, row.slopes.label) - times(hard, row.target.hard_student.rest) +
                                   (row.grad_hard * problem.smoothing - shift));
     } else if (h) {
       out[label] = static_cast<T>(soft) * b.to_u[label] +
@@ -73,13 +73,13 @@ struct RowGradients {
     const double soft = row.grad_soft * row.soft_scale / row.tt, unit = row.grad_soft * row.slopes.drive;
     student_gradient<S>(b.to_v, nullptr, n, soft, 0.0, 0.0, out);
     if (row.g.problem.divergence == Divergence::kNKD) {
-      T* h = static_cast<T*>(scratch.block_r);
+      T* h = static_cast<T*>(scratch.to_u);
       probabilities<S>(y, n, row.max_t, row.lse_u, Exponent<S>(1.0), h);
       student_gradient<S>(b.to_v, h, n, soft, -unit, 0.0, out);
     }
     const int64_t label = row.label - start;
     if (row.apart && label >= 0 && label < n)
-      out[label] += static_cast<T>(times(-soft, row.slopes.pull) + times(unit, logistic(-row.target.hard_teacher)));
+      out[label] += static_cast<T>(times(-soft, row.slopes.pull) + times(unit, row.target.hard_teacher.rest));
     return out;
   }
 

@@ -42,11 +42,11 @@ struct BackwardRow {
     if (!apart) return;
     label_x = logit_at<S>(x, label, scratch) - max_s;
     label_y = logit_at<S>(y, label, scratch) - max_t;
-    target = {log_odds(label_x, ts, lse_s), log_odds(label_y, tt, lse_t), log_odds(label_x, 1.0, lse_h),
-              log_odds(label_y, 1.0, lse_u)};
+    target = {odds_of(label_x, ts, lse_s), odds_of(label_y, tt, lse_t), odds_of(label_x, 1.0, lse_h),
+              odds_of(label_y, 1.0, lse_u)};
     slopes = target_slopes(p, target);
-    lse_h = log_add(lse_h, label_x);
-    lse_u = log_add(lse_u, label_y);
+    lse_h = whole_lse(target.hard_student, label_x, lse_h);
+    lse_u = whole_lse(target.hard_teacher, label_y, lse_u);
   }
 };
 
@@ -67,41 +67,8 @@ static void probabilities(const typename S::T* x, int64_t n, double max, double 
 //   throughout where the row's mean is.
 struct LinearSlopes {
   double student, teacher, relation, mean, pull;
+  bool of_student;  // t = -log q
 };
-
-template <class S>
-static void linear_slopes(const typename S::T* q, const typename S::T* p, const typename S::T* t, bool negated,
-                          int64_t n, const LinearSlopes& s, typename S::T* to_u, typename S::T* to_v) {
-  typedef typename S::T T;
-  typedef typename S::V V;
-  const V student = S::splat(static_cast<T>(s.student)), teacher = S::splat(static_cast<T>(s.teacher));
-  const V relation = S::splat(static_cast<T>(negated ? -s.relation : s.relation));
-  const V mean = S::splat(static_cast<T>(negated ? -s.mean : s.mean)), pull = S::splat(static_cast<T>(s.pull));
-  const V zero = S::splat(static_cast<T>(s.mean != s.mean ? kNan : 0.0));
-  for (int64_t i = 0; i < n; i += S::kWidth) {
-    const V probability = S::load(p + i), term = S::load(t + i) - mean;
-    S::store(to_u + i, student * S::load(q + i) - teacher * probability);
-    S::store(to_v + i, S::select(probability == V{}, zero, probability * (relation * term + pull)));
-  }
-}
-
-// Pointwise divergences: to_u = g - q*sum g, to_v = h - p*sum h.
-template <class S, class D>
-static void pointwise_slopes(const D& divergence, const typename S::T* q, const typename S::T* p,
-                             const typename S::T* r, int64_t n, double sum_g, double sum_h,
-                             const typename S::T* log_q, const typename S::T* log_p, typename S::T* to_u,
-                             typename S::T* to_v) {
-  typedef typename S::T T;
-  typedef typename S::V V;
-  const V cq = S::splat(static_cast<T>(sum_g)), cp = S::splat(static_cast<T>(sum_h));
-  for (int64_t i = 0; i < n; i += S::kWidth) {
-    const V student = S::load(q + i), teacher = S::load(p + i);
-    const Point<S> point = divergence(student, teacher, S::load(r + i), D::kTakesLogs ? S::load(log_q + i) : V{},
-                                      D::kTakesLogs ? S::load(log_p + i) : V{});
-    S::store(to_u + i, point.g - student * cq);
-    S::store(to_v + i, point.h - teacher * cp);
-  }
-}
 
 // The block's q, p and slopes without the label's class where it is set apart; each array is one of scratch's
 // blocks.
@@ -110,36 +77,79 @@ struct BlockSlopes {
   typename S::T *q, *p, *to_u, *to_v;
 };
 
+// Calls act(x, y, i) for every vector; lanes past the end are NaN.
+template <class S, class Act>
+MFD_INLINE void over_vectors(const typename S::T* x, const typename S::T* y, int64_t n, const Act& act) {
+  const typename S::T pad = static_cast<typename S::T>(kNan);
+  int64_t i = 0;
+  for (; i + S::kWidth <= n; i += S::kWidth) act(S::load(x + i), S::load(y + i), i);
+  if (i < n) act(S::load_first(x + i, n - i, pad), S::load_first(y + i, n - i, pad), i);
+}
+
+template <class S, bool kNear>
+static void linear_slopes(const LinearSlopes& s, const Logs<S>& logs, const typename S::T* x, const typename S::T* y,
+                          int64_t n, const BlockSlopes<S>& b) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  const V student = S::splat(static_cast<T>(s.student)), teacher = S::splat(static_cast<T>(s.teacher));
+  const V relation = S::splat(static_cast<T>(s.relation)), mean = S::splat(static_cast<T>(s.mean));
+  const V pull = S::splat(static_cast<T>(s.pull)), zero = S::splat(static_cast<T>(s.mean != s.mean ? kNan : 0.0));
+  over_vectors<S>(x, y, n, [&](V logit_x, V logit_y, int64_t i) {
+    const V p = S::load(b.p + i);
+    const V t = s.of_student ? -logs.log_q(logit_x) : logs.template r<kNear>(logit_x, logit_y);
+    S::store(b.to_u + i, student * S::load(b.q + i) - teacher * p);
+    S::store(b.to_v + i, S::select(p == V{}, zero, p * (relation * (t - mean) + pull)));
+  });
+}
+
+// Pointwise divergences: to_u = g - q*sum g, to_v = h - p*sum h.
+template <class S, bool kNear, class D>
+static void pointwise_slopes(const D& divergence, const Logs<S>& logs, const typename S::T* x,
+                             const typename S::T* y, int64_t n, double sum_g, double sum_h,
+                             const BlockSlopes<S>& b) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  const V cq = S::splat(static_cast<T>(sum_g)), cp = S::splat(static_cast<T>(sum_h));
+  over_vectors<S>(x, y, n, [&](V logit_x, V logit_y, int64_t i) {
+    const V q = S::load(b.q + i), p = S::load(b.p + i);
+    const Point<S> point = point_at<S, kNear>(divergence, logs, logit_x, logit_y, q, p);
+    S::store(b.to_u + i, point.g - q * cq);
+    S::store(b.to_v + i, point.h - p * cp);
+  });
+}
+
+template <class S, bool kNear>
+static void slopes_of(const BackwardRow<S>& row, const Logs<S>& logs, const typename S::T* x, const typename S::T* y,
+                      int64_t n, const BlockSlopes<S>& b) {
+  const Problem& problem = row.g.problem;
+  if (is_pointwise(problem.divergence)) {
+    with_divergence<S>(problem, [&](const auto& divergence) {
+      pointwise_slopes<S, kNear>(divergence, logs, x, y, n, row.mean_g, row.mean_h, b);
+    });
+    return;
+  }
+  LinearSlopes s = {1.0, 1.0, 1.0, row.mean_h, 0.0, false};
+  if (row.apart)
+    s = {row.slopes.student, row.slopes.teacher, row.slopes.relation, row.mean_h, row.slopes.pull,
+         problem.divergence == Divergence::kNKD};
+  linear_slopes<S, kNear>(s, logs, x, y, n, b);
+}
+
 template <class S>
 static BlockSlopes<S> block_slopes(const BackwardRow<S>& row, const Exponent<S>& by_ts, const Exponent<S>& by_tt,
                                    const typename S::T* x, const typename S::T* y, int64_t n,
                                    const Scratch& scratch) {
   typedef typename S::T T;
-  const Problem& problem = row.g.problem;
   const BlockSlopes<S> b = {static_cast<T*>(scratch.exp_s), static_cast<T*>(scratch.exp_t),
-                            static_cast<T*>(scratch.block_q), static_cast<T*>(scratch.block_p)};
-  T* r = static_cast<T*>(scratch.block_r);
+                            static_cast<T*>(scratch.to_u), static_cast<T*>(scratch.to_v)};
   probabilities<S>(x, n, row.max_s, row.lse_s, by_ts, b.q);
   probabilities<S>(y, n, row.max_t, row.lse_t, by_tt, b.p);
-  const LogScale student(row.max_s, row.max_s, row.ts, row.lse_s), teacher(row.max_t, row.max_t, row.tt, row.lse_t);
-  if (problem.divergence == Divergence::kNKD) {
-    log_probabilities<S>(x, n, student, r);
+  const Logs<S> logs(LogScale(row.max_s, row.max_s, row.ts, row.lse_s),
+                     LogScale(row.max_t, row.max_t, row.tt, row.lse_t));
+  if (logs.near) {
+    slopes_of<S, true>(row, logs, x, y, n, b);
   } else {
-    log_ratios<S>(x, y, n, student, teacher, r);
+    slopes_of<S, false>(row, logs, x, y, n, b);
   }
-  if (!is_pointwise(problem.divergence)) {
-    LinearSlopes s = {1.0, 1.0, 1.0, row.mean_h, 0.0};
-    if (row.apart)
-      s = {row.slopes.student, row.slopes.teacher, row.slopes.relation, row.mean_h, row.slopes.pull};
-    linear_slopes<S>(b.q, b.p, r, problem.divergence == Divergence::kNKD, n, s, b.to_u, b.to_v);
-    return b;
-  }
-  with_divergence<S>(problem, [&](const auto& divergence) {
-    if (divergence.kTakesLogs) {
-      log_probabilities<S>(x, n, student, b.to_u);
-      log_probabilities<S>(y, n, teacher, b.to_v);
-    }
-    pointwise_slopes<S>(divergence, b.q, b.p, r, n, row.mean_g, row.mean_h, b.to_u, b.to_v, b.to_u, b.to_v);
-  });
   return b;
 }
