@@ -101,7 +101,9 @@ MFD_INLINE Block<S> load_block(const View& view, int64_t start, int64_t n, typen
   const int64_t apart = view.apart - start;
   const bool holds_apart = apart >= 0 && apart < n;
   if ((view.side->standardize || holds_apart) && block.x != buffer) {
-    __builtin_memcpy(buffer, block.x, static_cast<size_t>(n) * sizeof(*buffer));
+    int64_t i = 0;
+    for (; i + S::kWidth <= n; i += S::kWidth) S::store(buffer + i, S::load(block.x + i));
+    for (; i < n; ++i) buffer[i] = block.x[i];
     block.x = buffer;
   }
   if (view.side->standardize) standardize<S>(view.centre, n, buffer);

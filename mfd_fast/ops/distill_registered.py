@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, implementation
+from ..backends.layout import STATISTICS
 from ..divergences import divergence_from
 from ..rows import Rows, TopKRows
 from ..types import LogitTransform
@@ -187,7 +188,7 @@ def _rows_fake(*args: Any) -> tuple[Tensor, ...]:
     return (
         student.new_empty(n, dtype=dtype),
         student.new_empty(n, dtype=dtype),
-        student.new_empty(n, 11, dtype=dtype),
+        student.new_empty(n, STATISTICS, dtype=dtype),
         student.new_empty(4, extra, dtype=dtype),
         student.new_empty(extra, dtype=torch.bool),
     )

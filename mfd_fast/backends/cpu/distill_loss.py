@@ -11,7 +11,7 @@ from ...contract import label_error
 from ...rows import Rows
 from ...types import LogitTransform
 from .. import allocate
-from ..layout import row_layout
+from ..layout import STATISTICS, row_layout
 from . import native
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -153,7 +153,7 @@ def _divide(factor: float, divisor: float) -> float:
 
 
 def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProducts | None]:
-    """soft [N], hard [N], statistics [N, S] for the backward, and the by-products if ``terms``."""
+    """soft [N], hard [N], statistics [N, STATISTICS] for the backward, and the by-products if ``terms``."""
     module = native()
     keep: list[Tensor] = []
     n, device = rows.n_rows, rows.student.device
@@ -164,7 +164,7 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProdu
         return allocate.empty((n,), rows.dtype, device)
 
     soft, hard = column(), column()
-    stats = allocate.empty((n, module.statistics), rows.dtype, device)
+    stats = allocate.empty((n, STATISTICS), rows.dtype, device)
     extra: ByProducts | None = None
     addresses = [0] * 5
     if terms:

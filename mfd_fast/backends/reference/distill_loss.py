@@ -8,8 +8,8 @@ autograd does not record. Every backend has the same four: ``can_run``, ``scalar
 several teachers also (teacher_weights, second teacher, third teacher, …); the gradients of the temperatures are ``[N]``
 and of the weights ``[N, teachers]``, one value per row, of weights that already sum to 1. With a TopK teacher the
 gradient of the teacher is that of its values ``[..., K]``.
-The statistics ``[N, 8]`` are: max x, log Σexp((x−max)/T), max y, log Σexp((y−max)/T), log Σexp(x−max), and three
-that the backend chooses; only its own backward reads those three.
+The statistics ``[N, STATISTICS]`` are: max x, log Σexp((x−max)/T), max y, log Σexp((y−max)/T), log Σexp(x−max), and
+others that the backend chooses; only its own backward reads those.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from ...reference.distill_loss import (
     sparse_teacher,
 )
 from ...rows import Rows
+from ..layout import STATISTICS
 from .gradients import label_slopes, project, slopes, temperature_slope, through_transform
 
 Needs = tuple[bool, ...]
@@ -233,7 +234,7 @@ def _statistics(rows: Rows, values: RowTerms) -> Tensor:
     """Those that all backends share and KL; of several teachers, or a TopK, those of the first one's values."""
     sides = both_sides(rows, rows.op)
     x, y = sides.x, sides.ys[0]
-    out = x.new_zeros(rows.n_rows, 8)
+    out = x.new_zeros(rows.n_rows, STATISTICS)
     # log Σexp((x−max)/T) is minus the largest log-probability.
     out[:, 0], out[:, 1] = x.amax(-1), -soften(x, rows.temperature).amax(-1)
     out[:, 2], out[:, 3] = y.amax(-1), -soften(y, rows.teacher_temperature).amax(-1)
