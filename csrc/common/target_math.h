@@ -1,5 +1,5 @@
-// The label's class against the rest of its row, for DKD and NKD. Both probabilities come from the log-odds, so
-// that neither is 1 minus the other.
+// The label's class against the rest of its row, for DKD and NKD. Both probabilities come from the log-odds,
+// so that neither is 1 minus the other.
 #pragma once
 
 #include "common/row_math.h"
@@ -23,8 +23,8 @@ MFD_ROW_FN double times(double weight, double value) {
   return weight == 0 ? 0.0 : weight * value;
 }
 
-// The odds from the label's logit minus the largest of the others, and their log-sum-exp. A logit of +inf has no
-// distribution.
+// The odds from the label's logit minus the largest of the others, and their log-sum-exp. A logit of +inf has
+// no distribution.
 MFD_ROW_FN Odds odds_of(double label, double temperature, double lse) {
   return odds_of(label == kInf ? kNan : label / temperature - lse);
 }

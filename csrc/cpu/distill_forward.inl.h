@@ -1,7 +1,7 @@
 // The student gradient, and rows in groups or in blocks.
 
-// d loss/dx_j = student*e_s - teacher*e_t + hard*e_h - shift, with label_shift at the label; e relative to the
-// row's maxima, e_t = q*df/dq for the pointwise divergences. The e of a label set apart are 0.
+// d loss/dx_j = student*e_s - teacher*e_t + hard*e_h - shift, with label_shift at the label; e relative to
+// the row's maxima, e_t = q*df/dq for the pointwise divergences. The e of a label set apart are 0.
 struct Slopes {
   double student, teacher, hard, shift, label_shift;
 };
@@ -44,8 +44,8 @@ MFD_INLINE Slopes row_slopes(const RowContext<S>& c, const RowResult& r) {
 
 // d loss/d (transformed student logits) of one block.
 template <class S>
-MFD_INLINE void block_slope(const RowContext<S>& c, const RowSums& row, const Slopes& slopes, int64_t b, int64_t n,
-                            bool stream, const Scratch& scratch, typename S::T* out) {
+MFD_INLINE void block_slope(const RowContext<S>& c, const RowSums& row, const Slopes& slopes, int64_t b,
+                            int64_t n, bool stream, const Scratch& scratch, typename S::T* out) {
   typedef typename S::T T;
   const Forward& f = c.f;
   const int64_t start = b * kBlock;

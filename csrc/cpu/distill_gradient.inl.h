@@ -46,7 +46,8 @@ static void block_gradient(const typename S::T* es, const typename S::T* et, con
   typedef typename S::T T;
   typedef typename S::V V;
   constexpr int64_t W = S::kWidth;
-  const Factors<V> f = {S::splat(factors.a), S::splat(factors.b), S::splat(factors.h), S::splat(factors.shift)};
+  const Factors<V> f = {S::splat(factors.a), S::splat(factors.b), S::splat(factors.h),
+                        S::splat(factors.shift)};
   // The label's value goes in before its vector is written: a line that has been streamed is far away.
   const auto step = [&](int64_t i) {
     V g = gradient_step<S, kSoft, kHard>(es + i, et + i, eh + i, f);

@@ -12,7 +12,8 @@ constexpr double kNearMaxima = 8.0;
 
 // Logarithms of the softened probabilities from the logits of one block:
 //   log q = (x - mx)/Ts + shift, log p likewise, r = log p - log q = (y - my)/Tt - (x - mx)/Ts + shift.
-// `near`: at one temperature and close maxima r = ((y - x) - (my - mx))/T + shift, exact where the teacher is near.
+// `near`: at one temperature and close maxima r = ((y - x) - (my - mx))/T + shift, exact where the teacher is
+// near.
 template <class S>
 struct Logs {
   typedef typename S::V V;
@@ -52,12 +53,12 @@ MFD_INLINE Point<S> point_at(const D& divergence, const Logs<S>& logs, typename 
                     D::kTakesLogs ? logs.log_p(y) : V{});
 }
 
-// Sums of f, g and h over a block of exponentials e_s, e_t (times q_scale, p_scale the probabilities). With kKeep g
-// takes the place of e_t, for the gradient, and the sum of h is left out.
+// Sums of f, g and h over a block of exponentials e_s, e_t (times q_scale, p_scale the probabilities). With
+// kKeep g takes the place of e_t, for the gradient, and the sum of h is left out.
 template <class S, bool kKeep, bool kNear, class D>
-static void block_points(const D& divergence, const Logs<S>& logs, const typename S::T* x, const typename S::T* y,
-                         const typename S::T* es, typename S::T* et, int64_t n, double q_scale, double p_scale,
-                         BlockSums* out) {
+static void block_points(const D& divergence, const Logs<S>& logs, const typename S::T* x,
+                         const typename S::T* y, const typename S::T* es, typename S::T* et, int64_t n,
+                         double q_scale, double p_scale, BlockSums* out) {
   typedef typename S::T T;
   typedef typename S::V V;
   const V cq = S::splat(static_cast<T>(q_scale)), cp = S::splat(static_cast<T>(p_scale));

@@ -1,4 +1,5 @@
-// Slopes of the soft term to the softened logits u = x/Ts and v = y/Tt of one block, from the saved statistics.
+// Slopes of the soft term to the softened logits u = x/Ts and v = y/Tt of one block, from the saved
+// statistics.
 
 template <class S>
 struct BackwardRow {
@@ -50,12 +51,14 @@ struct BackwardRow {
   }
 };
 
-// out = exp((x - max)/T)*exp(-lse), padded with zeros to a whole vector.
+// out = exp((x - max)/T)*exp(-lse), padded with zeros to a whole vector; all 0 beside a label that has
+// everything.
 template <class S>
 static void probabilities(const typename S::T* x, int64_t n, double max, double lse,
                           const Exponent<S>& exponent, typename S::T* out) {
   typedef typename S::T T;
-  const typename S::V m = S::splat(static_cast<T>(max)), factor = S::splat(static_cast<T>(exp(-lse)));
+  const typename S::V m = S::splat(static_cast<T>(max)),
+                      factor = S::splat(static_cast<T>(lse == -kInf ? 0.0 : exp(-lse)));
   for (int64_t i = 0; i < n; i += S::kWidth) {
     const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
     S::store(out + i, exponent(S::load_first(x + i, left, static_cast<T>(-kInf)) - m) * factor);
@@ -63,8 +66,8 @@ static void probabilities(const typename S::T* x, int64_t n, double max, double 
 }
 
 // Forward KL and the divergences that set the label apart:
-//   to_u = student*q - teacher*p,  to_v = p*(relation*(t - mean) + pull), t = r or -log q; 0 where p is 0, NaN
-//   throughout where the row's mean is.
+//   to_u = student*q - teacher*p,  to_v = p*(relation*(t - mean) + pull), t = r or -log q; 0 where p is 0,
+//   NaN throughout where the row's mean is.
 struct LinearSlopes {
   double student, teacher, relation, mean, pull;
   bool of_student;  // t = -log q
@@ -87,13 +90,14 @@ MFD_INLINE void over_vectors(const typename S::T* x, const typename S::T* y, int
 }
 
 template <class S, bool kNear>
-static void linear_slopes(const LinearSlopes& s, const Logs<S>& logs, const typename S::T* x, const typename S::T* y,
-                          int64_t n, const BlockSlopes<S>& b) {
+static void linear_slopes(const LinearSlopes& s, const Logs<S>& logs, const typename S::T* x,
+                          const typename S::T* y, int64_t n, const BlockSlopes<S>& b) {
   typedef typename S::T T;
   typedef typename S::V V;
   const V student = S::splat(static_cast<T>(s.student)), teacher = S::splat(static_cast<T>(s.teacher));
   const V relation = S::splat(static_cast<T>(s.relation)), mean = S::splat(static_cast<T>(s.mean));
-  const V pull = S::splat(static_cast<T>(s.pull)), zero = S::splat(static_cast<T>(s.mean != s.mean ? kNan : 0.0));
+  const V pull = S::splat(static_cast<T>(s.pull)),
+          zero = S::splat(static_cast<T>(s.mean != s.mean ? kNan : 0.0));
   over_vectors<S>(x, y, n, [&](V logit_x, V logit_y, int64_t i) {
     const V p = S::load(b.p + i);
     const V t = s.of_student ? -logs.log_q(logit_x) : logs.template r<kNear>(logit_x, logit_y);
@@ -119,8 +123,8 @@ static void pointwise_slopes(const D& divergence, const Logs<S>& logs, const typ
 }
 
 template <class S, bool kNear>
-static void slopes_of(const BackwardRow<S>& row, const Logs<S>& logs, const typename S::T* x, const typename S::T* y,
-                      int64_t n, const BlockSlopes<S>& b) {
+static void slopes_of(const BackwardRow<S>& row, const Logs<S>& logs, const typename S::T* x,
+                      const typename S::T* y, int64_t n, const BlockSlopes<S>& b) {
   const Problem& problem = row.g.problem;
   if (is_pointwise(problem.divergence)) {
     with_divergence<S>(problem, [&](const auto& divergence) {
@@ -130,15 +134,15 @@ static void slopes_of(const BackwardRow<S>& row, const Logs<S>& logs, const type
   }
   LinearSlopes s = {1.0, 1.0, 1.0, row.mean_h, 0.0, false};
   if (row.apart)
-    s = {row.slopes.student, row.slopes.teacher, row.slopes.relation, row.mean_h, row.slopes.pull,
-         problem.divergence == Divergence::kNKD};
+    s = {row.slopes.student, row.slopes.teacher, row.slopes.relation,
+         row.mean_h,         row.slopes.pull,    problem.divergence == Divergence::kNKD};
   linear_slopes<S, kNear>(s, logs, x, y, n, b);
 }
 
 template <class S>
-static BlockSlopes<S> block_slopes(const BackwardRow<S>& row, const Exponent<S>& by_ts, const Exponent<S>& by_tt,
-                                   const typename S::T* x, const typename S::T* y, int64_t n,
-                                   const Scratch& scratch) {
+static BlockSlopes<S> block_slopes(const BackwardRow<S>& row, const Exponent<S>& by_ts,
+                                   const Exponent<S>& by_tt, const typename S::T* x, const typename S::T* y,
+                                   int64_t n, const Scratch& scratch) {
   typedef typename S::T T;
   const BlockSlopes<S> b = {static_cast<T*>(scratch.exp_s), static_cast<T*>(scratch.exp_t),
                             static_cast<T*>(scratch.to_u), static_cast<T*>(scratch.to_v)};

@@ -55,7 +55,7 @@ struct RowResult {
   Target target;
   double k, rest, soft, hard;
   double label, label_t;  // x_label - max_s, y_label - max_t, where they matter
-  double lse_h;  // log sum exp(x - max_s) over all classes
+  double lse_h;           // log sum exp(x - max_s) over all classes
 };
 
 template <class S>
@@ -106,8 +106,9 @@ static void write_statistics(const RowContext<S>& c, const RowResult& r) {
   values[kTeacherLse] = lse_t;
   values[kHardLse] = c.hard ? log(r.sums.sum_h) : 0.0;
   values[kDivergence] = r.k;
-  values[kStudentLseLow] = lse_s - static_cast<T>(lse_s);
-  values[kTeacherLseLow] = lse_t - static_cast<T>(lse_t);
+  // An empty rest beside the label has a log-sum-exp of -inf.
+  values[kStudentLseLow] = lse_s == -kInf ? 0.0 : lse_s - static_cast<T>(lse_s);
+  values[kTeacherLseLow] = lse_t == -kInf ? 0.0 : lse_t - static_cast<T>(lse_t);
   values[kStudentMean] = r.sums.g;
   values[kTeacherMean] = c.apart ? r.rest : r.sums.h;
   values[kTeacherHardLse] = c.wanted.unit ? log(r.sums.sum_u) : 0.0;

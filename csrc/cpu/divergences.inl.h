@@ -3,8 +3,8 @@
 // where a multiple of q - p may be added to f, a constant to df/dq and one to df/dp: sum f and the gradients
 // do not notice. The constants make both derivatives 0 at p = q, so that nothing cancels near it, and the
 // logarithms come from r = log p - log q, which the caller takes from the logits.
-// Where q and p are 0 nothing (or 1e-34) comes of them, whatever r is. The gradients follow: dL/du = g - q*sum g, dL/dv = h -
-// p*sum h.
+// Where q and p are 0 nothing (or 1e-34) comes of them, whatever r is. The gradients follow: dL/du = g -
+// q*sum g, dL/dv = h - p*sum h.
 
 template <class S>
 struct Point {
@@ -41,14 +41,14 @@ struct ReverseKL {
   }
 };
 
-// Where p, q and their mean m = wp*p + wq*q, wp + wq = 1, lie: with the greater side b, log(b/m) in [0, -log w]
-// keeps its digits near p = q, and the lesser side's logarithm differs by |r|. The least normal number beside
-// wp*p and wq*q spares every case of 0: it weighs nothing against the largest |r| let through.
+// Where p, q and their mean m = wp*p + wq*q, wp + wq = 1, lie: with the greater side b, log(b/m) in [0, -log
+// w] keeps its digits near p = q, and the lesser side's logarithm differs by |r|. The least normal number
+// beside wp*p and wq*q spares every case of 0: it weighs nothing against the largest |r| let through.
 template <class S>
 struct MeanOf {
   typedef typename S::V V;
   typedef typename S::T T;
-  V log_pm, log_qm;  // log(p/m), log(q/m)
+  V log_pm, log_qm;    // log(p/m), log(q/m)
   V student, teacher;  // wq*q, wp*p
   V inverse;           // 1/m
 
@@ -124,9 +124,9 @@ struct TVD {
 
 // f = -(p^a q^b - a/s p^s - b/s q^s)/(a*b), s = a + b: homogeneous of degree s, so that s*f = g + h, with
 //   g = (q^s - p^a q^b)/a = -q^s expm1(a*r)/a,  h = (p^s - p^a q^b)/b = -p^s expm1(-b*r)/b.
-// From the greater of p and q, so that nothing overflows for a, b > 0. Limits: a = 0: g = -q^s r; b = 0: h = p^s
-// r; s = 0: f = (expm1(a*r) - a*r)/a^2, and r^2/2 for a = b = 0.
-// Cichocki, Cruces, Amari: Generalized Alpha-Beta Divergences, Entropy 13 (2011) 134.
+// From the greater of p and q, so that nothing overflows for a, b > 0. Limits: a = 0: g = -q^s r; b = 0: h =
+// p^s r; s = 0: f = (expm1(a*r) - a*r)/a^2, and r^2/2 for a = b = 0. Cichocki, Cruces, Amari: Generalized
+// Alpha-Beta Divergences, Entropy 13 (2011) 134.
 template <class S>
 struct AlphaBeta {
   typedef typename S::V V;
@@ -149,13 +149,15 @@ struct AlphaBeta {
     const V qs = raised(q, log_q), ps = raised(p, log_p);
     const auto teacher_above = r > V{};
     const V to_student = -b * r, to_teacher = a * r;
-    // From the greater side: p^a q^b = big^s*(1 + e); the lesser side's own expm1 only where nothing overflows.
+    // From the greater side: p^a q^b = big^s*(1 + e); the lesser side's own expm1 only where nothing
+    // overflows.
     const V e = expm1_of(S::select(teacher_above, to_student, to_teacher));
     const auto near = (r < S::splat(T(1))) & (r > S::splat(T(-1)));
     const V lesser = S::select(near, S::select(teacher_above, to_teacher, to_student), V{});
     const V greater_power = S::select(teacher_above, ps, qs), lesser_power = S::select(teacher_above, qs, ps);
     const V greater = -(greater_power * e);
-    const V other = S::select(near, -(lesser_power * expm1_of(lesser)), lesser_power - (greater_power + greater_power * e));
+    const V other = S::select(near, -(lesser_power * expm1_of(lesser)),
+                              lesser_power - (greater_power + greater_power * e));
     V g = S::select(teacher_above, other, greater) * S::splat(static_cast<T>(1 / alpha));
     V h = S::select(teacher_above, greater, other) * S::splat(static_cast<T>(1 / beta));
     if (alpha == 0) g = -weighed<S>(qs, r);
@@ -168,8 +170,9 @@ struct AlphaBeta {
     } else {
       value = r * r * S::splat(T(0.5));
     }
-    // One logit -inf.
+    // p^a q^b overflows, of exponents of opposite signs; one logit -inf.
     const V infinity = S::splat(static_cast<T>(kInf));
+    value = S::select(e == infinity, infinity, value);
     value = S::select(r == -infinity, alpha > 0 && degree > 0 ? value : infinity, value);
     value = S::select(r == infinity, beta > 0 && degree > 0 ? value : infinity, value);
     // Both logits -inf, or past the end of the row.

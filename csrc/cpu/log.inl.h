@@ -6,8 +6,8 @@ struct PowerOfTwo {
   F32::V minus;  // e^g - 1
 };
 
-// k = round(z*log2(e)), f = z*log2(e) - k, 2^f - 1 = f*P(f) with relative error 1.1e-8 before rounding. Meaningless outside
-// [kExpLow, kExpHigh], which the callers cut; NaN stays.
+// k = round(z*log2(e)), f = z*log2(e) - k, 2^f - 1 = f*P(f) with relative error 1.1e-8 before rounding.
+// Meaningless outside [kExpLow, kExpHigh], which the callers cut; NaN stays.
 constexpr float kExpLow = -87.0f, kExpHigh = 88.0f;
 MFD_INLINE PowerOfTwo power_of_two(F32::V z) {
   typedef F32::V V;
@@ -42,14 +42,14 @@ MFD_INLINE double expm1_of(double z) {
   return ::expm1(z);
 }
 
-// log x for normal x > 0: x = 2^k m, m in [sqrt(1/2), sqrt(2)), log(1 + f) = f - f^2/2 + f^3 P(f) with relative
-// error 3.2e-8 before rounding. Finite at 0.
+// log x for normal x > 0: x = 2^k m, m in [sqrt(1/2), sqrt(2)), log(1 + f) = f - f^2/2 + f^3 P(f) with
+// relative error 3.2e-8 before rounding. Finite at 0.
 MFD_INLINE F32::V log_of(F32::V x) {
   typedef F32::V V;
   constexpr int32_t kSqrtHalf = 0x3f3504f3;
   const VecI k = ((VecI)x - kSqrtHalf) >> 23;
   const V f = (V)((VecI)x - (k << 23)) - 1.0f;
-  constexpr float kPolynomial[] = {8.700430572e-02f,  -1.426748622e-01f, 1.491476922e-01f, -1.657758477e-01f,
+  constexpr float kPolynomial[] = {8.700430572e-02f, -1.426748622e-01f, 1.491476922e-01f, -1.657758477e-01f,
                                    1.996306370e-01f, -2.500133704e-01f, 3.333391074e-01f};
   V p = F32::splat(kPolynomial[0]);
   for (int i = 1; i < 7; ++i) p = F32::fma(p, f, F32::splat(kPolynomial[i]));

@@ -150,8 +150,8 @@ MFD_INLINE bool changes_gradient(const Side& side) {
   return side.scale != 1.0 || side.softcap > 0 || side.standardize;
 }
 
-// gradient -> gradient of the raw logits; z the transformed logits of the block, `dot` sum gradient*z over the
-// row.
+// gradient -> gradient of the raw logits; z the transformed logits of the block, `dot` sum gradient*z over
+// the row.
 //   standardised: (g - mean g)/s - (sum g z)/s*(x - mean)/((C - 1)*deviation), mean g = 0 as no loss changes
 //   with a common shift;
 //   scale*(1 - (x/softcap)^2).
@@ -162,7 +162,8 @@ static void transform_backward(const View& view, const typename S::T* z, int64_t
   typedef typename S::V V;
   const Side& side = *view.side;
   const V scale = S::splat(static_cast<T>(side.scale)), cap = S::splat(static_cast<T>(side.softcap));
-  const V inverse = S::splat(static_cast<T>(view.centre.inverse)), mean = S::splat(static_cast<T>(view.centre.mean));
+  const V inverse = S::splat(static_cast<T>(view.centre.inverse)),
+          mean = S::splat(static_cast<T>(view.centre.mean));
   const V deviation = S::splat(static_cast<T>(1.0 / view.centre.inverse));
   const V fold = S::splat(static_cast<T>(dot * view.centre.fold));
   for (int64_t i = 0; i < n; i += S::kWidth) {

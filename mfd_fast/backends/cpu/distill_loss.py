@@ -51,9 +51,7 @@ def _side(module: Any, logits: Tensor, transform: LogitTransform | None, keep: l
     scale, softcap = (1.0, 0.0) if transform is None else (transform.scale, transform.softcap or 0.0)
     standardize = transform is not None and transform.standardize
     width, dtype = tensor.shape[-1], _DTYPES[tensor.dtype]
-    return module.Side(
-        tensor.data_ptr(), dtype, inner, outer_stride, row_stride, width, scale, softcap, standardize
-    )
+    return module.Side(tensor.data_ptr(), dtype, inner, outer_stride, row_stride, width, scale, softcap, standardize)
 
 
 def _temperature(value: float | Tensor) -> tuple[float, int, int]:
