@@ -123,7 +123,8 @@ struct BlockSums {
 
 // Memory of one worker; sized for one row.
 struct Scratch {
-  void *exp_s, *exp_t, *exp_h, *capped;  // padded rows of the compute dtype; exp_h and capped may be null
+  // Padded rows of the compute dtype; exp_h, capped and difference may be null.
+  void *exp_s, *exp_t, *exp_h, *capped, *difference;
   void *block_x, *block_y, *block_out, *to_u, *to_v;  // kBlock elements each
   BlockSums* sums;                                    // one per block, at least kBlock/kRowAlign
 };

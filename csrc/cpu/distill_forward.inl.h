@@ -155,6 +155,7 @@ MFD_INLINE Scratch nth_of(const Scratch& scratch, int64_t k, int64_t stride) {
   s.exp_t = static_cast<T*>(s.exp_t) + k * stride;
   if (s.exp_h) s.exp_h = static_cast<T*>(s.exp_h) + k * stride;
   if (s.capped) s.capped = static_cast<T*>(s.capped) + k * stride;
+  if (s.difference) s.difference = static_cast<T*>(s.difference) + k * stride;
   s.sums += k;
   return s;
 }

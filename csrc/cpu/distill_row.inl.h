@@ -93,13 +93,20 @@ static void row_sums(const RowContext<S>& c, const Scales<S>& scales, int64_t be
     if (f.use_soft) y = load_block<S>(c.y, start, n, static_cast<T*>(scratch.block_y));
     T* es = static_cast<T*>(scratch.exp_s) + start;
     T* et = static_cast<T*>(scratch.exp_t) + start;
-    T* eh = scratch.exp_h ? static_cast<T*>(scratch.exp_h) + start : es;
+    const Kept<T> kept = {es, et, scratch.exp_h ? static_cast<T*>(scratch.exp_h) + start : es,
+                          scratch.difference ? static_cast<T*>(scratch.difference) + start : es};
     BlockSums& out = scratch.sums[b];
+    out.max_s = block_max<S>(x.x, n);
+    out.max_t = f.use_soft ? block_max<S>(y.x, n) : T(0);
     const Ahead ahead = ahead_of<S>(p, x, y);
-    if (f.use_soft) {
-      block_sums_of<S, true>(c.hard, x.x, y.x, n, scales, ahead, es, et, eh, &out);
+    if (!f.use_soft) {
+      block_sums<S, kNoSoft, 1>(x.x, x.x, n, scales, ahead, kept, &out);
+    } else if (!is_pointwise(p.divergence)) {
+      block_sums_of<S, kCross>(c.hard, x.x, y.x, n, scales, ahead, kept, &out);
+    } else if (are_near(out.max_s, out.max_t, c.ts / c.tt)) {
+      block_sums_of<S, kNear>(c.hard, x.x, y.x, n, scales, ahead, kept, &out);
     } else {
-      block_sums<S, false, 1>(x.x, x.x, n, scales, ahead, es, et, eh, &out);
+      block_sums_of<S, kFar>(c.hard, x.x, y.x, n, scales, ahead, kept, &out);
     }
     out.sum_x = 0;
     if (f.use_hard && p.smoothing != 0) {

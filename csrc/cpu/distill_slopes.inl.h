@@ -65,6 +65,48 @@ static void probabilities(const typename S::T* x, int64_t n, double max, double 
   }
 }
 
+// Logarithms of the softened probabilities from the logits of one block:
+//   log q = (x - mx)/Ts + shift, log p likewise, r = log p - log q = (y - my)/Tt - (x - mx)/Ts + shift.
+// `close`: at one temperature and close maxima r = ((y - x) - (my - mx))/T + shift, exact where the teacher
+// is near.
+template <class S>
+struct Logs {
+  typedef typename S::V V;
+  typedef typename S::T T;
+  bool close;
+  V mx, my, gap, ratio, inverse_s, inverse_t, shift, shift_s, shift_t;
+
+  Logs(const LogScale& student, const LogScale& teacher) {
+    close = are_near(student.block_max, teacher.block_max, teacher.inverse / student.inverse);
+    mx = S::splat(static_cast<T>(student.block_max));
+    my = S::splat(static_cast<T>(teacher.block_max));
+    gap = my - mx;
+    ratio = S::splat(static_cast<T>(teacher.inverse / student.inverse));
+    inverse_s = S::splat(static_cast<T>(student.inverse));
+    inverse_t = S::splat(static_cast<T>(teacher.inverse));
+    shift_s = S::splat(static_cast<T>(student.shift));
+    shift_t = S::splat(static_cast<T>(teacher.shift));
+    shift = S::splat(static_cast<T>(teacher.shift - student.shift));
+  }
+
+  template <bool kClose>
+  __attribute__((always_inline)) inline V r(V x, V y) const {
+    const V d = kClose ? y - x - gap : S::fma(y - my, ratio, mx - x);
+    return S::fma(d, inverse_s, shift);
+  }
+  __attribute__((always_inline)) inline V log_q(V x) const { return S::fma(x - mx, inverse_s, shift_s); }
+  __attribute__((always_inline)) inline V log_p(V y) const { return S::fma(y - my, inverse_t, shift_t); }
+};
+
+// The divergence at one vector of logits and probabilities.
+template <class S, bool kClose, class D>
+MFD_INLINE Point<S> point_at(const D& divergence, const Logs<S>& logs, typename S::V x, typename S::V y,
+                             typename S::V q, typename S::V p) {
+  typedef typename S::V V;
+  return divergence(q, p, logs.template r<kClose>(x, y), D::kTakesLogs ? logs.log_q(x) : V{},
+                    D::kTakesLogs ? logs.log_p(y) : V{});
+}
+
 // Forward KL and the divergences that set the label apart:
 //   to_u = student*q - teacher*p,  to_v = p*(relation*(t - mean) + pull), t = r or -log q; 0 where p is 0,
 //   NaN throughout where the row's mean is.
@@ -89,7 +131,7 @@ MFD_INLINE void over_vectors(const typename S::T* x, const typename S::T* y, int
   if (i < n) act(S::load_first(x + i, n - i, pad), S::load_first(y + i, n - i, pad), i);
 }
 
-template <class S, bool kNear>
+template <class S, bool kClose>
 static void linear_slopes(const LinearSlopes& s, const Logs<S>& logs, const typename S::T* x,
                           const typename S::T* y, int64_t n, const BlockSlopes<S>& b) {
   typedef typename S::T T;
@@ -100,14 +142,14 @@ static void linear_slopes(const LinearSlopes& s, const Logs<S>& logs, const type
           zero = S::splat(static_cast<T>(s.mean != s.mean ? kNan : 0.0));
   over_vectors<S>(x, y, n, [&](V logit_x, V logit_y, int64_t i) {
     const V p = S::load(b.p + i);
-    const V t = s.of_student ? -logs.log_q(logit_x) : logs.template r<kNear>(logit_x, logit_y);
+    const V t = s.of_student ? -logs.log_q(logit_x) : logs.template r<kClose>(logit_x, logit_y);
     S::store(b.to_u + i, student * S::load(b.q + i) - teacher * p);
     S::store(b.to_v + i, S::select(p == V{}, zero, p * (relation * (t - mean) + pull)));
   });
 }
 
 // Pointwise divergences: to_u = g - q*sum g, to_v = h - p*sum h.
-template <class S, bool kNear, class D>
+template <class S, bool kClose, class D>
 static void pointwise_slopes(const D& divergence, const Logs<S>& logs, const typename S::T* x,
                              const typename S::T* y, int64_t n, double sum_g, double sum_h,
                              const BlockSlopes<S>& b) {
@@ -116,19 +158,19 @@ static void pointwise_slopes(const D& divergence, const Logs<S>& logs, const typ
   const V cq = S::splat(static_cast<T>(sum_g)), cp = S::splat(static_cast<T>(sum_h));
   over_vectors<S>(x, y, n, [&](V logit_x, V logit_y, int64_t i) {
     const V q = S::load(b.q + i), p = S::load(b.p + i);
-    const Point<S> point = point_at<S, kNear>(divergence, logs, logit_x, logit_y, q, p);
+    const Point<S> point = point_at<S, kClose>(divergence, logs, logit_x, logit_y, q, p);
     S::store(b.to_u + i, point.g - q * cq);
     S::store(b.to_v + i, point.h - p * cp);
   });
 }
 
-template <class S, bool kNear>
+template <class S, bool kClose>
 static void slopes_of(const BackwardRow<S>& row, const Logs<S>& logs, const typename S::T* x,
                       const typename S::T* y, int64_t n, const BlockSlopes<S>& b) {
   const Problem& problem = row.g.problem;
   if (is_pointwise(problem.divergence)) {
     with_divergence<S>(problem, [&](const auto& divergence) {
-      pointwise_slopes<S, kNear>(divergence, logs, x, y, n, row.mean_g, row.mean_h, b);
+      pointwise_slopes<S, kClose>(divergence, logs, x, y, n, row.mean_g, row.mean_h, b);
     });
     return;
   }
@@ -136,7 +178,7 @@ static void slopes_of(const BackwardRow<S>& row, const Logs<S>& logs, const type
   if (row.apart)
     s = {row.slopes.student, row.slopes.teacher, row.slopes.relation,
          row.mean_h,         row.slopes.pull,    problem.divergence == Divergence::kNKD};
-  linear_slopes<S, kNear>(s, logs, x, y, n, b);
+  linear_slopes<S, kClose>(s, logs, x, y, n, b);
 }
 
 template <class S>
@@ -150,7 +192,7 @@ static BlockSlopes<S> block_slopes(const BackwardRow<S>& row, const Exponent<S>&
   probabilities<S>(y, n, row.max_t, row.lse_t, by_tt, b.p);
   const Logs<S> logs(LogScale(row.max_s, row.max_s, row.ts, row.lse_s),
                      LogScale(row.max_t, row.max_t, row.tt, row.lse_t));
-  if (logs.near) {
+  if (logs.close) {
     slopes_of<S, true>(row, logs, x, y, n, b);
   } else {
     slopes_of<S, false>(row, logs, x, y, n, b);

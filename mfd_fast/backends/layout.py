@@ -1,4 +1,4 @@
-"""Row addressing and saved statistics: how a kernel walks ``[..., C]`` logits of any layout without a copy where possible."""
+"""Row addressing and saved statistics: how a kernel walks ``[..., C]`` logits of any layout, without a copy if it can."""
 
 from __future__ import annotations
 
