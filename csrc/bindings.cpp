@@ -34,17 +34,18 @@ void put_value(Address out, bool is_double, double value) {
 }
 
 mfd::Side make_side(Address data, int dtype, int64_t inner, int64_t outer_stride, int64_t row_stride,
-                    int64_t width, double scale, double softcap) {
-  return {pointer(data), static_cast<mfd::Dtype>(dtype), inner, outer_stride, row_stride, width, scale,
-          softcap};
+                    int64_t width, double scale, double softcap, bool standardize) {
+  return {
+      pointer(data), static_cast<mfd::Dtype>(dtype), inner, outer_stride, row_stride, width, scale, softcap,
+      standardize};
 }
 
 std::unique_ptr<mfd::Problem> make_problem(int64_t n_rows, int64_t classes, bool is_double,
                                            const mfd::Side& student, const mfd::Side& teacher, double ts,
                                            Address ts_rows, int64_t ts_stride, double tt, Address tt_rows,
                                            int64_t tt_stride, Address labels, Address mask,
-                                           int64_t ignore_index, double smoothing,
-                                           bool scale_by_temperature) {
+                                           int64_t ignore_index, double smoothing, bool scale_by_temperature,
+                                           int divergence, double first, double second) {
   return std::unique_ptr<mfd::Problem>(new mfd::Problem{n_rows,
                                                         classes,
                                                         is_double,
@@ -56,7 +57,10 @@ std::unique_ptr<mfd::Problem> make_problem(int64_t n_rows, int64_t classes, bool
                                                         pointer<const unsigned char>(mask),
                                                         ignore_index,
                                                         smoothing,
-                                                        scale_by_temperature});
+                                                        scale_by_temperature,
+                                                        static_cast<mfd::Divergence>(divergence),
+                                                        first,
+                                                        second});
 }
 
 // Writes the weighted sum of the row losses to `loss`, and its gradient to `grad` where that is not 0.
@@ -359,6 +363,7 @@ PYBIND11_MODULE(_C, m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.doc() = "Native CPU kernels of mfd_fast.";
   m.attr("compiler") = MFD_COMPILER;
+  m.attr("statistics") = mfd::kStats;
   py::class_<mfd::Side>(m, "Side").def(py::init(&make_side));
   py::class_<mfd::Problem>(m, "Problem").def(py::init(&make_problem));
   m.def("count_rows", &mfd::count_rows);

@@ -8,6 +8,7 @@
 
 #include "common/fusion.h"
 #include "common/row_math.h"
+#include "common/target_math.h"
 #include "common/types.h"
 
 #if defined(__SSE2__)
@@ -21,10 +22,16 @@ namespace {
 // clang-format off: the order is that of use.
 #include "cpu/vec.inl.h"
 #include "cpu/exp.inl.h"
+#include "cpu/log.inl.h"
 #include "cpu/rows.inl.h"
 #include "cpu/distill_sums.inl.h"
+#include "cpu/distill_row.inl.h"
+#include "cpu/divergences.inl.h"
+#include "cpu/distill_points.inl.h"
 #include "cpu/distill_gradient.inl.h"
+#include "cpu/distill_values.inl.h"
 #include "cpu/distill_forward.inl.h"
+#include "cpu/distill_slopes.inl.h"
 #include "cpu/distill_backward.inl.h"
 #include "cpu/matrix_rows.inl.h"
 #include "cpu/feature.inl.h"
@@ -38,6 +45,11 @@ void forward_rows(const Forward& f, int64_t begin, int64_t end, const Scratch& s
 void forward_sums(const Forward& f, int64_t row, int64_t begin, int64_t end, const Scratch& s) {
   f.problem.is_double ? forward_sums_of<F64>(f, row, begin, end, s)
                       : forward_sums_of<F32>(f, row, begin, end, s);
+}
+
+void forward_points(const Forward& f, int64_t row, int64_t begin, int64_t end, const Scratch& s) {
+  f.problem.is_double ? forward_points_of<F64>(f, row, begin, end, s)
+                      : forward_points_of<F32>(f, row, begin, end, s);
 }
 
 void forward_outputs(const Forward& f, int64_t row, int64_t begin, int64_t end, const Scratch& s) {
@@ -83,7 +95,7 @@ void predict(const Problem& p, int64_t begin, int64_t end, int64_t* out) {
 
 constexpr FusionKernels kFusion = {pool_forward, pool_backward, add_parts, tap_rows, predict};
 
-constexpr Kernels kTable = {MFD_ISA_NAME,    kLanes,        forward_rows, forward_sums,
+constexpr Kernels kTable = {MFD_ISA_NAME,   kLanes,          forward_rows,  forward_sums, forward_points,
                             forward_outputs, backward_rows, add,          &kFusion};
 
 }  // namespace

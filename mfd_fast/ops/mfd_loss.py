@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, implementation
+from ..divergences import Divergence
 from ..reference.mfd_loss import mfd_loss as reference_loss
 from ..rows import Rows
-from ..types import Divergence, MFDOutput
+from ..types import MFDOutput
 from .distill_loss import row_terms
 from .feature_loss import distances
 from .feature_problem import FeatureProblem, Tap

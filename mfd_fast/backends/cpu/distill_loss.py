@@ -9,13 +9,24 @@ from torch import Tensor
 
 from ...contract import label_error
 from ...rows import Rows
-from ...types import ForwardKL, LogitTransform
+from ...types import LogitTransform
 from .. import allocate
-from ..layout import row_layout
+from ..layout import STATISTICS, row_layout
 from . import native
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_STATS = 8
+#: Numbers of the divergences in csrc/common/types.h.
+_DIVERGENCES = {
+    "forward_kl": 0,
+    "reverse_kl": 1,
+    "jsd": 2,
+    "skew_kl": 3,
+    "skew_reverse_kl": 4,
+    "tvd": 5,
+    "alpha_beta": 6,
+    "dkd": 7,
+    "nkd": 8,
+}
 
 #: Gradients of at least this many bytes are written past the caches.
 STREAM_BYTES = 4 << 20
@@ -27,11 +38,10 @@ def can_run(rows: Rows) -> str | None:
     """Why the native kernels cannot take this call, None if they can."""
     if rows.student.device.type != "cpu":
         return f"the tensors are on {rows.student.device}"
-    if type(rows.divergence) is not ForwardKL:
-        return f"{rows.divergence.name} has no native kernel yet"
-    for transform in (rows.student_transform, rows.teacher_transform):
-        if transform is not None and transform.standardize:
-            return "LogitTransform(standardize=True) has no native kernel yet"
+    if rows.topk is not None:
+        return "no native kernel for a TopK teacher yet"
+    if len(rows.teachers) > 1:
+        return "no native kernel for several teachers yet"
     return None
 
 
@@ -39,9 +49,9 @@ def _side(module: Any, logits: Tensor, transform: LogitTransform | None, keep: l
     tensor, inner, outer_stride, row_stride = row_layout(logits)
     keep.append(tensor)
     scale, softcap = (1.0, 0.0) if transform is None else (transform.scale, transform.softcap or 0.0)
-    return module.Side(
-        tensor.data_ptr(), _DTYPES[tensor.dtype], inner, outer_stride, row_stride, tensor.shape[-1], scale, softcap
-    )
+    standardize = transform is not None and transform.standardize
+    width, dtype = tensor.shape[-1], _DTYPES[tensor.dtype]
+    return module.Side(tensor.data_ptr(), dtype, inner, outer_stride, row_stride, width, scale, softcap, standardize)
 
 
 def _temperature(value: float | Tensor) -> tuple[float, int, int]:
@@ -70,6 +80,8 @@ def native_problem(module: Any, rows: Rows, labels: Tensor | None, keep: list[Te
         rows.ignore_index,
         rows.label_smoothing,
         rows.scale_by_temperature,
+        _DIVERGENCES[rows.divergence.name],
+        *rows.divergence.parameters,
     )
 
 
@@ -139,7 +151,7 @@ def _divide(factor: float, divisor: float) -> float:
 
 
 def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProducts | None]:
-    """soft [N], hard [N], statistics [N, 8] for the backward, and the by-products if ``terms``."""
+    """soft [N], hard [N], statistics [N, STATISTICS] for the backward, and the by-products if ``terms``."""
     module = native()
     keep: list[Tensor] = []
     n, device = rows.n_rows, rows.student.device
@@ -150,7 +162,7 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProdu
         return allocate.empty((n,), rows.dtype, device)
 
     soft, hard = column(), column()
-    stats = allocate.empty((n, _STATS), rows.dtype, device)
+    stats = allocate.empty((n, STATISTICS), rows.dtype, device)
     extra: ByProducts | None = None
     addresses = [0] * 5
     if terms:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...divergences import ForwardKL
 from ...reference.feature_loss import KINDS
-from ...types import ForwardKL
 from .. import allocate
 from . import distill_loss, native
 from .modal_pool import can_run as pool_can_run

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ...contract import check_labels_in_range
+from ...divergences import ForwardKL
 from ...rows import Rows
-from ...types import ForwardKL, LogitTransform
+from ...types import LogitTransform
 from .. import allocate
-from ..layout import row_layout
+from ..layout import STATISTICS, row_layout
 from . import interpreting
 from .blocks import Blocks, choose_blocks, common_unit
 from .launch import finish, gradient, kernels, launch, number
@@ -29,6 +30,10 @@ def can_run(rows: Rows) -> str | None:
     """None if the kernels cover this call, else the reason."""
     if not isinstance(rows.divergence, ForwardKL):
         return f"no kernel for {rows.divergence} yet"
+    if rows.topk is not None:
+        return "no kernel for a TopK teacher yet"
+    if len(rows.teachers) > 1:
+        return "no kernel for several teachers yet"
     for transform in (rows.student_transform, rows.teacher_transform):
         if transform is not None and transform.standardize:
             return "no kernel for LogitTransform(standardize=True) yet"
@@ -124,11 +129,11 @@ def scalar_arguments(
 
 
 def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...] | None]:
-    """soft [N], hard [N], stats [N, 8] and, if asked, the by-products."""
+    """soft [N], hard [N], stats [N, STATISTICS] and, if asked, the by-products."""
     check_labels_in_range(rows.op, rows)
     n, dtype, device = rows.n_rows, rows.dtype, rows.device
     soft, hard = allocate.empty((n,), dtype, device), allocate.empty((n,), dtype, device)
-    stats = allocate.empty((n, 8), dtype, device)
+    stats = allocate.empty((n, STATISTICS), dtype, device)
     extra: list[Tensor | None] = [None] * 5
     if terms:
         of_labels = 4 if rows.labels is not None else 2
