@@ -260,7 +260,7 @@ void mfd_rows(Mfd& m, Address logits, Address loss, Address soft, Address hard, 
               Address predictions, Address grad, bool stream, int threads) {
   const int64_t n = m.problem.n_rows, classes = m.problem.classes;
   const mfd::Dtype dtype = m.pool.is_double ? mfd::Dtype::kFloat64 : mfd::Dtype::kFloat32;
-  m.problem.student = {pointer(logits), dtype, n, 0, classes, classes, 1.0, 0.0};
+  m.problem.student = {pointer(logits), dtype, n, 0, classes, classes, 1.0, 0.0, false};
   mfd::MfdRows r{};
   r.problem = m.problem;
   r.use_soft = m.use_soft;

@@ -95,7 +95,7 @@ void predict(const Problem& p, int64_t begin, int64_t end, int64_t* out) {
 
 constexpr FusionKernels kFusion = {pool_forward, pool_backward, add_parts, tap_rows, predict};
 
-constexpr Kernels kTable = {MFD_ISA_NAME,   kLanes,          forward_rows,  forward_sums, forward_points,
+constexpr Kernels kTable = {MFD_ISA_NAME,    kLanes,        forward_rows, forward_sums, forward_points,
                             forward_outputs, backward_rows, add,          &kFusion};
 
 }  // namespace
