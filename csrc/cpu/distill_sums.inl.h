@@ -15,9 +15,12 @@ MFD_INLINE int hard_mode(double temperature) {
 template <class S>
 struct Scales {
   Exponent<S> student, teacher, hard;
-  typename S::V ratio;  // Ts/Tt
-  Scales(double ts, double tt)
-      : student(ts), teacher(tt), hard(1.0), ratio(S::splat(static_cast<typename S::T>(ts / tt))) {}
+  typename S::V ratio;  // Ts/Tt; 0 where the cross-entropy is wanted instead of the divergence
+  Scales(double ts, double tt, bool cross_entropy)
+      : student(ts),
+        teacher(tt),
+        hard(1.0),
+        ratio(S::splat(static_cast<typename S::T>(cross_entropy ? 0.0 : ts / tt))) {}
 };
 
 // What the first pass keeps of both sides together: nothing (hard term only); the sum of p*(v - u); the
