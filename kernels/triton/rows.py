@@ -8,6 +8,8 @@ The maximum is subtracted before the division by the temperature. Every sum is r
 while tiles stream past (online softmax, Milakov and Gimelshein, arXiv:1805.02867), per row at the end.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -18,6 +20,25 @@ INF = tl.constexpr(float("inf"))
 LAST = tl.constexpr(2147483647)
 
 
+class Side(NamedTuple):
+    """One side's logits. Per row [ROWS]: start (first element), T, c = log2(e)/T, mean, spread.
+
+    Standardisation takes off the mean and divides by spread = standard deviation + 1e-7.
+    """
+
+    ptr: tl.tensor
+    start: tl.tensor
+    T: tl.tensor
+    c: tl.tensor
+    scale: tl.tensor
+    softcap: tl.tensor
+    mean: tl.tensor
+    spread: tl.tensor
+    SCALED: tl.constexpr
+    CAPPED: tl.constexpr
+    STANDARD: tl.constexpr
+
+
 @triton.jit
 def divide(a, b):
     """Correctly rounded a/b; the plain float32 quotient is off by up to 2 ulp on a GPU."""
@@ -25,6 +46,15 @@ def divide(a, b):
         return tl.div_rn(a, b)
     else:
         return a / b
+
+
+@triton.jit
+def root(a):
+    """Correctly rounded square root."""
+    if a.dtype == tl.float32:
+        return tl.sqrt_rn(a)
+    else:
+        return tl.sqrt(a)
 
 
 @triton.jit
@@ -64,14 +94,6 @@ def power(d, c):
         return tl.where(e > 0.0, e + e * ((lost + d * low) * LN2), e)
     else:
         return tl.exp2(d * c)
-
-
-@triton.jit
-def exp_negative(a):
-    """exp(-a) without the rounding of the product with log2(e), which grows with a."""
-    t = a.to(tl.float64) * (-1.0 * LOG2E)
-    whole = tl.floor(t)
-    return tl.exp2((t - whole).to(a.dtype)) * tl.exp2(whole.to(a.dtype))
 
 
 @triton.jit
@@ -132,41 +154,124 @@ def row_labels(labels_ptr, mask_ptr, row, n_rows, classes, ignore_index, ROWS: t
 
 
 @triton.jit
-def transform(x, scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
-    if SCALED:
-        x = x * scale
-    if CAPPED:
-        x = softcap * tanh(divide(x, softcap))
+def side(
+    ptr,
+    row,
+    exists,
+    inner,
+    outer_stride,
+    row_stride,
+    value,
+    value_ptr,
+    scale,
+    softcap,
+    UNIT: tl.constexpr,
+    FLAT: tl.constexpr,
+    STEP: tl.constexpr,
+    SCALED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    STANDARD: tl.constexpr,
+    EXACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The side whose temperature is ``value`` or in ``value_ptr``; not standardised yet."""
+    start = row_start(row, inner, outer_stride, row_stride, FLAT, UNIT)
+    T = row_scalar(value, value_ptr, row, exists, STEP, ROWS, DTYPE)
+    scale = tl.full([1], scale, DTYPE)
+    softcap = tl.full([1], softcap, DTYPE)
+    zero = tl.zeros([ROWS], DTYPE)
+    c = per_temperature(T, EXACT)
+    return Side(ptr, start, T, c, scale, softcap, zero, zero + 1.0, SCALED, CAPPED, STANDARD)
+
+
+@triton.jit
+def scale_and_cap(x, of):
+    if of.SCALED:
+        x = x * of.scale
+    if of.CAPPED:
+        x = of.softcap * tanh(divide(x, of.softcap))
     return x
 
 
 @triton.jit
-def through_transform(grad, x, scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
-    """Chain rule of `transform` from its output x: scale * (1 - (x/softcap)^2)."""
-    if CAPPED:
-        z = divide(x, softcap)
-        grad = grad * (1.0 - z * z)
-    if SCALED:
-        grad = grad * scale
-    return grad
+def read_raw(of, col, keep, EVICT: tl.constexpr):
+    """Logits of a tile before standardisation; 0 where keep is false (nothing is read there)."""
+    x = tl.load(of.ptr + of.start[:, None, None] + col, mask=keep, other=0.0, eviction_policy=EVICT)
+    return scale_and_cap(x.to(of.T.dtype), of)
 
 
 @triton.jit
-def read(
-    ptr,
-    start,
-    col,
-    keep,
-    scale,
-    softcap,
-    SCALED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    DTYPE: tl.constexpr,
-    EVICT: tl.constexpr,
-):
-    """Transformed logits of a tile; -inf where keep is false (nothing is read there)."""
-    x = tl.load(ptr + start[:, None, None] + col, mask=keep, other=0.0, eviction_policy=EVICT).to(DTYPE)
-    return tl.where(keep, transform(x, scale, softcap, SCALED, CAPPED), -INF)
+def read(of, col, keep, EVICT: tl.constexpr):
+    """Transformed logits of a tile; -inf where keep is false."""
+    x = read_raw(of, col, keep, EVICT)
+    if of.STANDARD:
+        x = divide(x - of.mean[:, None, None], of.spread[:, None, None])
+    return tl.where(keep, x, -INF)
+
+
+@triton.jit
+def label_logit(of, label, wanted):
+    """Transformed logit of the label, [ROWS]; meaningless where not wanted (nothing is read there)."""
+    x = scale_and_cap(tl.load(of.ptr + of.start + label, mask=wanted, other=0.0).to(of.T.dtype), of)
+    if of.STANDARD:
+        x = divide(x - of.mean, of.spread)
+    return x
+
+
+@triton.jit
+def standardized(of, col, counted, classes, ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
+    """The side with its mean and spread known, and spread/((C-1)*deviation) of `through_transform`."""
+    if of.STANDARD:
+        total = tl.zeros([ROWS, LANES], of.T.dtype)
+        for first in range(0, classes, LANES * VEC):
+            keep = counted[:, None, None] & (col + first < classes)
+            total += tl.sum(tl.where(keep, read_raw(of, col + first, keep, "evict_last"), 0.0), 2)
+        n = tl.full([ROWS], classes, of.T.dtype)
+        degrees = tl.maximum(n - 1.0, 1.0)
+        mean = divide(tl.sum(total, 1), n)
+        square = tl.zeros([ROWS, LANES], of.T.dtype)
+        for first in range(0, classes, LANES * VEC):
+            keep = counted[:, None, None] & (col + first < classes)
+            centred = read_raw(of, col + first, keep, "evict_last") - mean[:, None, None]
+            square += tl.sum(tl.where(keep, centred * centred, 0.0), 2)
+        deviation = root(divide(tl.sum(square, 1), degrees))
+        spread = deviation + 1e-7
+        back = tl.where(deviation == 0.0, 0.0, divide(spread, degrees * deviation))
+        side = Side(
+            of.ptr,
+            of.start,
+            of.T,
+            of.c,
+            of.scale,
+            of.softcap,
+            mean,
+            spread,
+            of.SCALED,
+            of.CAPPED,
+            of.STANDARD,
+        )
+        return side, back
+    else:
+        return of, of.T
+
+
+@triton.jit
+def through_transform(grad, x, of, middle, drift):
+    """Chain rule of the transform from its output x: scale * (1 - (x/softcap)^2), before it that of standardisation.
+
+    middle, drift [ROWS]: the mean of grad over the row, and sum of grad*x times spread/((C-1)*deviation).
+    """
+    if of.STANDARD:
+        grad = (grad - middle[:, None, None]) - x * drift[:, None, None]
+        grad = divide(grad, of.spread[:, None, None])
+        x = x * of.spread[:, None, None] + of.mean[:, None, None]
+    if of.CAPPED:
+        z = divide(x, of.softcap)
+        grad = grad * (1.0 - z * z)
+    if of.SCALED:
+        grad = grad * of.scale
+    return grad
 
 
 @triton.jit
@@ -176,18 +281,12 @@ def finite_max(m):
 
 
 @triton.jit
-def soft_sums(x, y, ms, mt, cs, ct, rho):
-    """Sums over VEC relative to the maxima: sum es, sum et, sum et*((y-mt) - rho*(x-ms)), max y where x is -inf.
-
-    The third is Tt * E_p[v-u] * sum et. Terms with et = 0 are 0; terms with x = -inf are left to the fourth.
-    """
-    dx = x - finite_max(ms)
-    dy = y - finite_max(mt)
-    es = power(dx, cs)
-    et = power(dy, ct)
-    cut = x == -INF
-    gap = tl.where((et > 0.0) & (cut == 0), dy - dx * rho, 0.0)
-    return tl.sum(es, 2), tl.sum(et, 2), tl.sum(et * gap, 2), tl.max(tl.where(cut, y, -INF), 2)
+def soft_gap(dx, dy, rho, CROSS_ENTROPY: tl.constexpr):
+    """Tt * (v - u) up to what is the same for all classes; of a cross-entropy Tt * (-u)."""
+    if CROSS_ENTROPY:
+        return -(dx * rho)
+    else:
+        return dy - dx * rho
 
 
 @triton.jit
@@ -223,14 +322,6 @@ def entropy_sum(d, c):
 
 
 @triton.jit
-def kl_value(ss, st, cross, blocked, mt, ct, Tt):
-    """KL(p||q) = E_p[v-u] - log sum et + log sum es, at least 0, NaN kept, +inf where q is 0 and p is not."""
-    kl = divide(divide(cross, st), Tt) + log_ratio(ss, st, divide(ss, st))
-    kl = kl + tl.where(power(blocked - mt, ct) > 0.0, INF, 0.0)
-    return tl.where(kl < 0.0, 0.0, kl)
-
-
-@triton.jit
 def hard_value(s1, ms, label_logit, spread, smoothing, classes, SMOOTH: tl.constexpr):
     """(1-eps)*(lse - x_label) + eps*(lse - mean x); spread = sum(x - shift), shift the finite label logit or 0."""
     hard = tl.log(s1) - (label_logit - ms)
@@ -243,12 +334,3 @@ def hard_value(s1, ms, label_logit, spread, smoothing, classes, SMOOTH: tl.const
 def valid_sum(total):
     """A sum of exponentials is at least 1; anything else (no logit, NaN) makes the row NaN."""
     return tl.where(total > 0.0, total, float("nan"))
-
-
-@triton.jit
-def label_logit(
-    ptr, start, label, wanted, scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr, DTYPE: tl.constexpr
-):
-    """Transformed logit of the label, [ROWS]; meaningless where not wanted (nothing is read there)."""
-    x = tl.load(ptr + start + label, mask=wanted, other=0.0).to(DTYPE)
-    return transform(x, scale, softcap, SCALED, CAPPED)

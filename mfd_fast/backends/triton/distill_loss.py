@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...contract import check_labels_in_range
-from ...divergences import ForwardKL
+from ...divergences import JSD, AlphaBeta, Divergence, SkewKL, SkewReverseKL
 from ...rows import Rows
 from ...types import LogitTransform
 from .. import allocate
@@ -23,20 +23,30 @@ __all__ = ["can_run", "per_row", "per_row_backward", "scalar", "scale_gradient_"
 COUNT_BLOCK = 1024
 MAX_COUNTS = 128
 REDUCE_BLOCK = 1024
+# KIND of the kernels, as in kernels/triton/divergences.py.
+KINDS = {
+    "forward_kl": 0,
+    "dkd": 1,
+    "nkd": 2,
+    "reverse_kl": 3,
+    "jsd": 4,
+    "skew_kl": 5,
+    "skew_reverse_kl": 6,
+    "tvd": 7,
+    "alpha_beta": 8,
+}
+NO_SOFT_TERM = -1
 MAX_COLUMNS = 2**31 - 2**16  # column numbers of a tile are int32
 
 
 def can_run(rows: Rows) -> str | None:
     """None if the kernels cover this call, else the reason."""
-    if not isinstance(rows.divergence, ForwardKL):
-        return f"no kernel for {rows.divergence} yet"
+    if rows.divergence.name not in KINDS:
+        return f"no kernel for {rows.divergence}"
     if rows.topk is not None:
         return "no kernel for a TopK teacher yet"
     if len(rows.teachers) > 1:
         return "no kernel for several teachers yet"
-    for transform in (rows.student_transform, rows.teacher_transform):
-        if transform is not None and transform.standardize:
-            return "no kernel for LogitTransform(standardize=True) yet"
     if max(rows.student.shape[-1], rows.teacher.shape[-1]) > MAX_COLUMNS:
         return f"at most {MAX_COLUMNS} columns"
     if interpreting():
@@ -121,7 +131,7 @@ def scalar_arguments(
         "soft_weight": soft_number,
         "hard_weight": hard_number,
         "width": rows.student.shape[-1] // common["UNIT"],
-        "SOFT": soft,
+        "KIND": common["KIND"] if soft else NO_SOFT_TERM,
         "HARD": hard,
         "SMOOTH": hard and rows.label_smoothing != 0,
         "LOOP": blocks.loop,
@@ -140,7 +150,7 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[T
         extra[:of_labels] = [allocate.empty((n,), dtype, device) for _ in range(of_labels)]
         extra[4] = allocate.empty((n,), torch.bool, device)
     if n:
-        common, blocks = _common(rows, (), many_sums=terms)
+        common, blocks = _common(rows, (), heavy=terms)
         arguments = common | {
             "soft_ptr": soft,
             "hard_ptr": hard,
@@ -197,6 +207,16 @@ def per_row_backward(
     )
 
 
+def _parameters(divergence: Divergence) -> tuple[float, float]:
+    """a and b of the kernels: of a mixture the shares of the teacher and of the student."""
+    first, second = divergence.parameters
+    if isinstance(divergence, (JSD, SkewKL)):
+        return first, 1.0 - first
+    if isinstance(divergence, SkewReverseKL):
+        return 1.0 - first, first
+    return first, second
+
+
 def _count(rows: Rows) -> tuple[Tensor, int]:
     """Partial counts of the counted rows, and how many there are."""
     programs = min(-(-rows.n_rows // COUNT_BLOCK), MAX_COUNTS)
@@ -213,7 +233,7 @@ def _count(rows: Rows) -> tuple[Tensor, int]:
     return counts, programs
 
 
-def _common(rows: Rows, widths: tuple[int, ...], many_sums: bool = False) -> tuple[dict[str, Any], Blocks]:
+def _common(rows: Rows, widths: tuple[int, ...], heavy: bool = False) -> tuple[dict[str, Any], Blocks]:
     """Arguments that all row kernels share. ``widths``: row lengths of the gradients to be written."""
     student, s_inner, s_outer, s_row = row_layout(rows.student)
     teacher, t_inner, t_outer, t_row = row_layout(rows.teacher)
@@ -224,12 +244,13 @@ def _common(rows: Rows, widths: tuple[int, ...], many_sums: bool = False) -> tup
     aligned = unit
     if student.data_ptr() % 16 or teacher.data_ptr() % 16:
         aligned = 1
-    blocks = choose_blocks(
-        max((rows.classes, *widths)), max(student.element_size(), teacher.element_size()), aligned, many_sums
-    )
+    heavy |= isinstance(rows.divergence, AlphaBeta)
+    widest = max(student.element_size(), teacher.element_size())
+    blocks = choose_blocks(max((rows.classes, *widths)), widest, aligned, heavy)
     tl = kernels("distill_loss").tl
     temperature, temperature_ptr = number(rows.temperature, student)
     teacher_temperature, teacher_temperature_ptr = number(rows.teacher_temperature, student)
+    parameters = _parameters(rows.divergence)
     s_scale, s_softcap, s_scaled, s_capped = _transform(rows.student_transform)
     t_scale, t_softcap, t_scaled, t_capped = _transform(rows.teacher_transform)
     arguments = {
@@ -263,6 +284,11 @@ def _common(rows: Rows, widths: tuple[int, ...], many_sums: bool = False) -> tup
         "SQUARED": rows.scale_by_temperature,
         "S_SCALED": s_scaled,
         "S_CAPPED": s_capped,
+        "KIND": KINDS[rows.divergence.name],
+        "a": parameters[0],
+        "b": parameters[1],
+        "S_STANDARD": _standardized(rows.student_transform),
+        "T_STANDARD": _standardized(rows.teacher_transform),
         "T_SCALED": t_scaled,
         "T_CAPPED": t_capped,
         "DTYPE": tl.float64 if rows.dtype == torch.float64 else tl.float32,
@@ -274,6 +300,10 @@ def _common(rows: Rows, widths: tuple[int, ...], many_sums: bool = False) -> tup
         "VEC": blocks.vec,
     }
     return arguments, blocks
+
+
+def _standardized(transform: LogitTransform | None) -> bool:
+    return transform is not None and transform.standardize
 
 
 def _transform(transform: LogitTransform | None) -> tuple[float, float, bool, bool]:
