@@ -18,7 +18,8 @@ from .divergences import NKD, NONE
 from .reduce import divisor
 from .row_gradients import Targets, student_gradient
 from .row_values import row_values
-from .rows import columns, divide, read, row_labels, row_scalar, side, standardized, through_transform
+from .rows import columns, divide, row_labels, row_scalar
+from .sides import read, side, standardized, through_transform
 
 
 @triton.jit(

@@ -8,19 +8,8 @@ import triton.language as tl
 
 from .divergences import DKD, NKD, REVERSE
 from .row_gradients import Means, Targets, know, student_gradient, student_soft, targets_gradient, teacher_soft
-from .rows import (
-    LOG2E,
-    columns,
-    divide,
-    finite_max,
-    label_logit,
-    power,
-    read,
-    row_labels,
-    side,
-    standardized,
-    through_transform,
-)
+from .rows import LOG2E, columns, divide, finite_max, power, row_labels
+from .sides import label_logit, read, side, standardized, through_transform
 
 
 @triton.jit

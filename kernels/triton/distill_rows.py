@@ -6,7 +6,8 @@ import triton.language as tl
 from .divergences import DKD, NKD, REVERSE
 from .row_statistics import with_label
 from .row_values import row_values
-from .rows import columns, divide, power, read, row_labels, side, standardized
+from .rows import columns, divide, power, row_labels
+from .sides import read, side, standardized
 
 
 @triton.jit(

@@ -7,7 +7,8 @@ import triton.language as tl
 
 from .divergences import DKD, FORWARD, NKD, NONE, REVERSE, kl_term, log1p, pointwise
 from .row_statistics import but_label
-from .rows import INF, LOG2E, divide, finite_max, log_ratio, power, read, soft_gap
+from .rows import INF, LOG2E, divide, finite_max, log_ratio, power, soft_gap
+from .sides import read
 
 
 class Known(NamedTuple):

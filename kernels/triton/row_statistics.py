@@ -19,11 +19,11 @@ from .rows import (
     first_column,
     moved,
     power,
-    read,
     rescale,
     rescale_moment,
     soft_gap,
 )
+from .sides import read
 
 
 class Sums(NamedTuple):

@@ -8,7 +8,8 @@ import triton.language as tl
 from .divergences import DKD, NKD, NONE, REVERSE
 from .row_gradients import Known, Means, centred_gap, know, online_value, pointwise_means
 from .row_statistics import Sums, hold_rows, stream_rows
-from .rows import INF, LOG2E, divide, finite_max, hard_value, label_logit, power, rescale, valid_sum
+from .rows import INF, LOG2E, divide, finite_max, hard_value, power, rescale, valid_sum
+from .sides import label_logit
 
 
 class Values(NamedTuple):

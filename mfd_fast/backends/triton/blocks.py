@@ -9,6 +9,7 @@ from typing import NamedTuple
 MAX_UNIT = 16  # elements; 16 bytes of the smallest dtype are 8
 VECTOR_BYTES = 16  # widest load of one thread
 THREAD_BYTES = 32  # of each side in the registers of one thread
+LONG = 65536  # columns; longer rows take more warps
 HELD_WARPS = 8  # of the program that holds the longest row that is read once
 
 
@@ -46,7 +47,7 @@ def choose_blocks(columns: int, widest: int, unit: int, heavy: bool = False) -> 
         rows = max(min(per_warp // size, 4 * 32 // lanes), 1)
         return Blocks(rows, lanes, vec, wide_enough, False, warps)
     # Of the longest rows one per processor is in flight, so that a second read finds them in the L2 cache.
-    warps = 16 if columns > 65536 else 8
+    warps = 16 if columns > LONG else 8
     if vector * widest < VECTOR_BYTES:
         return Blocks(1, 32 * warps, per_thread, False, True, warps)
     return Blocks(1, 32 * warps * per_thread // vector, vector, True, True, warps)

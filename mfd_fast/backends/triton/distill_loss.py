@@ -14,7 +14,7 @@ from ...types import LogitTransform
 from .. import allocate
 from ..layout import row_layout
 from . import interpreting
-from .blocks import Blocks, choose_blocks, common_unit
+from .blocks import LONG, Blocks, choose_blocks, common_unit
 from .launch import finish, gradient, kernels, launch, number
 from .scale import scale_gradient_
 
@@ -35,6 +35,7 @@ KINDS = {
     "tvd": 7,
     "alpha_beta": 8,
 }
+FIRST_POINTWISE = 3
 NO_SOFT_TERM = -1
 MAX_COLUMNS = 2**31 - 2**16  # column numbers of a tile are int32
 
@@ -241,10 +242,13 @@ def _common(rows: Rows, widths: tuple[int, ...], heavy: bool = False) -> tuple[d
     s_flat, t_flat = s_inner >= rows.n_rows, t_inner >= rows.n_rows
     s_outer, t_outer = 0 if s_flat else s_outer, 0 if t_flat else t_outer
     unit = common_unit(rows.classes, s_outer, s_row, t_outer, t_row, *widths)
+    kind = KINDS[rows.divergence.name]
     aligned = unit
     if student.data_ptr() % 16 or teacher.data_ptr() % 16:
         aligned = 1
+    standardized = _standardized(rows.student_transform), _standardized(rows.teacher_transform)
     heavy |= isinstance(rows.divergence, AlphaBeta)
+    heavy |= rows.classes > LONG and (kind >= FIRST_POINTWISE or any(standardized))
     widest = max(student.element_size(), teacher.element_size())
     blocks = choose_blocks(max((rows.classes, *widths)), widest, aligned, heavy)
     tl = kernels("distill_loss").tl
@@ -284,11 +288,11 @@ def _common(rows: Rows, widths: tuple[int, ...], heavy: bool = False) -> tuple[d
         "SQUARED": rows.scale_by_temperature,
         "S_SCALED": s_scaled,
         "S_CAPPED": s_capped,
-        "KIND": KINDS[rows.divergence.name],
+        "KIND": kind,
         "a": parameters[0],
         "b": parameters[1],
-        "S_STANDARD": _standardized(rows.student_transform),
-        "T_STANDARD": _standardized(rows.teacher_transform),
+        "S_STANDARD": standardized[0],
+        "T_STANDARD": standardized[1],
         "T_SCALED": t_scaled,
         "T_CAPPED": t_capped,
         "DTYPE": tl.float64 if rows.dtype == torch.float64 else tl.float32,
