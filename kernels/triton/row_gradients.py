@@ -75,7 +75,7 @@ def log_pair(z):
     large, small = divide(tl.full([1], 1.0, z.dtype), 1.0 + e), divide(e, 1.0 + e)
     rest = log1p(e)
     label = tl.where(z > 0, large, small)
-    return label, tl.where(z > 0, small, large) + (label - label), tl.minimum(z, 0.0) - rest, -tl.maximum(z, 0.0) - rest
+    return label, tl.where(z > 0, small, large), tl.minimum(z, 0.0) - rest, -tl.maximum(z, 0.0) - rest
 
 
 @triton.jit
@@ -144,6 +144,7 @@ def online_value(k, pair, cross, blocked, t, KIND: tl.constexpr):
         value = value + tl.log(k.ss)
     else:
         value = value + k.log_ratio
+    # INF + NaN stays NaN.
     value = tl.where(power(blocked - k.mt, t.c) > 0.0, INF + (k.ss - k.ss), value)
     value = tl.where(value < 0.0, 0.0, value)
     if KIND != FORWARD:

@@ -23,20 +23,18 @@ __all__ = ["can_run", "per_row", "per_row_backward", "scalar", "scale_gradient_"
 COUNT_BLOCK = 1024
 MAX_COUNTS = 128
 REDUCE_BLOCK = 1024
-# KIND of the kernels, as in kernels/triton/divergences.py.
+# The names of the divergences in kernels/triton/divergences.py.
 KINDS = {
-    "forward_kl": 0,
-    "dkd": 1,
-    "nkd": 2,
-    "reverse_kl": 3,
-    "jsd": 4,
-    "skew_kl": 5,
-    "skew_reverse_kl": 6,
-    "tvd": 7,
-    "alpha_beta": 8,
+    "forward_kl": "FORWARD",
+    "reverse_kl": "REVERSE",
+    "jsd": "JSD",
+    "skew_kl": "SKEW",
+    "skew_reverse_kl": "SKEW_REVERSE",
+    "tvd": "TVD",
+    "alpha_beta": "ALPHA_BETA",
+    "dkd": "DKD",
+    "nkd": "NKD",
 }
-FIRST_POINTWISE = 3
-NO_SOFT_TERM = -1
 MAX_COLUMNS = 2**31 - 2**16  # column numbers of a tile are int32
 
 
@@ -132,7 +130,7 @@ def scalar_arguments(
         "soft_weight": soft_number,
         "hard_weight": hard_number,
         "width": rows.student.shape[-1] // common["UNIT"],
-        "KIND": common["KIND"] if soft else NO_SOFT_TERM,
+        "KIND": common["KIND"] if soft else _kind("NONE"),
         "HARD": hard,
         "SMOOTH": hard and rows.label_smoothing != 0,
         "LOOP": blocks.loop,
@@ -208,6 +206,11 @@ def per_row_backward(
     )
 
 
+def _kind(name: str) -> int:
+    """KIND of the kernels; from REVERSE on the divergences are pointwise, which takes more registers."""
+    return int(getattr(kernels("divergences"), name).value)
+
+
 def _parameters(divergence: Divergence) -> tuple[float, float]:
     """a and b of the kernels: of a mixture the shares of the teacher and of the student."""
     first, second = divergence.parameters
@@ -242,13 +245,13 @@ def _common(rows: Rows, widths: tuple[int, ...], heavy: bool = False) -> tuple[d
     s_flat, t_flat = s_inner >= rows.n_rows, t_inner >= rows.n_rows
     s_outer, t_outer = 0 if s_flat else s_outer, 0 if t_flat else t_outer
     unit = common_unit(rows.classes, s_outer, s_row, t_outer, t_row, *widths)
-    kind = KINDS[rows.divergence.name]
+    kind = _kind(KINDS[rows.divergence.name])
     aligned = unit
     if student.data_ptr() % 16 or teacher.data_ptr() % 16:
         aligned = 1
     standardized = _standardized(rows.student_transform), _standardized(rows.teacher_transform)
     heavy |= isinstance(rows.divergence, AlphaBeta)
-    heavy |= rows.classes > LONG and (kind >= FIRST_POINTWISE or any(standardized))
+    heavy |= rows.classes > LONG and (kind >= _kind("REVERSE") or any(standardized))
     widest = max(student.element_size(), teacher.element_size())
     blocks = choose_blocks(max((rows.classes, *widths)), widest, aligned, heavy)
     tl = kernels("distill_loss").tl
