@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import mfd_fast as mfd
-from mfd_fast.backends.triton import distill_loss, launch, scale
+from mfd_fast.backends.triton import distill_loss, launch, scale, teachers
 from mfd_fast.contract import check_rows
 
 CAPABILITIES = (80, 90, 100)
@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "alphabeta": {"divergence": mfd.AlphaBeta(0.5, 0.25)},
     "dkd": {"divergence": mfd.DKD()},
     "nkd": {"divergence": mfd.NKD()},
+    "teachers": {"teachers": 3},
     "standardized": {"student_transform": STANDARDIZE, "teacher_transform": STANDARDIZE},
 }
 #: The same with other numbers, which must not compile anything new.
@@ -55,6 +56,7 @@ NAMES += [
     )
 ]
 NAMES += [f"distill_rows-128256-{d}-90-forward" for d in DTYPES]
+NAMES += [f"mixture_backward-{c}-{d}-90-teachers" for c, d in ((1000, "fp32"), (32000, "bf16"), (128256, "fp32"))]
 NAMES += ["count_rows-1000-fp32-80-forward", "reduce_loss-1000-fp32-80-forward", "scale_in_place-1000-bf16-80-forward"]
 
 
@@ -87,11 +89,11 @@ def _recorded(name: str, changes: dict[str, Any], scalar_only: bool = False) -> 
         found.append((kernel, arguments, int(capability), warps))
 
     original = launch.launch
-    distill_loss.launch = scale.launch = record
+    distill_loss.launch = scale.launch = teachers.launch = record
     try:
         _run_everything(int(classes), DTYPES[dtype], scalar_only, **{**OPTIONS[option], **changes})
     finally:
-        distill_loss.launch = scale.launch = original
+        distill_loss.launch = scale.launch = teachers.launch = original
     if scalar_only:
         return found
     last = max(k for k, (kernel, *_) in enumerate(found) if kernel.__name__ == wanted)
@@ -101,10 +103,11 @@ def _recorded(name: str, changes: dict[str, Any], scalar_only: bool = False) -> 
 def _run_everything(classes: int, dtype: torch.dtype, scalar_only: bool, n: int = 2, **options: Any) -> None:
     """Both terms, labels, a mask and, in backward, every gradient: the launches that need most registers."""
     student = torch.zeros(n, classes, dtype=dtype)
+    several = [student.clone() for _ in range(options.pop("teachers", 1))]
     rows = check_rows(
         "aot",
         student,
-        student.clone(),
+        several if len(several) > 1 else several[0],
         torch.zeros(n, dtype=torch.int64),
         mask=torch.ones(n, dtype=torch.bool),
         **{"temperature": 2.0, "label_smoothing": 0.1, **options},
@@ -116,5 +119,6 @@ def _run_everything(classes: int, dtype: torch.dtype, scalar_only: bool, n: int 
     if scalar_only:
         return
     stats = distill_loss.per_row(rows, terms=True)[2]
-    distill_loss.per_row_backward(rows, stats, weight, weight, (True, True, True, True))
+    needs = (True,) * (4 if len(several) == 1 else 4 + len(several))
+    distill_loss.per_row_backward(rows, stats, weight, weight, needs)
     distill_loss.scale_gradient_(gradient, weight[0])

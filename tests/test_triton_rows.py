@@ -48,6 +48,28 @@ def test_rows_longer_than_a_tile(divergence, standardized):
         assert_same(found, reference64(record, sample, names=names), f"{divergence} {name}", rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("classes", [7, LONG])
+@pytest.mark.parametrize("per_row", [False, True], ids=["shared", "per_row"])
+@pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d.name in ("forward_kl", "jsd", "dkd")], ids=str)
+def test_several_teachers(divergence, per_row, classes):
+    """The mixture of three, and the gradients of everything, weights and temperatures included."""
+    record = RECORDS["distill_terms"]
+    more = [distill_inputs((3, classes), dtype=torch.float64, seed=classes + k).teacher for k in (1, 2)]
+    sample = arguments(classes, divergence=divergence, teacher_transform=mfd.LogitTransform(scale=0.8, softcap=9.0))
+    weights = torch.tensor([[0.2, 1.0, 0.5], [1.0, 0.0, 2.0], [0.3, 0.3, 0.4]], dtype=torch.float64)
+    sample |= {
+        "teacher": [sample["teacher"], *more],
+        "teacher_weights": weights if per_row else weights[0],
+        "mask": torch.tensor([True, True, False]),
+        "temperature": torch.tensor([0.7, 1.0, 3.0], dtype=torch.float64),
+        "teacher_temperature": torch.tensor(1.5, dtype=torch.float64),
+    }
+    names = ("student", "teacher", "temperature", "teacher_temperature", "teacher_weights")
+    found = evaluate(record, on(record, "triton"), sample, names=names)
+    exact = reference64(record, sample, names=names)
+    assert_same(found, exact, str(divergence), rtol=1e-10, atol=1e-12)
+
+
 @over_divergences
 @pytest.mark.parametrize("road", ["scalar", "recompute"])
 @pytest.mark.parametrize("distance", ["near", "almost"])

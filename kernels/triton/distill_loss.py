@@ -19,7 +19,7 @@ from .reduce import divisor
 from .row_gradients import Targets, student_gradient
 from .row_values import row_values
 from .rows import columns, divide, row_labels, row_scalar
-from .sides import read, side, standardized, through_transform
+from .sides import mixture, read, side, standardized, through_transform
 
 
 @triton.jit(
@@ -42,6 +42,11 @@ def distill_scalar(
     teacher_ptr,
     grad_ptr,
     partial_ptr,
+    more_ptrs,
+    more_inner,
+    more_outer,
+    more_row,
+    weights_ptr,
     labels_ptr,
     mask_ptr,
     weight_ptr,
@@ -92,6 +97,7 @@ def distill_scalar(
     COUNTS: tl.constexpr,
     DTYPE: tl.constexpr,
     EXACT: tl.constexpr,
+    WEIGHTS_PER_ROW: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     LOOP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -153,6 +159,24 @@ def distill_scalar(
     col = columns(LANES, VEC, CONTIGUOUS)
     s, s_back = standardized(s, col, counted, classes, ROWS, LANES, VEC)
     t, _ = standardized(t, col, counted, classes, ROWS, LANES, VEC)
+    t = mixture(
+        t,
+        more_ptrs,
+        more_inner,
+        more_outer,
+        more_row,
+        weights_ptr,
+        row,
+        exists,
+        col,
+        counted,
+        classes,
+        UNIT,
+        WEIGHTS_PER_ROW,
+        ROWS,
+        LANES,
+        VEC,
+    )
     keep = counted[:, None, None] & (col < classes)
     x = read(s, col, keep, "evict_last" if LOOP else "evict_first")
     y = x

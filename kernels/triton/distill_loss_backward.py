@@ -9,7 +9,7 @@ import triton.language as tl
 from .divergences import DKD, NKD, REVERSE
 from .row_gradients import Means, Targets, know, student_gradient, student_soft, targets_gradient, teacher_soft
 from .rows import LOG2E, columns, divide, finite_max, power, row_labels
-from .sides import label_logit, read, side, standardized, through_transform
+from .sides import label_logit, mixture, read, side, standardized, through_transform
 
 
 @triton.jit
@@ -54,6 +54,11 @@ def distill_rows_backward(
     stats_ptr,
     grad_soft_ptr,
     grad_hard_ptr,
+    more_ptrs,
+    more_inner,
+    more_outer,
+    more_row,
+    weights_ptr,
     labels_ptr,
     mask_ptr,
     temperature_ptr,
@@ -97,13 +102,17 @@ def distill_rows_backward(
     T_STANDARD: tl.constexpr,
     DTYPE: tl.constexpr,
     EXACT: tl.constexpr,
+    WEIGHTS_PER_ROW: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     LOOP: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Any of d_student, d_teacher [N, width] and d_temperature, d_teacher_temperature [N]; None: not wanted."""
+    """Any of d_student, d_teacher [N, width] and d_temperature, d_teacher_temperature [N]; None: not wanted.
+
+    With several teachers d_teacher is what `mixture_backward` needs: the gradient of the logits T log p.
+    """
     pid = tl.program_id(0).to(tl.int64)
     row = pid * ROWS + tl.arange(0, ROWS)
     exists = row < n_rows
@@ -159,6 +168,24 @@ def distill_rows_backward(
     col = columns(LANES, VEC, CONTIGUOUS)
     s, s_back = standardized(s, col, counted, classes, ROWS, LANES, VEC)
     t, t_back = standardized(t, col, counted, classes, ROWS, LANES, VEC)
+    t = mixture(
+        t,
+        more_ptrs,
+        more_inner,
+        more_outer,
+        more_row,
+        weights_ptr,
+        row,
+        exists,
+        col,
+        counted,
+        classes,
+        UNIT,
+        WEIGHTS_PER_ROW,
+        ROWS,
+        LANES,
+        VEC,
+    )
 
     saved = stats_ptr + row * 8
     ms = tl.load(saved, mask=counted, other=0.0)
@@ -244,7 +271,8 @@ def distill_rows_backward(
             s_moment += moment(tl.where(keep, grad, 0.0), x, finite_max(ms))
         if d_teacher_ptr is not None:
             grad = teacher_gradient(x, y, here, label, s, t, k, means, t_slope, t_targets, KIND)
-            grad = through_transform(grad, y, t, t_middle, t_drift)
+            if more_ptrs is None:
+                grad = through_transform(grad, y, t, t_middle, t_drift)
             to = d_teacher_ptr + (row * t_width)[:, None, None] + here
             tl.store(to, tl.where(keep, grad, 0.0), mask=exists[:, None, None] & (here < t_width))
         if d_teacher_temperature_ptr is not None:

@@ -7,7 +7,7 @@ from .divergences import DKD, NKD, REVERSE
 from .row_statistics import with_label
 from .row_values import row_values
 from .rows import columns, divide, power, row_labels
-from .sides import read, side, standardized
+from .sides import mixture, read, side, standardized
 
 
 @triton.jit(
@@ -34,6 +34,11 @@ def distill_rows(
     student_prob_ptr,
     teacher_prob_ptr,
     agreement_ptr,
+    more_ptrs,
+    more_inner,
+    more_outer,
+    more_row,
+    weights_ptr,
     labels_ptr,
     mask_ptr,
     temperature_ptr,
@@ -74,6 +79,7 @@ def distill_rows(
     T_STANDARD: tl.constexpr,
     DTYPE: tl.constexpr,
     EXACT: tl.constexpr,
+    WEIGHTS_PER_ROW: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     LOOP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -135,6 +141,24 @@ def distill_rows(
     col = columns(LANES, VEC, CONTIGUOUS)
     s, _s = standardized(s, col, counted, classes, ROWS, LANES, VEC)
     t, _t = standardized(t, col, counted, classes, ROWS, LANES, VEC)
+    t = mixture(
+        t,
+        more_ptrs,
+        more_inner,
+        more_outer,
+        more_row,
+        weights_ptr,
+        row,
+        exists,
+        col,
+        counted,
+        classes,
+        UNIT,
+        WEIGHTS_PER_ROW,
+        ROWS,
+        LANES,
+        VEC,
+    )
     keep = counted[:, None, None] & (col < classes)
     x = read(s, col, keep, "evict_last" if LOOP else "evict_first")
     y = read(t, col, keep, "evict_last" if LOOP else "evict_first")

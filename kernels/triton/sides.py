@@ -5,13 +5,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .rows import INF, LOG2E, divide, root, row_scalar
+from .rows import INF, LOG2E, divide, finite_max, power, rescale, root, row_scalar, valid_sum
 
 
 class Side(NamedTuple):
     """One side's logits. Per row [ROWS]: start (first element), T, c = log2(e)/T, mean, spread.
 
-    Standardisation takes off the mean and divides by spread = standard deviation + 1e-7.
+    Standardisation takes off the mean and divides by spread = standard deviation + 1e-7. parts: None, or the
+    teachers whose mixture this side is.
     """
 
     ptr: tl.tensor
@@ -25,6 +26,16 @@ class Side(NamedTuple):
     SCALED: tl.constexpr
     CAPPED: tl.constexpr
     STANDARD: tl.constexpr
+    parts: tl.tuple
+
+
+class Part(NamedTuple):
+    """One of several teachers. Per row: the maximum, log sum exp((y - max)/T) and the logarithm of its weight."""
+
+    side: Side
+    top: tl.tensor
+    log_sum: tl.tensor
+    log_weight: tl.tensor
 
 
 @triton.jit
@@ -85,7 +96,7 @@ def side(
     softcap = tl.full([1], softcap, DTYPE)
     zero = tl.zeros([ROWS], DTYPE)
     c = per_temperature(T, EXACT)
-    return Side(ptr, start, T, c, scale, softcap, zero, zero + 1.0, SCALED, CAPPED, STANDARD)
+    return Side(ptr, start, T, c, scale, softcap, zero, zero + 1.0, SCALED, CAPPED, STANDARD, None)
 
 
 @triton.jit
@@ -105,8 +116,8 @@ def read_raw(of, col, keep, EVICT: tl.constexpr):
 
 
 @triton.jit
-def read(of, col, keep, EVICT: tl.constexpr):
-    """Transformed logits of a tile; -inf where keep is false."""
+def read_one(of, col, keep, EVICT: tl.constexpr):
+    """Transformed logits of a tile of a side that is no mixture; -inf where keep is false."""
     x = read_raw(of, col, keep, EVICT)
     if of.STANDARD:
         x = divide(x - of.mean[:, None, None], of.spread[:, None, None])
@@ -114,12 +125,41 @@ def read(of, col, keep, EVICT: tl.constexpr):
 
 
 @triton.jit
+def part_log_prob(part, col, keep, EVICT: tl.constexpr):
+    """log softmax(y/T) of one of several teachers."""
+    y = read_one(part.side, col, keep, EVICT)
+    of_top = divide(y - finite_max(part.top)[:, None, None], part.side.T[:, None, None])
+    return of_top - part.log_sum[:, None, None]
+
+
+@triton.jit
+def log_mixture(of, col, keep, EVICT: tl.constexpr):
+    """log sum_k weight_k softmax(y_k/T) of a tile."""
+    top = tl.where(keep, -INF, -INF).to(of.T.dtype)
+    total = tl.zeros_like(top)
+    for k in tl.static_range(len(of.parts)):
+        log_p = part_log_prob(of.parts[k], col, keep, EVICT) + of.parts[k].log_weight[:, None, None]
+        higher = tl.maximum(top, log_p)
+        shift = finite_max(higher)
+        total = total * tl.exp(top - shift) + tl.exp(log_p - shift)
+        top = higher
+    return tl.where(total == 0.0, -INF, top + tl.log(total))
+
+
+@triton.jit
+def read(of, col, keep, EVICT: tl.constexpr):
+    """Transformed logits of a tile, -inf where keep is false. A mixture p reads as the logits T log p."""
+    if of.parts is None:
+        return read_one(of, col, keep, EVICT)
+    else:
+        return log_mixture(of, col, keep, EVICT) * of.T[:, None, None]
+
+
+@triton.jit
 def label_logit(of, label, wanted):
     """Transformed logit of the label, [ROWS]; meaningless where not wanted (nothing is read there)."""
-    x = scale_and_cap(tl.load(of.ptr + of.start + label, mask=wanted, other=0.0).to(of.T.dtype), of)
-    if of.STANDARD:
-        x = divide(x - of.mean, of.spread)
-    return x
+    x = read(of, label[:, None, None], wanted[:, None, None], "evict_last")
+    return tl.sum(tl.sum(x, 2), 1)
 
 
 @triton.jit
@@ -153,6 +193,7 @@ def standardized(of, col, counted, classes, ROWS: tl.constexpr, LANES: tl.conste
             of.SCALED,
             of.CAPPED,
             of.STANDARD,
+            of.parts,
         )
         return side, back
     else:
@@ -175,3 +216,85 @@ def through_transform(grad, x, of, middle, drift):
     if of.SCALED:
         grad = grad * of.scale
     return grad
+
+
+@triton.jit
+def part(of, weight, col, counted, classes, ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
+    """The teacher ``of`` with its softmax sum, from one read of the row."""
+    top = tl.full([ROWS, LANES], -INF, of.T.dtype)
+    total = tl.zeros([ROWS, LANES], of.T.dtype)
+    for first in range(0, classes, LANES * VEC):
+        keep = counted[:, None, None] & (col + first < classes)
+        y = read_one(of, col + first, keep, "evict_last")
+        higher = tl.maximum(top, tl.max(y, 2))
+        terms = power(y - finite_max(higher)[:, :, None], of.c[:, None, None])
+        total = rescale(total, top, higher, of.c[:, None]) + tl.sum(terms, 2)
+        top = higher
+    row_top = tl.max(top, 1)
+    total = tl.sum(rescale(total, top, row_top[:, None], of.c[:, None]), 1)
+    return Part(of, row_top, tl.log(valid_sum(total)), tl.log(weight))
+
+
+@triton.jit
+def mixture(
+    first,
+    ptrs,
+    inner,
+    outer_stride,
+    row_stride,
+    weights_ptr,
+    row,
+    exists,
+    col,
+    counted,
+    classes,
+    UNIT: tl.constexpr,
+    WEIGHTS_PER_ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """The side ``first`` or, with further teachers in ``ptrs``, the mixture of all of them."""
+    if ptrs is None:
+        return first
+    else:
+        N: tl.constexpr = len(ptrs) + 1
+        dtype: tl.constexpr = first.T.dtype
+        parts = ()
+        for k in tl.static_range(N):
+            one = first
+            if k > 0:
+                start = row_start(row, inner[k - 1], outer_stride[k - 1], row_stride[k - 1], False, UNIT)
+                one = Side(
+                    ptrs[k - 1],
+                    start,
+                    first.T,
+                    first.c,
+                    first.scale,
+                    first.softcap,
+                    first.mean,
+                    first.spread,
+                    first.SCALED,
+                    first.CAPPED,
+                    first.STANDARD,
+                    None,
+                )
+            weight = tl.full([ROWS], 1.0 / N, dtype)
+            if weights_ptr is not None:
+                at = row * N + k if WEIGHTS_PER_ROW else row * 0 + k
+                weight = tl.load(weights_ptr + at, mask=exists, other=1.0).to(dtype)
+            parts = parts + (part(one, weight, col, counted, classes, ROWS, LANES, VEC),)
+        return Side(
+            first.ptr,
+            first.start,
+            first.T,
+            first.c,
+            first.scale,
+            first.softcap,
+            first.mean,
+            first.spread,
+            first.SCALED,
+            first.CAPPED,
+            first.STANDARD,
+            parts,
+        )
