@@ -10,6 +10,7 @@ teacher, write the gradient). Everything else keeps O(N) statistics and recomput
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from .. import contract
 from ..backends import choose, implementation
+from ..divergences import Divergence, ForwardKL
 from ..reference.distill_loss import combine, combine_rows, row_terms
 from ..rows import Rows
-from ..types import DistillTerms, Divergence, LogitTransform
+from ..types import DistillTerms, LogitTransform, TopK
 from . import distill_registered as registered
 
 # ---------------------------------------------------------------------------------------------- scalar loss
@@ -183,7 +185,7 @@ def _requires_grad(*values: object) -> bool:
 def check_loss(
     op: str,
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopK | Sequence[Tensor],
     labels: Tensor | None,
     soft_weight: float | Tensor,
     hard_weight: float | Tensor,
@@ -205,9 +207,10 @@ def check_loss(
 
 def distill_loss(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopK | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
+    teacher_weights: Tensor | None = None,
     divergence: str | Divergence = "forward_kl",
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
@@ -273,6 +276,7 @@ def distill_loss(
         weight,
         reduction,
         normalizer,
+        teacher_weights=teacher_weights,
         divergence=divergence,
         temperature=temperature,
         teacher_temperature=teacher_temperature,
@@ -295,12 +299,17 @@ def distill_loss(
         reduction == "none"
         # float16 gradients would underflow before a loss scale reaches them.
         or student.dtype == torch.float16
-        or _requires_grad(teacher, temperature, teacher_temperature, weight, soft_weight, hard_weight, normalizer)
+        or _requires_grad(*rows.teachers, rows.teacher_weights, rows.temperature, rows.teacher_temperature)
+        or _requires_grad(weight, soft_weight, hard_weight, normalizer)
     )
     if recompute:
         if not isinstance(soft_weight, Tensor) and soft_weight == 0:  # the teacher has no part in the loss
             rows = rows.replace(
+                divergence=ForwardKL(),
                 teacher=student.detach(),
+                more_teachers=(),
+                teacher_weights=None,
+                topk=None,
                 teacher_transform=rows.student_transform,
                 teacher_temperature=rows.temperature,
             )
@@ -321,9 +330,10 @@ def distill_loss(
 
 def distill_terms(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopK | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
+    teacher_weights: Tensor | None = None,
     divergence: str | Divergence = "forward_kl",
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
@@ -358,6 +368,7 @@ def distill_terms(
         student,
         teacher,
         labels,
+        teacher_weights=teacher_weights,
         divergence=divergence,
         temperature=temperature,
         teacher_temperature=teacher_temperature,

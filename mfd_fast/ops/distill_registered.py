@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, implementation
+from ..divergences import DIVERGENCES, ForwardKL
 from ..rows import Rows
-from ..types import DIVERGENCES, LogitTransform
+from ..types import LogitTransform
 
 # The problem as an op schema knows it: nine tensors and numbers, then nine options.
 _SCHEMA = (
@@ -42,7 +43,8 @@ _library.define(
 
 def backend_when_compiling(rows: Rows, backend: str | None) -> str:
     """Backend name for the op ("" to choose when it runs), or "reference" to let Inductor see plain PyTorch."""
-    if any(t is not None and t.standardize for t in (rows.student_transform, rows.teacher_transform)):
+    standardized = any(t is not None and t.standardize for t in (rows.student_transform, rows.teacher_transform))
+    if standardized or rows.topk is not None or len(rows.teachers) > 1 or not isinstance(rows.divergence, ForwardKL):
         return choose("distill_loss", rows, backend)  # the schema does not carry it: only the reference has it
     return backend or ""
 

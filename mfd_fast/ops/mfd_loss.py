@@ -17,11 +17,12 @@ from torch import Tensor
 
 from .. import contract
 from ..backends import choose
+from ..divergences import Divergence
 from ..reference.feature_loss import KINDS
 from ..reference.mfd_loss import is_used
 from ..reference.mfd_loss import mfd_loss as reference_loss
 from ..rows import Rows
-from ..types import Divergence, MFDOutput
+from ..types import MFDOutput
 from .modal_pool import check_pool, check_vector
 
 

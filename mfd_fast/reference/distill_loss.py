@@ -1,23 +1,31 @@
 """distill_loss in plain PyTorch: oracle, fallback, documentation and benchmark baseline.
 
 Notation per row: x, y student and teacher logits after their transform; u = x/T, v = y/T;
-q = softmax(u), p = softmax(v).
-    soft = T² KL(p‖q),  hard = (1−ε)(−log softmax(x)_label) + ε·mean_j(−log softmax(x)_j)
-Hinton, Vinyals, Dean, arXiv:1503.02531 (soft, T²); Szegedy et al., arXiv:1512.00567 (smoothing ε).
+q = softmax(u), p = softmax(v), or Σ_k w_k softmax(v_k) for several teachers.
+    soft = T² D(p, q),  hard = (1−ε)(−log softmax(x)_label) + ε·mean_j(−log softmax(x)_j)
+Hinton, Vinyals, Dean, arXiv:1503.02531 (soft, T²); Szegedy et al., arXiv:1512.00567 (smoothing ε). The
+divergences D are in :mod:`mfd_fast.reference.divergences`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..contract import check_labels_in_range
-from ..rows import Rows
+from ..contract import check_indices, check_labels_in_range
+from ..divergences import DKD, NKD
+from ..rows import Rows, TopKRows
 from ..types import LogitTransform
+from .divergences import decoupled, label_entropy, log_sum_exp, other_entropy, pointwise
 
 STANDARDIZE_EPS = 1e-7
+
+
+#: (temperature, teacher temperature) -> (log p, log q), each ``[N, classes]``.
+PairAt = Callable[["float | Tensor", "float | Tensor"], tuple[Tensor, Tensor]]
 
 
 class RowTerms(NamedTuple):
@@ -65,16 +73,6 @@ def soften(logits: Tensor, temperature: float | Tensor) -> Tensor:
     return torch.log_softmax(scaled, -1)
 
 
-def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p‖q) per row with 0·log 0 = 0, never negative."""
-    p = log_p.exp()
-    zero = p == 0
-    ratio = torch.where(zero, torch.zeros_like(p), log_p) - torch.where(zero, torch.zeros_like(p), log_q)
-    kl = (p * ratio).sum(-1)
-    # Rounding below zero is cut from the value only; the gradient stays q − p.
-    return torch.where(kl < 0, kl - kl.detach(), kl)
-
-
 def entropy(log_p: Tensor) -> Tensor:
     """−Σ p log p per row with 0·log 0 = 0."""
     p = log_p.exp()
@@ -90,45 +88,135 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Ten
     return loss
 
 
+def mix(log_probs: list[Tensor], weights: Tensor | None) -> Tensor:
+    """log Σ_k w_k p_k of several teachers ``[N, C]``; ``weights`` [K] or [N, K] sum to 1, None: equal."""
+    if len(log_probs) == 1:
+        return log_probs[0]
+    stacked = torch.stack(log_probs)  # [K, N, C]
+    if weights is None:
+        w = stacked.new_full((len(log_probs), 1, 1), 1 / len(log_probs))
+    else:
+        w = (weights.T if weights.dim() == 2 else weights[:, None])[:, :, None]
+    heard = torch.where(w > 0, stacked.detach(), -torch.inf)
+    top = heard.amax(0)
+    top = torch.where(top == -torch.inf, torch.zeros_like(top), top)
+    # The bound keeps a teacher of weight 0 from overflowing; it is far above what the others can reach.
+    total = (w * (stacked - top).clamp_max(80.0).exp()).sum(0)
+    nothing = total == 0
+    return torch.where(nothing, -torch.inf, torch.where(nothing, torch.ones_like(total), total).log() + top)
+
+
+def sparse_teacher(values: Tensor, topk: TopKRows, temperature: float | Tensor) -> Tensor:
+    """log p of the K listed classes and, last, of the rest ``[N, K + 1]``; −inf where nothing is left."""
+    rest = torch.full_like(values[:, :1], -torch.inf)
+    if topk.logprobs and topk.tail != "renormalize":
+        left = 1 - values.exp().sum(-1, keepdim=True)
+        empty = left <= 0
+        rest = torch.where(empty, rest, torch.where(empty, torch.ones_like(left), left).log())
+    return soften(torch.cat((values, rest), -1), temperature)
+
+
+def sparse_pair(
+    x: Tensor, values: Tensor, indices: Tensor, topk: TopKRows, t: float | Tensor, teacher_t: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """log p and log q over the classes that the tail leaves: K, K + 1, or C; see :class:`mfd_fast.TopK`."""
+    log_p = sparse_teacher(values, topk, teacher_t)
+    if topk.tail == "renormalize":
+        return log_p[:, :-1], soften(x.gather(-1, indices), t)
+    log_q = soften(x, t)
+    if topk.tail == "zero":
+        return torch.full_like(log_q, -torch.inf).scatter(-1, indices, log_p[:, :-1]), log_q
+    return log_p, torch.cat((log_q.gather(-1, indices), log_sum_exp(log_q.scatter(-1, indices, -torch.inf))), -1)
+
+
+def soft_value(rows: Rows, pair: PairAt, label: Tensor | None) -> Tensor:
+    """T²·D(p, q) per row; ``pair(T, T_teacher)`` gives log p and log q, ``label`` their column of the label."""
+    divergence = rows.divergence
+    log_p, log_q = pair(rows.temperature, rows.teacher_temperature)
+    factor = rows.temperature**2 if rows.scale_by_temperature else 1.0
+    if isinstance(divergence, NKD):
+        assert label is not None
+        value = label_entropy(*pair(1.0, 1.0), label)
+        if divergence.gamma != 0:
+            value = value + divergence.gamma * factor * other_entropy(log_p, log_q, label)
+        return value
+    if isinstance(divergence, DKD):
+        assert label is not None
+        return decoupled(divergence, log_p, log_q, label) * factor
+    complete = rows.topk is None or rows.topk.tail != "zero"
+    return pointwise(divergence, log_p, log_q, complete) * factor
+
+
 def row_terms(rows: Rows, op: str = "distill_loss", *, soft: bool = True, hard: bool = True) -> RowTerms:
     """All per-row terms; a term that is not wanted is zeros and costs nothing."""
     check_labels_in_range(op, rows)
+    check_indices(op, rows)
     n, c = rows.n_rows, rows.classes
     x = rows.student.reshape(n, rows.student.shape[-1])[:, :c].to(rows.dtype)
-    y = rows.teacher.reshape(n, rows.teacher.shape[-1])[:, :c].to(rows.dtype)
-    labels = rows.labels
-    out_of_range = None
+    widths = [t.shape[-1] if rows.topk else c for t in rows.teachers]
+    ys = [t.reshape(n, t.shape[-1])[:, :w].to(rows.dtype) for t, w in zip(rows.teachers, widths, strict=True)]
+    labels, indices = rows.labels, None if rows.topk is None else rows.topk.indices
+    bad = None  # rows to become NaN; on a CPU the checks have raised instead
+    unchecked = rows.device.type != "cpu" or torch.compiler.is_compiling()
     if labels is not None:
-        out_of_range = (labels < 0) | (labels >= c)
-        labels = labels.masked_fill(out_of_range, 0)
+        bad = (labels < 0) | (labels >= c)
+        labels = labels.masked_fill(bad, 0)
+    if indices is not None:
+        outside = (indices < 0) | (indices >= c)
+        indices = indices.masked_fill(outside, 0)
+        bad = outside.any(-1) if bad is None else bad | outside.any(-1)
+    label = labels
+    if labels is not None and indices is not None and rows.divergence.needs_labels:
+        listed = indices == labels[:, None]
+        bad = bad | ~listed.any(-1)  # type: ignore[operator]
+        label = listed.to(torch.int8).argmax(-1)
     counted = rows.counted()
     if counted is not None:  # a row that does not exist is replaced before anything is computed from it
         x = torch.where(counted[:, None], x, torch.zeros_like(x))
-        y = torch.where(counted[:, None], y, torch.zeros_like(y))
+        ys = [torch.where(counted[:, None], y, torch.zeros_like(y)) for y in ys]
     x = transform_logits(x, rows.student_transform)
-    y = transform_logits(y, rows.teacher_transform)
-    if out_of_range is not None and (rows.device.type != "cpu" or torch.compiler.is_compiling()):
-        x = torch.where(out_of_range[:, None], torch.full_like(x, torch.nan), x)
+    ys = [transform_logits(y, rows.teacher_transform) for y in ys]
+    if bad is not None and unchecked:
+        x = torch.where(bad[:, None], torch.full_like(x, torch.nan), x)
 
-    log_q = soften(x, rows.temperature)
-    log_p = soften(y, rows.teacher_temperature)
+    def pair(t: float | Tensor, teacher_t: float | Tensor) -> tuple[Tensor, Tensor]:
+        if rows.topk is not None and indices is not None:
+            return sparse_pair(x, ys[0], indices, rows.topk, t, teacher_t)
+        return mix([soften(y, teacher_t) for y in ys], rows.teacher_weights), soften(x, t)
+
     soft_term = hard_term = x.new_zeros(n)
     if soft:
-        soft_term = forward_kl(log_p, log_q)
-        if rows.scale_by_temperature:
-            soft_term = soft_term * rows.temperature**2
+        soft_term = soft_value(rows, pair, label)
     if hard and labels is not None:
         hard_term = cross_entropy(x, labels, rows.label_smoothing)
     with torch.no_grad():
-        q_label = p_label = None
-        if labels is not None:
-            q_label, p_label = (s.gather(-1, labels[:, None]).squeeze(-1).exp() for s in (log_q, log_p))
-        has_nan = (x != x).any(-1) | (y != y).any(-1)
-        agreement = (x.argmax(-1) == y.argmax(-1)) & ~has_nan
-        terms = RowTerms(soft_term, hard_term, entropy(log_q), entropy(log_p), q_label, p_label, agreement)
+        terms = RowTerms(soft_term, hard_term, *_by_products(rows, x, ys, labels, indices))
     if counted is None:
         return terms
     return RowTerms(*(None if t is None else torch.where(counted, t, torch.zeros_like(t)) for t in terms))  # type: ignore[arg-type]
+
+
+def _by_products(
+    rows: Rows, x: Tensor, ys: list[Tensor], labels: Tensor | None, indices: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Entropies, label probabilities and agreement, of all C classes of the student and what the teacher has."""
+    log_q = soften(x, rows.temperature)
+    if rows.topk is None or indices is None:
+        log_p = mix([soften(y, rows.teacher_temperature) for y in ys], rows.teacher_weights)
+        choice = log_p.argmax(-1) if len(ys) > 1 else ys[0].argmax(-1)
+        of_label = log_p
+    else:
+        log_p = sparse_teacher(ys[0], rows.topk, rows.teacher_temperature)
+        choice = indices.gather(-1, ys[0].argmax(-1, keepdim=True)).squeeze(-1)
+        of_label = torch.full_like(log_q, -torch.inf).scatter(-1, indices, log_p[:, :-1])
+    q_label = p_label = None
+    if labels is not None:
+        q_label, p_label = (s.gather(-1, labels[:, None]).squeeze(-1).exp() for s in (log_q, of_label))
+    has_nan = (x != x).any(-1)
+    for y in ys:
+        has_nan = has_nan | (y != y).any(-1)
+    agreement = (x.argmax(-1) == choice) & ~has_nan
+    return entropy(log_q), entropy(log_p), q_label, p_label, agreement
 
 
 def reduce_rows(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ...contract import label_error
+from ...divergences import ForwardKL
 from ...rows import Rows
-from ...types import ForwardKL, LogitTransform
+from ...types import LogitTransform
 from .. import allocate
 from ..layout import row_layout
 from . import native
@@ -39,7 +40,11 @@ def can_run(rows: Rows) -> str | None:
     if rows.student.device.type != "cpu":
         return f"the tensors are on {rows.student.device}"
     if type(rows.divergence) is not ForwardKL:
-        return f"{rows.divergence.name} has no native kernel yet"
+        return f"no native kernel for {rows.divergence} yet"
+    if rows.topk is not None:
+        return "no native kernel for a TopK teacher yet"
+    if len(rows.teachers) > 1:
+        return "no native kernel for several teachers yet"
     for transform in (rows.student_transform, rows.teacher_transform):
         if transform is not None and transform.standardize:
             return "LogitTransform(standardize=True) has no native kernel yet"

@@ -2,7 +2,14 @@
 
 The public functions with ``backend="reference"`` run the differentiable composition of
 :mod:`mfd_fast.reference.distill_loss` directly; these entry points serve the registered ops, inside which
-autograd does not record.
+autograd does not record. Every backend has the same four: ``can_run``, ``scalar``, ``per_row``, ``per_row_backward``.
+
+``needs`` of the last, and the gradients it returns, are (student, teacher, temperature, teacher_temperature), and with
+several teachers also (teacher_weights, second teacher, third teacher, …); the gradients of the temperatures are ``[N]``
+and of the weights ``[N, teachers]``, one value per row, of weights that already sum to 1. With a TopK teacher the
+gradient of the teacher is that of its values ``[..., K]``.
+The statistics ``[N, 8]`` are: max x, log Σexp((x−max)/T), max y, log Σexp((y−max)/T), log Σexp(x−max), and three
+that the backend chooses; only its own backward reads those three.
 """
 
 from __future__ import annotations

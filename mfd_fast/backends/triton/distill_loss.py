@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ...contract import check_labels_in_range
+from ...divergences import ForwardKL
 from ...rows import Rows
-from ...types import ForwardKL, LogitTransform
+from ...types import LogitTransform
 from .. import allocate
 from ..layout import row_layout
 from . import interpreting
@@ -29,6 +30,10 @@ def can_run(rows: Rows) -> str | None:
     """None if the kernels cover this call, else the reason."""
     if not isinstance(rows.divergence, ForwardKL):
         return f"no kernel for {rows.divergence} yet"
+    if rows.topk is not None:
+        return "no kernel for a TopK teacher yet"
+    if len(rows.teachers) > 1:
+        return "no kernel for several teachers yet"
     for transform in (rows.student_transform, rows.teacher_transform):
         if transform is not None and transform.standardize:
             return "no kernel for LogitTransform(standardize=True) yet"
