@@ -1,0 +1,169 @@
+// The classes that a sparse teacher does not list: their exponentials in scratch, 0 at the listed ones, and their
+// sums. No sum is the difference of two others, so that a tiny rest keeps its digits.
+
+// The arrays of a row's listed classes, K <= kBlock elements each.
+template <class S>
+struct Listed {
+  typedef typename S::T T;
+  T *x, *y, *q, *p, *r, *to_u, *to_v, *out;
+  int64_t count;
+  const int64_t* indices;
+  int64_t label;  // position of the label among them; -1 where it is not listed
+};
+
+// Sums over the other classes relative to `max`: e_s of (x - max)/T, h at T = 1, and e_s^degree.
+struct RestSums {
+  double sum_s, sum_h, powers;
+  double dot_s, dot_powers;  // sum e*(x - max)
+  double sum_x;              // sum (x - max)
+};
+
+// One row: what does not depend on the block.
+template <class S>
+struct TopKRow {
+  typedef typename S::T T;
+  const TopKPass& pass;
+  const Forward& f;
+  const Problem& p;
+  const Scratch& scratch;
+  int64_t row, label, blocks;
+  double ts, tt;
+  bool renormalized, apart, unit, entropies;
+  bool all_classes;  // something depends on the classes that are not listed
+  bool powers;       // the divergence of a class without teacher is not proportional to q
+  double pass_t;     // temperature of the pass over all classes
+  int hard;          // where its exponentials at temperature 1 come from
+  View x;
+  Listed<S> listed;
+
+  TopKRow(const TopKPass& topk, int64_t r, const Scratch& s)
+      : pass(topk), f(topk.forward), p(f.problem), scratch(s), row(r) {
+    label = p.labels ? p.labels[row] : -1;
+    blocks = block_count(p.classes);
+    ts = at<T>(p.student_temperature, row);
+    tt = at<T>(p.teacher_temperature, row);
+    const Tail tail = pass.teacher.tail;
+    renormalized = tail == Tail::kRenormalize;
+    apart = sets_label_apart(p.divergence);
+    unit = p.divergence == Divergence::kNKD;
+    entropies = f.student_entropy != nullptr;
+    all_classes = !renormalized || f.use_hard || entropies;
+    powers = tail == Tail::kZero && p.divergence == Divergence::kAlphaBeta && degree() != 1.0;
+    pass_t = renormalized && !entropies ? 1.0 : ts;
+    hard = f.use_hard || (unit && !renormalized) ? hard_mode(pass_t) : kNoHard;
+    x = {&p.student, row_offset(p.student, row), -1, {}};
+    if (p.student.standardize) x.centre = row_centre<S>(x, p.classes, static_cast<T*>(scratch.block_x));
+    T* const* arrays = reinterpret_cast<T* const*>(scratch.listed);
+    listed = {arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], arrays[5], arrays[6], arrays[7],
+              pass.teacher.listed, pass.teacher.indices + row * pass.teacher.listed, -1};
+    for (int64_t k = 0; label >= 0 && k < listed.count; ++k)
+      if (listed.indices[k] == label) listed.label = k;
+  }
+
+  double degree() const { return p.first + p.second; }
+
+  int64_t block_size(int64_t b) const {
+    const int64_t left = p.classes - b * kBlock;
+    return left < kBlock ? left : kBlock;
+  }
+};
+
+// Sorts the listed classes by block: those of block b are [first[b], first[b + 1]) of `columns`, with their positions
+// in `slots`.
+template <class S>
+static void group_by_block(const TopKRow<S>& c) {
+  int64_t* first = c.scratch.first;
+  for (int64_t b = 0; b < c.blocks + 2; ++b) first[b] = 0;
+  for (int64_t k = 0; k < c.listed.count; ++k) ++first[c.listed.indices[k] / kBlock + 2];
+  for (int64_t b = 2; b < c.blocks + 2; ++b) first[b] += first[b - 1];
+  for (int64_t k = 0; k < c.listed.count; ++k) {
+    const int64_t place = first[c.listed.indices[k] / kBlock + 1]++;
+    c.scratch.columns[place] = c.listed.indices[k];
+    c.scratch.slots[place] = k;
+  }
+}
+
+// sum exp((x - max)/T)
+template <class S>
+static double exponential_sum(const typename S::T* x, int64_t n, double max, const Exponent<S>& exponent,
+                              typename S::T* store = nullptr) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  const V m = S::splat(static_cast<T>(max));
+  V acc{};
+  for (int64_t i = 0; i < n; i += S::kWidth) {
+    const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
+    const V e = exponent(S::load_first(x + i, left, static_cast<T>(-kInf)) - m);
+    if (store) S::store(store + i, e);
+    acc = acc + e;
+  }
+  return S::sum(acc);
+}
+
+// The one pass over a block: takes the listed logits out and leaves the exponentials of the others.
+template <class S>
+static void rest_block(const TopKRow<S>& c, const Scales<S>& scales, int64_t b) {
+  typedef typename S::T T;
+  const Scratch& scratch = c.scratch;
+  const Problem& p = c.p;
+  const int64_t start = b * kBlock, n = c.block_size(b), begin = scratch.first[b], end = scratch.first[b + 1];
+  T* buffer = scratch.capped ? static_cast<T*>(scratch.capped) + start : static_cast<T*>(scratch.block_x);
+  const Block<S> block = load_block<S>(c.x, start, n, buffer);
+  const T* x = block.x;
+  if (begin < end) {
+    if (x != buffer) __builtin_memcpy(buffer, x, static_cast<size_t>(n) * sizeof(T));
+    x = buffer;
+  }
+  for (int64_t m = begin; m < end; ++m) {
+    T& logit = buffer[scratch.columns[m] - start];
+    c.listed.x[scratch.slots[m]] = logit;
+    logit = static_cast<T>(-kInf);
+  }
+  T* es = static_cast<T*>(scratch.exp_s) + start;
+  T* et = static_cast<T*>(scratch.exp_t) + start;
+  T* eh = scratch.exp_h ? static_cast<T*>(scratch.exp_h) + start : es;
+  BlockSums& out = scratch.sums[b];
+  const int64_t size = dtype_size(p.student.dtype);
+  const Ahead ahead = {block.raw + (p.classes < kBlock ? p.classes : kBlock) * size, block.raw, size, 0};
+  block_sums_of<S, false>(c.hard, x, x, n, scales, ahead, es, et, eh, &out);
+  const bool dots = c.entropies || c.pass.d_temperature;
+  if (dots) out.dot_s = weighted_sum<S>(es, x, n, out.max_s);
+  if (c.powers) {
+    out.sum_t = exponential_sum<S>(x, n, out.max_s, Exponent<S>(c.ts / c.degree()), et);
+    if (dots) out.dot_t = weighted_sum<S>(et, x, n, out.max_s);
+  }
+  if (c.f.use_hard && p.smoothing != 0) {
+    for (int64_t m = begin; m < end; ++m) buffer[scratch.columns[m] - start] = static_cast<T>(out.max_s);
+    out.sum_x = block_shifted_sum<S>(x, n, out.max_s);
+  }
+}
+
+// The largest logit that is not listed.
+template <class S>
+static double rest_max(const TopKRow<S>& c) {
+  double max = c.scratch.sums[0].max_s;
+  for (int64_t b = 1; b < c.blocks; ++b)
+    if (c.scratch.sums[b].max_s > max) max = c.scratch.sums[b].max_s;
+  return max;
+}
+
+template <class S>
+static RestSums merge_rest(const TopKRow<S>& c, double max) {
+  RestSums rest{};
+  const bool dots = c.entropies || c.pass.d_temperature, smoothed = c.f.use_hard && c.p.smoothing != 0;
+  for (int64_t b = 0; b < c.blocks; ++b) {
+    const BlockSums& s = c.scratch.sums[b];
+    const double below = s.max_s - max, weight = block_weight(s.max_s, max, c.pass_t);
+    rest.sum_s += weight * s.sum_s;
+    if (c.hard) rest.sum_h += (c.pass_t == 1.0 ? weight : block_weight(s.max_s, max, 1.0)) * s.sum_h;
+    if (dots && s.sum_s != 0) rest.dot_s += weight * (s.dot_s + s.sum_s * below);
+    if (c.powers && s.sum_t != 0) {
+      const double risen = block_weight(s.max_s, max, c.ts / c.degree());
+      rest.powers += risen * s.sum_t;
+      if (dots) rest.dot_powers += risen * (s.dot_t + s.sum_t * below);
+    }
+    const int64_t others = c.block_size(b) - (c.scratch.first[b + 1] - c.scratch.first[b]);
+    if (smoothed && others) rest.sum_x += s.sum_x + static_cast<double>(others) * below;
+  }
+  return rest;
+}
