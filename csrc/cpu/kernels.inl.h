@@ -32,6 +32,9 @@ namespace {
 #include "cpu/distill_forward.inl.h"
 #include "cpu/distill_slopes.inl.h"
 #include "cpu/distill_backward.inl.h"
+#include "cpu/topk_rest.inl.h"
+#include "cpu/topk_soft.inl.h"
+#include "cpu/topk_rows.inl.h"
 // clang-format on
 
 void forward_rows(const Forward& f, int64_t begin, int64_t end, const Scratch& s) {
@@ -57,6 +60,11 @@ void backward_rows(const Backward& g, int64_t begin, int64_t end, const Scratch&
   g.problem.is_double ? backward_rows_of<F64>(g, begin, end, s) : backward_rows_of<F32>(g, begin, end, s);
 }
 
+void topk_rows(const TopKPass& pass, int64_t begin, int64_t end, const Scratch& s) {
+  pass.forward.problem.is_double ? topk_rows_of<F64>(pass, begin, end, s)
+                                 : topk_rows_of<F32>(pass, begin, end, s);
+}
+
 // out = a + b past the caches; out is aligned to 64 bytes.
 void add(const float* a, const float* b, float* out, int64_t n) {
   int64_t i = 0;
@@ -65,7 +73,7 @@ void add(const float* a, const float* b, float* out, int64_t n) {
 }
 
 constexpr Kernels kTable = {MFD_ISA_NAME,    kLanes,        forward_rows, forward_sums, forward_points,
-                            forward_outputs, backward_rows, add};
+                            forward_outputs, backward_rows, topk_rows, add};
 
 }  // namespace
 

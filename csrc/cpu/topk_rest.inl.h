@@ -53,8 +53,8 @@ struct TopKRow {
     hard = f.use_hard || (unit && !renormalized) ? hard_mode(pass_t) : kNoHard;
     x = {&p.student, row_offset(p.student, row), -1, {}};
     if (p.student.standardize) x.centre = row_centre<S>(x, p.classes, static_cast<T*>(scratch.block_x));
-    T* const* arrays = reinterpret_cast<T* const*>(scratch.listed);
-    listed = {arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], arrays[5], arrays[6], arrays[7],
+    const auto array = [&](int i) { return static_cast<T*>(scratch.listed[i]); };
+    listed = {array(0), array(1), array(2), array(3), array(4), array(5), array(6), array(7),
               pass.teacher.listed, pass.teacher.indices + row * pass.teacher.listed, -1};
     for (int64_t k = 0; label >= 0 && k < listed.count; ++k)
       if (listed.indices[k] == label) listed.label = k;

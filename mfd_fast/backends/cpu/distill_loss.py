@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contract import label_error
+from ...contract import check_indices, label_error
 from ...divergences import ForwardKL
 from ...rows import Rows
 from ...types import LogitTransform
@@ -29,6 +29,9 @@ _DIVERGENCES = {
     "nkd": 8,
 }
 
+#: Numbers of the tails.
+_TAILS = {"bucket": 0, "renormalize": 1, "zero": 2}
+
 #: Gradients of at least this many bytes are written past the caches.
 STREAM_BYTES = 4 << 20
 
@@ -41,8 +44,6 @@ def can_run(rows: Rows) -> str | None:
         return f"the tensors are on {rows.student.device}"
     if type(rows.divergence) is not ForwardKL:
         return f"no native kernel for {rows.divergence} yet"
-    if rows.topk is not None:
-        return "no native kernel for a TopK teacher yet"
     if len(rows.teachers) > 1:
         return "no native kernel for several teachers yet"
     for transform in (rows.student_transform, rows.teacher_transform):
@@ -93,6 +94,20 @@ def _problem(module: Any, rows: Rows, labels: Tensor | None, keep: list[Tensor])
     )
 
 
+def _topk(module: Any, rows: Rows) -> Any:
+    """The native description of a sparse teacher, None for a teacher of all classes."""
+    if rows.topk is None:
+        return None
+    indices = rows.topk.indices
+    return module.TopK(indices.data_ptr(), indices.shape[-1], _TAILS[rows.topk.tail], rows.topk.logprobs)
+
+
+def _check_lists(module: Any, rows: Rows, problem: Any, topk: Any) -> None:
+    """Raises ValueError for a sparse teacher's indices that are out of range, repeated, or lack a label they need."""
+    if topk is not None and not module.lists_are_valid(problem, topk, torch.get_num_threads()):
+        check_indices(rows.op, rows)
+
+
 def _count(module: Any, rows: Rows, problem: Any) -> int:
     """Number of counted rows; raises ValueError for a label out of range in one of them."""
     if rows.labels is None and rows.mask is None:
@@ -126,6 +141,8 @@ def scalar(
     use_hard = rows.labels is not None and (isinstance(hard_weight, Tensor) or hard_weight != 0)
     problem = _problem(module, rows, rows.labels, keep)
     counted = _count(module, rows, problem)
+    topk = _topk(module, rows)
+    _check_lists(module, rows, problem, topk)
     soft_factor, hard_factor = float(soft_weight), float(hard_weight)
     if mean:
         divisor = max(counted, 1) if normalizer is None else float(normalizer)
@@ -138,6 +155,7 @@ def scalar(
         return loss, None if gradient is None else gradient.zero_()
     module.scalar(
         problem,
+        topk if use_soft else None,
         use_soft,
         use_hard,
         0 if weight is None else weight.data_ptr(),
@@ -165,12 +183,15 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProdu
     n, device = rows.n_rows, rows.student.device
     problem = _problem(module, rows, rows.labels, keep)
     _count(module, rows, problem)
+    topk = _topk(module, rows)
+    _check_lists(module, rows, problem, topk)
 
     def column() -> Tensor:
         return allocate.empty((n,), rows.dtype, device)
 
     soft, hard = column(), column()
-    stats = allocate.empty((n, module.statistics), rows.dtype, device)
+    # A sparse teacher's backward starts again from the logits.
+    stats = allocate.empty((n, module.statistics if topk is None else 0), rows.dtype, device)
     extra: ByProducts | None = None
     addresses = [0] * 5
     if terms:
@@ -178,7 +199,7 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProdu
         extra = (column(), column(), *label_probs, allocate.empty((n,), torch.bool, device))
         addresses = [0 if t is None else t.data_ptr() for t in extra]
     if n:
-        module.per_row(problem, soft.data_ptr(), hard.data_ptr(), stats.data_ptr(), *addresses, torch.get_num_threads())
+        module.per_row(problem, topk, soft.data_ptr(), hard.data_ptr(), stats.data_ptr(), *addresses, torch.get_num_threads())
     return soft, hard, stats, extra
 
 
@@ -199,6 +220,7 @@ def per_row_backward(
     if rows.n_rows:
         module.per_row_backward(
             problem,
+            _topk(module, rows),
             stats.data_ptr(),
             grad_soft.data_ptr(),
             grad_soft.stride(0),
