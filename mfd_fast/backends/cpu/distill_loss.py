@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ...contract import check_indices, label_error
-from ...divergences import ForwardKL
 from ...rows import Rows
 from ...types import LogitTransform
 from .. import allocate
@@ -42,13 +41,8 @@ def can_run(rows: Rows) -> str | None:
     """Why the native kernels cannot take this call, None if they can."""
     if rows.student.device.type != "cpu":
         return f"the tensors are on {rows.student.device}"
-    if type(rows.divergence) is not ForwardKL:
-        return f"no native kernel for {rows.divergence} yet"
     if len(rows.teachers) > 1:
         return "no native kernel for several teachers yet"
-    for transform in (rows.student_transform, rows.teacher_transform):
-        if transform is not None and transform.standardize:
-            return "LogitTransform(standardize=True) has no native kernel yet"
     return None
 
 
@@ -90,7 +84,7 @@ def _problem(module: Any, rows: Rows, labels: Tensor | None, keep: list[Tensor])
         rows.label_smoothing,
         rows.scale_by_temperature,
         _DIVERGENCES[rows.divergence.name],
-        *getattr(rows.divergence, 'parameters', (0.0, 0.0)),
+        *rows.divergence.parameters,
     )
 
 
