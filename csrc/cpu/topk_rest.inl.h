@@ -15,7 +15,7 @@ struct Listed {
 struct RestSums {
   double sum_s, sum_h, powers;
   double dot_s, dot_powers;  // sum e*(x - max)
-  double sum_x;              // sum (x - max)
+  double sum_x;              // sum x over all classes
 };
 
 // One row: what does not depend on the block.
@@ -100,6 +100,15 @@ static double exponential_sum(const typename S::T* x, int64_t n, double max, con
   return S::sum(acc);
 }
 
+// Exponentials that add up to less are taken again relative to their own maximum.
+constexpr double kTinySum = 0x1p-60;
+
+// Zeros at the listed classes [begin, end) of a block.
+template <class S>
+MFD_INLINE void clear_listed(const TopKRow<S>& c, int64_t begin, int64_t end, int64_t start, typename S::T* out) {
+  for (int64_t m = begin; m < end; ++m) out[c.scratch.columns[m] - start] = typename S::T(0);
+}
+
 // The one pass over a block: takes the listed logits out and leaves the exponentials of the others.
 template <class S>
 static void rest_block(const TopKRow<S>& c, const Scales<S>& scales, int64_t b) {
@@ -110,15 +119,6 @@ static void rest_block(const TopKRow<S>& c, const Scales<S>& scales, int64_t b) 
   T* buffer = scratch.capped ? static_cast<T*>(scratch.capped) + start : static_cast<T*>(scratch.block_x);
   const Block<S> block = load_block<S>(c.x, start, n, buffer);
   const T* x = block.x;
-  if (begin < end) {
-    if (x != buffer) __builtin_memcpy(buffer, x, static_cast<size_t>(n) * sizeof(T));
-    x = buffer;
-  }
-  for (int64_t m = begin; m < end; ++m) {
-    T& logit = buffer[scratch.columns[m] - start];
-    c.listed.x[scratch.slots[m]] = logit;
-    logit = static_cast<T>(-kInf);
-  }
   T* es = static_cast<T*>(scratch.exp_s) + start;
   T* et = static_cast<T*>(scratch.exp_t) + start;
   T* eh = scratch.exp_h ? static_cast<T*>(scratch.exp_h) + start : es;
@@ -126,19 +126,36 @@ static void rest_block(const TopKRow<S>& c, const Scales<S>& scales, int64_t b) 
   const int64_t size = dtype_size(p.student.dtype);
   const Ahead ahead = {block.raw + (p.classes < kBlock ? p.classes : kBlock) * size, block.raw, size, 0};
   block_sums_of<S, false>(c.hard, x, x, n, scales, ahead, es, et, eh, &out);
+  // In double precision, hence relative to nothing.
+  if (c.f.use_hard && p.smoothing != 0)
+    out.sum_x = block_shifted_sum<S>(x, n, out.max_s) + static_cast<double>(n) * out.max_s;
+  if (begin < end) {
+    for (int64_t m = begin; m < end; ++m) c.listed.x[scratch.slots[m]] = x[scratch.columns[m] - start];
+    clear_listed<S>(c, begin, end, start, es);
+    out.sum_s = plain_sum<S>(es, n);
+    if (out.sum_s < kTinySum) {
+      T* others = static_cast<T*>(scratch.block_out);
+      __builtin_memcpy(others, x, static_cast<size_t>(n) * sizeof(T));
+      for (int64_t m = begin; m < end; ++m) others[scratch.columns[m] - start] = static_cast<T>(-kInf);
+      block_sums_of<S, false>(c.hard, others, others, n, scales, ahead, es, et, eh, &out);
+    } else if (c.hard == kOwnExp) {
+      clear_listed<S>(c, begin, end, start, eh);
+      out.sum_h = plain_sum<S>(eh, n);
+    } else if (c.hard) {
+      out.sum_h = c.hard == 1 ? out.sum_s : block_unit_sum_of<S>(c.hard, es, x, n, out.max_s);
+    }
+  }
   const bool dots = c.entropies || c.pass.d_temperature;
   if (dots) out.dot_s = weighted_sum<S>(es, x, n, out.max_s);
   if (c.powers) {
-    out.sum_t = exponential_sum<S>(x, n, out.max_s, Exponent<S>(c.ts / c.degree()), et);
+    exponential_sum<S>(x, n, out.max_s, Exponent<S>(c.ts / c.degree()), et);
+    clear_listed<S>(c, begin, end, start, et);
+    out.sum_t = plain_sum<S>(et, n);
     if (dots) out.dot_t = weighted_sum<S>(et, x, n, out.max_s);
-  }
-  if (c.f.use_hard && p.smoothing != 0) {
-    for (int64_t m = begin; m < end; ++m) buffer[scratch.columns[m] - start] = static_cast<T>(out.max_s);
-    out.sum_x = block_shifted_sum<S>(x, n, out.max_s);
   }
 }
 
-// The largest logit that is not listed.
+// What the exponentials of the classes not listed are relative to: little more than the largest of their logits.
 template <class S>
 static double rest_max(const TopKRow<S>& c) {
   double max = c.scratch.sums[0].max_s;
@@ -162,8 +179,7 @@ static RestSums merge_rest(const TopKRow<S>& c, double max) {
       rest.powers += risen * s.sum_t;
       if (dots) rest.dot_powers += risen * (s.dot_t + s.sum_t * below);
     }
-    const int64_t others = c.block_size(b) - (c.scratch.first[b + 1] - c.scratch.first[b]);
-    if (smoothed && others) rest.sum_x += s.sum_x + static_cast<double>(others) * below;
+    if (smoothed) rest.sum_x += s.sum_x;
   }
   return rest;
 }

@@ -65,14 +65,8 @@ static AllClasses all_classes(const TopKRow<S>& c, double label) {
 
 template <class S>
 static double hard_term(const TopKRow<S>& c, const AllClasses& all) {
-  const Listed<S>& l = c.listed;
   RowSums sums{};
-  if (c.p.smoothing != 0) {
-    double total = all.rest.sum_x;
-    for (int64_t k = 0; k < l.count; ++k)
-      total += (c.apart && k == l.label ? all.label : static_cast<double>(l.x[k])) - all.max;
-    sums.mean_x = total / static_cast<double>(c.p.classes);
-  }
+  sums.mean_x = all.rest.sum_x / static_cast<double>(c.p.classes) - all.max;
   return cross_entropy(sums, all.lse_h, all.label - all.max, c.p.smoothing);
 }
 
@@ -157,16 +151,11 @@ static void write_topk_gradient(const TopKRow<S>& c, const AllClasses& all, cons
   typedef typename S::T T;
   const Problem& p = c.p;
   const Scratch& scratch = c.scratch;
-  const Listed<S>& l = c.listed;
   const int64_t size = dtype_size(p.student.dtype);
   char* out = static_cast<char*>(c.f.grad) + c.row * p.student.width * size;
   T* buffer = static_cast<T*>(scratch.block_out);
-  T* capped = static_cast<T*>(scratch.capped);
+  const T* capped = static_cast<const T*>(scratch.capped);
   double dot = 0;
-  if (capped) {
-    for (int64_t k = 0; k < l.count; ++k) capped[l.indices[k]] = l.x[k];
-    if (c.apart) capped[c.label] = static_cast<T>(all.label);
-  }
   for (int64_t b = 0; p.student.standardize && b < c.blocks; ++b) {
     topk_block<S>(c, all, slopes, b, buffer);
     dot += weighted_sum<S>(buffer, capped + b * kBlock, c.block_size(b), 0.0);
