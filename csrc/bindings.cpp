@@ -24,17 +24,17 @@ T* pointer(Address address) {
 
 mfd::Side make_side(Address data, int dtype, int64_t inner, int64_t outer_stride, int64_t row_stride,
                     int64_t width, double scale, double softcap, bool standardize) {
-  return {pointer(data), static_cast<mfd::Dtype>(dtype), inner, outer_stride, row_stride, width, scale,
-          softcap, standardize};
+  return {
+      pointer(data), static_cast<mfd::Dtype>(dtype), inner, outer_stride, row_stride, width, scale, softcap,
+      standardize};
 }
 
 std::unique_ptr<mfd::Problem> make_problem(int64_t n_rows, int64_t classes, bool is_double,
                                            const mfd::Side& student, const mfd::Side& teacher, double ts,
                                            Address ts_rows, int64_t ts_stride, double tt, Address tt_rows,
                                            int64_t tt_stride, Address labels, Address mask,
-                                           int64_t ignore_index, double smoothing,
-                                           bool scale_by_temperature, int divergence, double first,
-                                           double second) {
+                                           int64_t ignore_index, double smoothing, bool scale_by_temperature,
+                                           int divergence, double first, double second) {
   return std::unique_ptr<mfd::Problem>(new mfd::Problem{n_rows,
                                                         classes,
                                                         is_double,

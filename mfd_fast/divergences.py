@@ -14,7 +14,7 @@ one class gives 0; a NaN, a +inf logit or a row of only −inf gives NaN for the
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import ClassVar
 
 __all__ = [
@@ -267,4 +267,4 @@ def divergence_from(name: str, parameters: tuple[float, float]) -> Divergence:
     JSD(beta=0.25)
     """
     kind = AlphaBeta if name == AlphaBeta.name else type(DIVERGENCES[name])
-    return kind(*parameters[: len(kind.__dataclass_fields__)])
+    return kind(*parameters[: len(fields(kind))])

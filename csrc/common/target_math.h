@@ -1,20 +1,21 @@
-// The label's class against the rest of its row, for DKD and NKD. A log-odds a stands for the probabilities
-// logistic(a) of the label and logistic(-a) of the rest, so that neither is 1 minus the other.
+// The label's class against the rest of its row, for DKD and NKD. Both probabilities come from the log-odds,
+// so that neither is 1 minus the other.
 #pragma once
 
 #include "common/row_math.h"
 
 namespace mfd {
 
-MFD_ROW_FN double logistic(double a) {
-  if (a >= 0) return 1.0 / (1.0 + exp(-a));
-  const double e = exp(a);
-  return e / (1.0 + e);
-}
+struct Odds {
+  double log_odds;
+  double label, rest;          // probabilities
+  double log_label, log_rest;  // and their logarithms
+};
 
-// log(1 + e^a) = -log logistic(-a)
-MFD_ROW_FN double softplus(double a) {
-  return a > 0 ? a + log1p(exp(-a)) : log1p(exp(a));
+MFD_ROW_FN Odds odds_of(double a) {
+  const double e = exp(-fabs(a)), l = log1p(e), greater = 1.0 / (1.0 + e), lesser = e * greater;
+  if (a >= 0) return {a, greater, lesser, -l, -a - l};
+  return {a, lesser, greater, a - l, -l};
 }
 
 // weight*value with 0*inf = 0.
@@ -22,36 +23,35 @@ MFD_ROW_FN double times(double weight, double value) {
   return weight == 0 ? 0.0 : weight * value;
 }
 
-// log(e^a + e^b), also where one of them is -inf.
-MFD_ROW_FN double log_add(double a, double b) {
-  return a == -kInf ? b : a + softplus(b - a);
+// The odds from the label's logit minus the largest of the others, and their log-sum-exp. A logit of +inf has
+// no distribution.
+MFD_ROW_FN Odds odds_of(double label, double temperature, double lse) {
+  return odds_of(label == kInf ? kNan : label / temperature - lse);
 }
 
-// logistic(a) - logistic(b), from the smaller of the two pairs.
-MFD_ROW_FN double logistic_difference(double a, double b) {
-  return a > 0 && b > 0 ? logistic(-b) - logistic(-a) : logistic(a) - logistic(b);
+// Log-sum-exp over all classes at temperature 1.
+MFD_ROW_FN double whole_lse(const Odds& odds, double label, double lse) {
+  return odds.log_odds >= 0 ? label - odds.log_label : lse - odds.log_rest;
 }
 
-// KL of the pair (label, rest) of the teacher's log-odds and the student's.
-MFD_ROW_FN double pair_kl(double teacher, double student) {
-  const double p = logistic(teacher), rest = logistic(-teacher);
-  return times(p, softplus(-student) - softplus(-teacher)) + times(rest, softplus(student) - softplus(teacher));
+// a.label - b.label, from the smaller of the two pairs.
+MFD_ROW_FN double label_difference(const Odds& a, const Odds& b) {
+  return a.log_odds > 0 && b.log_odds > 0 ? b.rest - a.rest : a.label - b.label;
 }
 
-// Entropy of the pair.
-MFD_ROW_FN double pair_entropy(double a) {
-  return times(logistic(a), softplus(-a)) + times(logistic(-a), softplus(a));
+// KL of the pair (label, rest).
+MFD_ROW_FN double pair_kl(const Odds& teacher, const Odds& student) {
+  return times(teacher.label, teacher.log_label - student.log_label) +
+         times(teacher.rest, teacher.log_rest - student.log_rest);
 }
 
-// Log-odds of the label from its logit minus the largest of the others, and their log-sum-exp. A logit of +inf
-// has no distribution.
-MFD_ROW_FN double log_odds(double label, double temperature, double lse) {
-  return label == kInf ? kNan : label / temperature - lse;
+MFD_ROW_FN double pair_entropy(const Odds& odds) {
+  return -times(odds.label, odds.log_label) - times(odds.rest, odds.log_rest);
 }
 
-// A row's log-odds: at the temperatures, and at temperature 1.
+// A row's odds: at the temperatures, and at temperature 1.
 struct Target {
-  double student, teacher, hard_student, hard_teacher;
+  Odds student, teacher, hard_student, hard_teacher;
 };
 
 // Slopes of the soft term to u = x/Ts and v = y/Tt, before T^2:
@@ -67,17 +67,17 @@ struct TargetSlopes {
 MFD_ROW_FN TargetSlopes target_slopes(const Problem& problem, const Target& t) {
   TargetSlopes s{};
   // A teacher without mass besides the label says nothing about the rest.
-  const bool rest = t.teacher != kInf;
+  const bool rest = t.teacher.rest != 0;
   if (problem.divergence == Divergence::kDKD) {
     const double alpha = problem.first, beta = rest ? problem.second : 0.0;
-    s.label = alpha * logistic_difference(t.student, t.teacher);
+    s.label = alpha * label_difference(t.student, t.teacher);
     s.student = beta - s.label;
     s.teacher = s.relation = beta;
-    s.pull = -alpha * times(logistic(t.teacher) * logistic(-t.teacher), t.teacher - t.student);
+    s.pull = -alpha * times(t.teacher.label * t.teacher.rest, t.teacher.log_odds - t.student.log_odds);
   } else {
     s.student = s.teacher = s.relation = rest ? problem.first : 0.0;
-    s.unit = logistic(t.hard_teacher);
-    s.drive = times(s.unit, softplus(-t.hard_student));
+    s.unit = t.hard_teacher.label;
+    s.drive = times(s.unit, -t.hard_student.log_label);
   }
   return s;
 }

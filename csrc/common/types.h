@@ -43,8 +43,8 @@ enum Stat : int {
 };
 
 // Logits [N, width]: row i starts at element (i / inner)*outer_stride + (i % inner)*row_stride.
-// Values are scale*x, then softcap*tanh(x/softcap) where softcap > 0, then (x - mean)/(deviation + 1e-7) where
-// standardize.
+// Values are scale*x, then softcap*tanh(x/softcap) where softcap > 0, then (x - mean)/(deviation + 1e-7)
+// where standardize.
 struct Side {
   const void* data;
   Dtype dtype;
@@ -135,21 +135,22 @@ struct Centre {
 struct BlockSums {
   double max_s, max_t;
   double sum_s, sum_t, sum_h, sum_u;
-  double cross;         // sum e_t*(ratio*(y - my) - (x - mx)), ratio = Ts/Tt
-  double dot_s, dot_t;  // sum e_s*(x - mx), sum e_t*(y - my): for the entropies
-  double sum_x;         // sum (x - mx)
-  double value, g, h;   // sum f, sum q*df/dq, sum p*df/dp of the pointwise divergences
+  double cross;             // sum e_t*(ratio*(y - my) - (x - mx)), ratio = Ts/Tt
+  double dot_s, dot_t;      // sum e_s*(x - mx), sum e_t*(y - my): for the entropies
+  double sum_x;             // sum (x - mx)
+  double value, g, h;       // sum f, sum q*df/dq, sum p*df/dp of the pointwise divergences
   Centre student, teacher;  // of the whole row, in its first block
 };
 
 // Memory of one worker; sized for one row.
 struct Scratch {
-  void *exp_s, *exp_t, *exp_h, *capped;  // padded rows of the compute dtype; exp_h and capped may be null
-  void *block_x, *block_y, *block_out, *block_r, *block_q, *block_p;  // kBlock elements each
-  BlockSums* sums;                       // one per block, at least kBlock/kRowAlign
+  // Padded rows of the compute dtype; exp_h, capped and difference may be null.
+  void *exp_s, *exp_t, *exp_h, *capped, *difference;
+  void *block_x, *block_y, *block_out, *to_u, *to_v;  // kBlock elements each
+  BlockSums* sums;                                    // one per block, at least kBlock/kRowAlign
   // For sparse teachers: arrays of the listed classes, kBlock elements each; the listed classes in the order of their
   // blocks, their positions, and where each block's begin.
-  void* listed[8];
+  void* listed[7];
   int64_t *columns, *slots, *first;
 };
 

@@ -80,7 +80,7 @@ class Layout {
 
 struct Needs {
   int64_t row;  // elements of a scratch row
-  bool own_exp, capped;
+  bool own_exp, capped, difference;
   size_t element;
   bool listed = false;  // a sparse teacher's
 };
@@ -91,6 +91,7 @@ void take_row(Layout& layout, const Needs& needs, int64_t blocks, Scratch& s) {
   s.exp_t = layout.take(bytes);
   if (needs.own_exp) s.exp_h = layout.take(bytes);
   if (needs.capped) s.capped = layout.take(bytes);
+  if (needs.difference) s.difference = layout.take(bytes);
   const int64_t sums = std::max(blocks, kBlock / kRowAlign);
   s.sums = static_cast<BlockSums*>(layout.take(static_cast<size_t>(sums) * sizeof(BlockSums)));
 }
@@ -100,9 +101,8 @@ void take_blocks(Layout& layout, const Needs& needs, Scratch& s) {
   s.block_x = layout.take(bytes);
   s.block_y = layout.take(bytes);
   s.block_out = layout.take(bytes);
-  s.block_r = layout.take(bytes);
-  s.block_q = layout.take(bytes);
-  s.block_p = layout.take(bytes);
+  s.to_u = layout.take(bytes);
+  s.to_v = layout.take(bytes);
   if (!needs.listed) return;
   for (void*& array : s.listed) array = layout.take(bytes);
   for (int64_t** array : {&s.columns, &s.slots}) *array = static_cast<int64_t*>(layout.take(kBlock * sizeof(int64_t)));
@@ -183,8 +183,8 @@ void forward_by_blocks(const Forward& f, const Needs& needs, int64_t blocks, int
   if (failed) throw std::bad_alloc();
 }
 
-Needs needs_of(const Problem& p, bool own_exp, bool capped, int64_t row) {
-  return {row, own_exp, capped, p.is_double ? sizeof(double) : sizeof(float)};
+Needs needs_of(const Problem& p, bool own_exp, bool capped, bool difference, int64_t row) {
+  return {row, own_exp, capped, difference, p.is_double ? sizeof(double) : sizeof(float)};
 }
 
 }  // namespace
@@ -211,8 +211,8 @@ double forward(Forward f, bool wants_sum, int threads) {
   // Scratch rows are whole blocks, so that vectors may run past the last class.
   const bool exp_at_one = f.use_hard || (f.use_soft && p.divergence == Divergence::kNKD);
   const bool standardized = p.student.standardize || p.teacher.standardize;
-  const Needs needs =
-      needs_of(p, exp_at_one, p.student.softcap > 0 || p.student.standardize, blocks * kBlock);
+  const Needs needs = needs_of(p, exp_at_one, p.student.softcap > 0 || p.student.standardize,
+                               f.use_soft && is_pointwise(p.divergence), blocks * kBlock);
   threads = usable_threads(threads, p.n_rows * p.classes);
   // A standardised row needs sums over all of it before its first pass and before its gradient: not shared.
   const bool by_blocks = threads > 1 && p.n_rows < 4 * threads && p.n_rows % threads != 0 &&
@@ -245,7 +245,7 @@ double forward(Forward f, bool wants_sum, int threads) {
 void backward(const Backward& g, int threads) {
   const Problem& p = g.problem;
   const Kernels& table = kernels();
-  over_rows(p.n_rows, needs_of(p, p.labels != nullptr, false, kBlock), 1,
+  over_rows(p.n_rows, needs_of(p, p.labels != nullptr, false, false, kBlock), 1,
             usable_threads(threads, p.n_rows * p.classes),
             [&](int64_t begin, int64_t end, const Scratch& s) { table.backward_rows(g, begin, end, s); });
 }
@@ -283,7 +283,8 @@ double topk(TopKPass pass, bool wants_sum, int threads) {
   const Problem& p = f.problem;
   const int64_t blocks = block_count(p.classes);
   const bool exp_at_one = f.use_hard || p.divergence == Divergence::kNKD;
-  Needs needs = needs_of(p, exp_at_one, p.student.softcap > 0 || p.student.standardize, blocks * kBlock);
+  const bool capped = p.student.softcap > 0 || p.student.standardize;
+  Needs needs = needs_of(p, exp_at_one, capped, false, blocks * kBlock);
   needs.listed = true;
   if (wants_sum) {
     f.row_loss = reinterpret_cast<double*>(caller_arena.reserve(static_cast<size_t>(p.n_rows + 1) * sizeof(double)));

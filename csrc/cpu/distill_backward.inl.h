@@ -3,8 +3,8 @@
 
 // out = soft*to_u + hard*h - shift
 template <class S>
-static void student_gradient(const typename S::T* to_u, const typename S::T* h, int64_t n, double soft, double hard,
-                             double shift, typename S::T* out) {
+static void student_gradient(const typename S::T* to_u, const typename S::T* h, int64_t n, double soft,
+                             double hard, double shift, typename S::T* out) {
   typedef typename S::T T;
   const typename S::V a = S::splat(static_cast<T>(soft)), b = S::splat(static_cast<T>(hard)),
                       c = S::splat(static_cast<T>(shift));
@@ -24,9 +24,9 @@ static double plain_sum(const typename S::T* w, int64_t n) {
 
 // Sums over a row, without the label's class where it is set apart.
 struct SlopeSums {
-  double to_u, to_v;  // what rounding left of 0
-  double u_x, v_y;    // sum to_u*(x - max x), sum to_v*(y - max y)
-  double mean_x;      // E_q[x - max x]
+  double to_u, to_v;    // what rounding left of 0
+  double u_x, v_y;      // sum to_u*(x - max x), sum to_v*(y - max y)
+  double mean_x;        // E_q[x - max x]
   double x_dot, y_dot;  // sum d_x*x, sum d_y*y of standardised logits
 };
 
@@ -42,7 +42,12 @@ struct RowGradients {
   char *d_student, *d_teacher;
 
   RowGradients(const Backward& g, int64_t index, const Scratch& s, char* to_student, char* to_teacher)
-      : row(g, index, s), by_ts(row.ts), by_tt(row.tt), scratch(s), d_student(to_student), d_teacher(to_teacher) {}
+      : row(g, index, s),
+        by_ts(row.ts),
+        by_tt(row.tt),
+        scratch(s),
+        d_student(to_student),
+        d_teacher(to_teacher) {}
 
   // d/dx of a block of transformed logits, in scratch.block_out.
   T* student(const BlockSlopes<S>& b, const T* x, int64_t start, int64_t n) const {
@@ -57,8 +62,8 @@ struct RowGradients {
     const int64_t label = row.label - start;
     if (label < 0 || label >= n) return out;
     if (row.apart) {
-      // softmax(x)_label - 1 = -logistic(-log-odds)
-      out[label] = static_cast<T>(times(soft, row.slopes.label) - times(hard, logistic(-row.target.hard_student)) +
+      // softmax(x)_label - 1 = -rest
+      out[label] = static_cast<T>(times(soft, row.slopes.label) - times(hard, row.target.hard_student.rest) +
                                   (row.grad_hard * problem.smoothing - shift));
     } else if (h) {
       out[label] = static_cast<T>(soft) * b.to_u[label] +
@@ -73,13 +78,13 @@ struct RowGradients {
     const double soft = row.grad_soft * row.soft_scale / row.tt, unit = row.grad_soft * row.slopes.drive;
     student_gradient<S>(b.to_v, nullptr, n, soft, 0.0, 0.0, out);
     if (row.g.problem.divergence == Divergence::kNKD) {
-      T* h = static_cast<T*>(scratch.block_r);
+      T* h = static_cast<T*>(scratch.to_u);
       probabilities<S>(y, n, row.max_t, row.lse_u, Exponent<S>(1.0), h);
       student_gradient<S>(b.to_v, h, n, soft, -unit, 0.0, out);
     }
     const int64_t label = row.label - start;
     if (row.apart && label >= 0 && label < n)
-      out[label] += static_cast<T>(times(-soft, row.slopes.pull) + times(unit, logistic(-row.target.hard_teacher)));
+      out[label] += static_cast<T>(times(-soft, row.slopes.pull) + times(unit, row.target.hard_teacher.rest));
     return out;
   }
 
@@ -101,7 +106,8 @@ struct RowGradients {
       sums.to_u += plain_sum<S>(b.to_u, n);
       sums.mean_x += weighted_sum<S>(b.q, x, n, row.max_s);
     }
-    if (pass == Pass::kGradients && g.d_teacher_temperature) sums.v_y += weighted_sum<S>(b.to_v, y, n, row.max_t);
+    if (pass == Pass::kGradients && g.d_teacher_temperature)
+      sums.v_y += weighted_sum<S>(b.to_v, y, n, row.max_t);
     const bool dots = pass == Pass::kDots;
     if (d_student && (!dots || problem.student.standardize)) {
       T* out = student(b, x, start, n);
@@ -133,7 +139,8 @@ struct RowGradients {
   }
 
   // One side's gradient of a block, through the transform and into its dtype.
-  void emit(const View& view, T* x, double label, double x_dot, int64_t start, int64_t n, T* gradient, char* out) const {
+  void emit(const View& view, T* x, double label, double x_dot, int64_t start, int64_t n, T* gradient,
+            char* out) const {
     if (changes_gradient(*view.side)) {
       restore(x, label, start, n);
       transform_backward<S>(view, x, n, x_dot, gradient);

@@ -1,7 +1,7 @@
 // The student gradient, and rows in groups or in blocks.
 
-// d loss/dx_j = student*e_s - teacher*e_t + hard*e_h - shift, with label_shift at the label; e relative to the
-// row's maxima, e_t = q*df/dq for the pointwise divergences. The e of a label set apart are 0.
+// d loss/dx_j = student*e_s - teacher*e_t + hard*e_h - shift, with label_shift at the label; e relative to
+// the row's maxima, e_t = q*df/dq for the pointwise divergences. The e of a label set apart are 0.
 struct Slopes {
   double student, teacher, hard, shift, label_shift;
 };
@@ -25,7 +25,7 @@ MFD_INLINE Slopes row_slopes(const RowContext<S>& c, const RowResult& r) {
     const TargetSlopes slopes = target_slopes(p, r.target);
     // hard*softmax(x) and unit*softmax(x) share their exponentials.
     const double at_one = hard + (c.wanted.unit ? w * f.soft_factor * slopes.unit : 0.0);
-    const double rest = c.hard ? at_one * logistic(-r.target.hard_student) : 0.0;
+    const double rest = c.hard ? at_one * r.target.hard_student.rest : 0.0;
     s.student = ratio_or_zero(soft * slopes.student, r.sums.sum_s);
     s.teacher = ratio_or_zero(soft * slopes.teacher, r.sums.sum_t);
     s.hard = ratio_or_zero(rest, r.sums.sum_h);
@@ -44,8 +44,8 @@ MFD_INLINE Slopes row_slopes(const RowContext<S>& c, const RowResult& r) {
 
 // d loss/d (transformed student logits) of one block.
 template <class S>
-MFD_INLINE void block_slope(const RowContext<S>& c, const RowSums& row, const Slopes& slopes, int64_t b, int64_t n,
-                            bool stream, const Scratch& scratch, typename S::T* out) {
+MFD_INLINE void block_slope(const RowContext<S>& c, const RowSums& row, const Slopes& slopes, int64_t b,
+                            int64_t n, bool stream, const Scratch& scratch, typename S::T* out) {
   typedef typename S::T T;
   const Forward& f = c.f;
   const int64_t start = b * kBlock;
@@ -66,15 +66,18 @@ MFD_INLINE void block_slope(const RowContext<S>& c, const RowSums& row, const Sl
   const T* es = static_cast<const T*>(scratch.exp_s) + start;
   const T* et = static_cast<const T*>(scratch.exp_t) + start;
   const T* eh = scratch.exp_h ? static_cast<const T*>(scratch.exp_h) + start : es;
-  if (f.use_soft) {
-    block_gradient_of<S, true>(c.hard, es, et, eh, n, factors, stream, out);
+  Exception<T> label{c.label - start, T(0)};
+  if ((f.use_hard || c.apart) && label.at >= 0 && label.at < n) {
+    Factors<T> own = factors;
+    own.shift = static_cast<T>(slopes.label_shift);
+    label.value = gradient_at<T>(c.hard, f.use_soft, es[label.at], et[label.at], eh[label.at], own);
   } else {
-    block_gradient<S, false, 1>(es, et, eh, n, factors, stream, out);
+    label.at = -1;
   }
-  const int64_t label = c.label - start;
-  if ((f.use_hard || c.apart) && label >= 0 && label < n) {
-    factors.shift = static_cast<T>(slopes.label_shift);
-    out[label] = gradient_at<T>(c.hard, f.use_soft, es[label], et[label], eh[label], factors);
+  if (f.use_soft) {
+    block_gradient_of<S, true>(c.hard, es, et, eh, n, factors, stream, label, out);
+  } else {
+    block_gradient<S, false, 1>(es, et, eh, n, factors, stream, label, out);
   }
 }
 
@@ -152,6 +155,7 @@ MFD_INLINE Scratch nth_of(const Scratch& scratch, int64_t k, int64_t stride) {
   s.exp_t = static_cast<T*>(s.exp_t) + k * stride;
   if (s.exp_h) s.exp_h = static_cast<T*>(s.exp_h) + k * stride;
   if (s.capped) s.capped = static_cast<T*>(s.capped) + k * stride;
+  if (s.difference) s.difference = static_cast<T*>(s.difference) + k * stride;
   s.sums += k;
   return s;
 }

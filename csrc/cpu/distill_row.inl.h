@@ -6,8 +6,8 @@ struct RowContext {
   const Forward& f;
   int64_t row, label;
   double ts, tt;
-  bool apart;        // the divergence sets the label's class apart
-  int hard;          // where the exponentials at temperature 1 come from
+  bool apart;  // the divergence sets the label's class apart
+  int hard;    // where the exponentials at temperature 1 come from
   Wanted wanted;
   View x, y;
 
@@ -18,7 +18,8 @@ struct RowContext {
     ts = f.use_soft ? at<T>(p.student_temperature, row) : 1.0;
     tt = f.use_soft ? at<T>(p.teacher_temperature, row) : 1.0;
     apart = f.use_soft && sets_label_apart(p.divergence);
-    const bool unit = f.use_soft && p.divergence == Divergence::kNKD, entropies = f.student_entropy != nullptr;
+    const bool unit = f.use_soft && p.divergence == Divergence::kNKD,
+               entropies = f.student_entropy != nullptr;
     const bool at_one = f.use_hard || unit;
     hard = at_one ? hard_mode(ts) : kNoHard;
     wanted = {f.use_soft, at_one, unit, entropies, entropies || unit, apart};
@@ -29,9 +30,11 @@ struct RowContext {
   // The standardised sides' centres: computed before the first pass, kept in the row's first block.
   inline void find_centres(const Scratch& scratch) {
     if (x.side->standardize)
-      x.centre = scratch.sums->student = row_centre<S>(x, f.problem.classes, static_cast<T*>(scratch.block_x));
+      x.centre = scratch.sums->student =
+          row_centre<S>(x, f.problem.classes, static_cast<T*>(scratch.block_x));
     if (f.use_soft && y.side->standardize)
-      y.centre = scratch.sums->teacher = row_centre<S>(y, f.problem.classes, static_cast<T*>(scratch.block_y));
+      y.centre = scratch.sums->teacher =
+          row_centre<S>(y, f.problem.classes, static_cast<T*>(scratch.block_y));
   }
   inline void recall_centres(const Scratch& scratch) {
     if (x.side->standardize) x.centre = scratch.sums->student;
@@ -57,7 +60,8 @@ MFD_INLINE Ahead ahead_of(const Problem& p, const Block<S>& x, const Block<S>& y
 template <class S>
 static double logit_at(View view, int64_t column, const Scratch& scratch) {
   view.apart = -1;
-  return static_cast<double>(load_block<S>(view, column, 1, static_cast<typename S::T*>(scratch.block_out)).x[0]);
+  return static_cast<double>(
+      load_block<S>(view, column, 1, static_cast<typename S::T*>(scratch.block_out)).x[0]);
 }
 
 // sum (x - max) over a block; the class set apart, of which `x` says -inf, counts too.
@@ -89,13 +93,20 @@ static void row_sums(const RowContext<S>& c, const Scales<S>& scales, int64_t be
     if (f.use_soft) y = load_block<S>(c.y, start, n, static_cast<T*>(scratch.block_y));
     T* es = static_cast<T*>(scratch.exp_s) + start;
     T* et = static_cast<T*>(scratch.exp_t) + start;
-    T* eh = scratch.exp_h ? static_cast<T*>(scratch.exp_h) + start : es;
+    const Kept<T> kept = {es, et, scratch.exp_h ? static_cast<T*>(scratch.exp_h) + start : es,
+                          scratch.difference ? static_cast<T*>(scratch.difference) + start : es};
     BlockSums& out = scratch.sums[b];
+    out.max_s = block_max<S>(x.x, n);
+    out.max_t = f.use_soft ? block_max<S>(y.x, n) : T(0);
     const Ahead ahead = ahead_of<S>(p, x, y);
-    if (f.use_soft) {
-      block_sums_of<S, true>(c.hard, x.x, y.x, n, scales, ahead, es, et, eh, &out);
+    if (!f.use_soft) {
+      block_sums<S, kNoSoft, 1>(x.x, x.x, n, scales, ahead, kept, &out);
+    } else if (!is_pointwise(p.divergence)) {
+      block_sums_of<S, kCross>(c.hard, x.x, y.x, n, scales, ahead, kept, &out);
+    } else if (are_near(out.max_s, out.max_t, c.ts / c.tt)) {
+      block_sums_of<S, kNear>(c.hard, x.x, y.x, n, scales, ahead, kept, &out);
     } else {
-      block_sums<S, false, 1>(x.x, x.x, n, scales, ahead, es, et, eh, &out);
+      block_sums_of<S, kFar>(c.hard, x.x, y.x, n, scales, ahead, kept, &out);
     }
     out.sum_x = 0;
     if (f.use_hard && p.smoothing != 0) {

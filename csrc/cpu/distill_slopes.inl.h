@@ -1,4 +1,5 @@
-// Slopes of the soft term to the softened logits u = x/Ts and v = y/Tt of one block, from the saved statistics.
+// Slopes of the soft term to the softened logits u = x/Ts and v = y/Tt of one block, from the saved
+// statistics.
 
 template <class S>
 struct BackwardRow {
@@ -42,66 +43,77 @@ struct BackwardRow {
     if (!apart) return;
     label_x = logit_at<S>(x, label, scratch) - max_s;
     label_y = logit_at<S>(y, label, scratch) - max_t;
-    target = {log_odds(label_x, ts, lse_s), log_odds(label_y, tt, lse_t), log_odds(label_x, 1.0, lse_h),
-              log_odds(label_y, 1.0, lse_u)};
+    target = {odds_of(label_x, ts, lse_s), odds_of(label_y, tt, lse_t), odds_of(label_x, 1.0, lse_h),
+              odds_of(label_y, 1.0, lse_u)};
     slopes = target_slopes(p, target);
-    lse_h = log_add(lse_h, label_x);
-    lse_u = log_add(lse_u, label_y);
+    lse_h = whole_lse(target.hard_student, label_x, lse_h);
+    lse_u = whole_lse(target.hard_teacher, label_y, lse_u);
   }
 };
 
-// out = exp((x - max)/T)*exp(-lse), padded with zeros to a whole vector.
+// out = exp((x - max)/T)*exp(-lse), padded with zeros to a whole vector; all 0 beside a label that has
+// everything.
 template <class S>
 static void probabilities(const typename S::T* x, int64_t n, double max, double lse,
                           const Exponent<S>& exponent, typename S::T* out) {
   typedef typename S::T T;
-  const typename S::V m = S::splat(static_cast<T>(max)), factor = S::splat(static_cast<T>(exp(-lse)));
+  const typename S::V m = S::splat(static_cast<T>(max)),
+                      factor = S::splat(static_cast<T>(lse == -kInf ? 0.0 : exp(-lse)));
   for (int64_t i = 0; i < n; i += S::kWidth) {
     const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
     S::store(out + i, exponent(S::load_first(x + i, left, static_cast<T>(-kInf)) - m) * factor);
   }
 }
 
-// Forward KL and the divergences that set the label apart:
-//   to_u = student*q - teacher*p,  to_v = p*(relation*(t - mean) + pull), t = r or -log q; 0 where p is 0, NaN
-//   throughout where the row's mean is.
-struct LinearSlopes {
-  double student, teacher, relation, mean, pull;
+// Logarithms of the softened probabilities from the logits of one block:
+//   log q = (x - mx)/Ts + shift, log p likewise, r = log p - log q = (y - my)/Tt - (x - mx)/Ts + shift.
+// `close`: at one temperature and close maxima r = ((y - x) - (my - mx))/T + shift, exact where the teacher
+// is near.
+template <class S>
+struct Logs {
+  typedef typename S::V V;
+  typedef typename S::T T;
+  bool close;
+  V mx, my, gap, ratio, inverse_s, inverse_t, shift, shift_s, shift_t;
+
+  Logs(const LogScale& student, const LogScale& teacher) {
+    close = are_near(student.block_max, teacher.block_max, teacher.inverse / student.inverse);
+    mx = S::splat(static_cast<T>(student.block_max));
+    my = S::splat(static_cast<T>(teacher.block_max));
+    gap = my - mx;
+    ratio = S::splat(static_cast<T>(teacher.inverse / student.inverse));
+    inverse_s = S::splat(static_cast<T>(student.inverse));
+    inverse_t = S::splat(static_cast<T>(teacher.inverse));
+    shift_s = S::splat(static_cast<T>(student.shift));
+    shift_t = S::splat(static_cast<T>(teacher.shift));
+    shift = S::splat(static_cast<T>(teacher.shift - student.shift));
+  }
+
+  template <bool kClose>
+  __attribute__((always_inline)) inline V r(V x, V y) const {
+    const V d = kClose ? y - x - gap : S::fma(y - my, ratio, mx - x);
+    return S::fma(d, inverse_s, shift);
+  }
+  __attribute__((always_inline)) inline V log_q(V x) const { return S::fma(x - mx, inverse_s, shift_s); }
+  __attribute__((always_inline)) inline V log_p(V y) const { return S::fma(y - my, inverse_t, shift_t); }
 };
 
-template <class S>
-static void linear_slopes(const typename S::T* q, const typename S::T* p, const typename S::T* t, bool negated,
-                          int64_t n, const LinearSlopes& s, typename S::T* to_u, typename S::T* to_v) {
-  typedef typename S::T T;
+// The divergence at one vector of logits and probabilities.
+template <class S, bool kClose, class D>
+MFD_INLINE Point<S> point_at(const D& divergence, const Logs<S>& logs, typename S::V x, typename S::V y,
+                             typename S::V q, typename S::V p) {
   typedef typename S::V V;
-  const V student = S::splat(static_cast<T>(s.student)), teacher = S::splat(static_cast<T>(s.teacher));
-  const V relation = S::splat(static_cast<T>(negated ? -s.relation : s.relation));
-  const V mean = S::splat(static_cast<T>(negated ? -s.mean : s.mean)), pull = S::splat(static_cast<T>(s.pull));
-  const V zero = S::splat(static_cast<T>(s.mean != s.mean ? kNan : 0.0));
-  for (int64_t i = 0; i < n; i += S::kWidth) {
-    const V probability = S::load(p + i), term = S::load(t + i) - mean;
-    S::store(to_u + i, student * S::load(q + i) - teacher * probability);
-    S::store(to_v + i, S::select(probability == V{}, zero, probability * (relation * term + pull)));
-  }
+  return divergence(q, p, logs.template r<kClose>(x, y), D::kTakesLogs ? logs.log_q(x) : V{},
+                    D::kTakesLogs ? logs.log_p(y) : V{});
 }
 
-// Pointwise divergences: to_u = g - q*sum g, to_v = h - p*sum h.
-template <class S, class D>
-static void pointwise_slopes(const D& divergence, const typename S::T* q, const typename S::T* p,
-                             const typename S::T* r, int64_t n, double sum_g, double sum_h,
-                             const typename S::T* log_q, const typename S::T* log_p, typename S::T* to_u,
-                             typename S::T* to_v) {
-  typedef typename S::T T;
-  typedef typename S::V V;
-  const V cq = S::splat(static_cast<T>(sum_g)), cp = S::splat(static_cast<T>(sum_h));
-  for (int64_t i = 0; i < n; i += S::kWidth) {
-    const V student = S::load(q + i), teacher = S::load(p + i);
-    const Point<S> point = divergence(student, teacher, S::load(r + i), D::kTakesLogs ? S::load(log_q + i) : V{},
-                                      D::kTakesLogs ? S::load(log_p + i) : V{});
-    S::store(to_u + i, point.g - student * cq);
-    S::store(to_v + i, point.h - teacher * cp);
-  }
-}
+// Forward KL and the divergences that set the label apart:
+//   to_u = student*q - teacher*p,  to_v = p*(relation*(t - mean) + pull), t = r or -log q; 0 where p is 0,
+//   NaN throughout where the row's mean is.
+struct LinearSlopes {
+  double student, teacher, relation, mean, pull;
+  bool of_student;  // t = -log q
+};
 
 // The block's q, p and slopes without the label's class where it is set apart; each array is one of scratch's
 // blocks.
@@ -110,36 +122,80 @@ struct BlockSlopes {
   typename S::T *q, *p, *to_u, *to_v;
 };
 
-template <class S>
-static BlockSlopes<S> block_slopes(const BackwardRow<S>& row, const Exponent<S>& by_ts, const Exponent<S>& by_tt,
-                                   const typename S::T* x, const typename S::T* y, int64_t n,
-                                   const Scratch& scratch) {
+// Calls act(x, y, i) for every vector; lanes past the end are NaN.
+template <class S, class Act>
+MFD_INLINE void over_vectors(const typename S::T* x, const typename S::T* y, int64_t n, const Act& act) {
+  const typename S::T pad = static_cast<typename S::T>(kNan);
+  int64_t i = 0;
+  for (; i + S::kWidth <= n; i += S::kWidth) act(S::load(x + i), S::load(y + i), i);
+  if (i < n) act(S::load_first(x + i, n - i, pad), S::load_first(y + i, n - i, pad), i);
+}
+
+template <class S, bool kClose>
+static void linear_slopes(const LinearSlopes& s, const Logs<S>& logs, const typename S::T* x,
+                          const typename S::T* y, int64_t n, const BlockSlopes<S>& b) {
   typedef typename S::T T;
+  typedef typename S::V V;
+  const V student = S::splat(static_cast<T>(s.student)), teacher = S::splat(static_cast<T>(s.teacher));
+  const V relation = S::splat(static_cast<T>(s.relation)), mean = S::splat(static_cast<T>(s.mean));
+  const V pull = S::splat(static_cast<T>(s.pull)),
+          zero = S::splat(static_cast<T>(s.mean != s.mean ? kNan : 0.0));
+  over_vectors<S>(x, y, n, [&](V logit_x, V logit_y, int64_t i) {
+    const V p = S::load(b.p + i);
+    const V t = s.of_student ? -logs.log_q(logit_x) : logs.template r<kClose>(logit_x, logit_y);
+    S::store(b.to_u + i, student * S::load(b.q + i) - teacher * p);
+    S::store(b.to_v + i, S::select(p == V{}, zero, p * (relation * (t - mean) + pull)));
+  });
+}
+
+// Pointwise divergences: to_u = g - q*sum g, to_v = h - p*sum h.
+template <class S, bool kClose, class D>
+static void pointwise_slopes(const D& divergence, const Logs<S>& logs, const typename S::T* x,
+                             const typename S::T* y, int64_t n, double sum_g, double sum_h,
+                             const BlockSlopes<S>& b) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  const V cq = S::splat(static_cast<T>(sum_g)), cp = S::splat(static_cast<T>(sum_h));
+  over_vectors<S>(x, y, n, [&](V logit_x, V logit_y, int64_t i) {
+    const V q = S::load(b.q + i), p = S::load(b.p + i);
+    const Point<S> point = point_at<S, kClose>(divergence, logs, logit_x, logit_y, q, p);
+    S::store(b.to_u + i, point.g - q * cq);
+    S::store(b.to_v + i, point.h - p * cp);
+  });
+}
+
+template <class S, bool kClose>
+static void slopes_of(const BackwardRow<S>& row, const Logs<S>& logs, const typename S::T* x,
+                      const typename S::T* y, int64_t n, const BlockSlopes<S>& b) {
   const Problem& problem = row.g.problem;
+  if (is_pointwise(problem.divergence)) {
+    with_divergence<S>(problem, [&](const auto& divergence) {
+      pointwise_slopes<S, kClose>(divergence, logs, x, y, n, row.mean_g, row.mean_h, b);
+    });
+    return;
+  }
+  LinearSlopes s = {1.0, 1.0, 1.0, row.mean_h, 0.0, false};
+  if (row.apart)
+    s = {row.slopes.student, row.slopes.teacher, row.slopes.relation,
+         row.mean_h,         row.slopes.pull,    problem.divergence == Divergence::kNKD};
+  linear_slopes<S, kClose>(s, logs, x, y, n, b);
+}
+
+template <class S>
+static BlockSlopes<S> block_slopes(const BackwardRow<S>& row, const Exponent<S>& by_ts,
+                                   const Exponent<S>& by_tt, const typename S::T* x, const typename S::T* y,
+                                   int64_t n, const Scratch& scratch) {
+  typedef typename S::T T;
   const BlockSlopes<S> b = {static_cast<T*>(scratch.exp_s), static_cast<T*>(scratch.exp_t),
-                            static_cast<T*>(scratch.block_q), static_cast<T*>(scratch.block_p)};
-  T* r = static_cast<T*>(scratch.block_r);
+                            static_cast<T*>(scratch.to_u), static_cast<T*>(scratch.to_v)};
   probabilities<S>(x, n, row.max_s, row.lse_s, by_ts, b.q);
   probabilities<S>(y, n, row.max_t, row.lse_t, by_tt, b.p);
-  const LogScale student(row.max_s, row.max_s, row.ts, row.lse_s), teacher(row.max_t, row.max_t, row.tt, row.lse_t);
-  if (problem.divergence == Divergence::kNKD) {
-    log_probabilities<S>(x, n, student, r);
+  const Logs<S> logs(LogScale(row.max_s, row.max_s, row.ts, row.lse_s),
+                     LogScale(row.max_t, row.max_t, row.tt, row.lse_t));
+  if (logs.close) {
+    slopes_of<S, true>(row, logs, x, y, n, b);
   } else {
-    log_ratios<S>(x, y, n, student, teacher, r);
+    slopes_of<S, false>(row, logs, x, y, n, b);
   }
-  if (!is_pointwise(problem.divergence)) {
-    LinearSlopes s = {1.0, 1.0, 1.0, row.mean_h, 0.0};
-    if (row.apart)
-      s = {row.slopes.student, row.slopes.teacher, row.slopes.relation, row.mean_h, row.slopes.pull};
-    linear_slopes<S>(b.q, b.p, r, problem.divergence == Divergence::kNKD, n, s, b.to_u, b.to_v);
-    return b;
-  }
-  with_divergence<S>(problem, [&](const auto& divergence) {
-    if (divergence.kTakesLogs) {
-      log_probabilities<S>(x, n, student, b.to_u);
-      log_probabilities<S>(y, n, teacher, b.to_v);
-    }
-    pointwise_slopes<S>(divergence, b.q, b.p, r, n, row.mean_g, row.mean_h, b.to_u, b.to_v, b.to_u, b.to_v);
-  });
   return b;
 }

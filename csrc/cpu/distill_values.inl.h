@@ -55,7 +55,7 @@ struct RowResult {
   Target target;
   double k, rest, soft, hard;
   double label, label_t;  // x_label - max_s, y_label - max_t, where they matter
-  double lse_h;  // log sum exp(x - max_s) over all classes
+  double lse_h;           // log sum exp(x - max_s) over all classes
 };
 
 template <class S>
@@ -77,13 +77,13 @@ MFD_INLINE RowResult row_result(const RowContext<S>& c, const RowSums& sums, con
   if (c.hard) r.lse_h = log(sums.sum_h);
   if (c.apart) {
     r.label_t = logit_at<S>(c.y, c.label, scratch) - sums.max_t;
-    r.target.student = log_odds(r.label, c.ts, log(sums.sum_s));
-    r.target.teacher = log_odds(r.label_t, c.tt, log(sums.sum_t));
+    r.target.student = odds_of(r.label, c.ts, log(sums.sum_s));
+    r.target.teacher = odds_of(r.label_t, c.tt, log(sums.sum_t));
     if (c.hard) {
-      r.target.hard_student = log_odds(r.label, 1.0, r.lse_h);
-      r.lse_h = log_add(r.lse_h, r.label);
+      r.target.hard_student = odds_of(r.label, 1.0, r.lse_h);
+      r.lse_h = whole_lse(r.target.hard_student, r.label, r.lse_h);
     }
-    if (c.wanted.unit) r.target.hard_teacher = log_odds(r.label_t, 1.0, log(sums.sum_u));
+    if (c.wanted.unit) r.target.hard_teacher = odds_of(r.label_t, 1.0, log(sums.sum_u));
     r.rest = rest_divergence<S>(c, r.sums);
     r.k = target_divergence(p, r.target, r.rest);
   } else if (f.use_soft) {
@@ -106,8 +106,9 @@ static void write_statistics(const RowContext<S>& c, const RowResult& r) {
   values[kTeacherLse] = lse_t;
   values[kHardLse] = c.hard ? log(r.sums.sum_h) : 0.0;
   values[kDivergence] = r.k;
-  values[kStudentLseLow] = lse_s - static_cast<T>(lse_s);
-  values[kTeacherLseLow] = lse_t - static_cast<T>(lse_t);
+  // An empty rest beside the label has a log-sum-exp of -inf.
+  values[kStudentLseLow] = lse_s == -kInf ? 0.0 : lse_s - static_cast<T>(lse_s);
+  values[kTeacherLseLow] = lse_t == -kInf ? 0.0 : lse_t - static_cast<T>(lse_t);
   values[kStudentMean] = r.sums.g;
   values[kTeacherMean] = c.apart ? r.rest : r.sums.h;
   values[kTeacherHardLse] = c.wanted.unit ? log(r.sums.sum_u) : 0.0;
@@ -124,13 +125,13 @@ static void write_by_products(const RowContext<S>& c, const RowResult& r, const 
   double student = sums.sum_s == 0 ? 0.0 : log(sums.sum_s) - sums.dot_s / sums.sum_s;
   double teacher = sums.sum_t == 0 ? 0.0 : log(sums.sum_t) - sums.dot_t / sums.sum_t;
   if (c.apart) {
-    student = pair_entropy(r.target.student) + logistic(-r.target.student) * student;
-    teacher = pair_entropy(r.target.teacher) + logistic(-r.target.teacher) * teacher;
+    student = pair_entropy(r.target.student) + r.target.student.rest * student;
+    teacher = pair_entropy(r.target.teacher) + r.target.teacher.rest * teacher;
   }
   put<T>(f.student_entropy, c.row, student);
   put<T>(f.teacher_entropy, c.row, teacher);
   if (f.student_label_prob) {
-    double q = logistic(r.target.student), q_teacher = logistic(r.target.teacher);
+    double q = r.target.student.label, q_teacher = r.target.teacher.label;
     if (!c.apart) {
       q = exp(r.label / c.ts) / sums.sum_s;
       q_teacher = exp((logit_at<S>(c.y, c.label, scratch) - sums.max_t) / c.tt) / sums.sum_t;

@@ -3,8 +3,8 @@
 // where a multiple of q - p may be added to f, a constant to df/dq and one to df/dp: sum f and the gradients
 // do not notice. The constants make both derivatives 0 at p = q, so that nothing cancels near it, and the
 // logarithms come from r = log p - log q, which the caller takes from the logits.
-// All three are 0 where p and q are, whatever r is there. The gradients follow: dL/du = g - q*sum g, dL/dv = h -
-// p*sum h.
+// Where q and p are 0 nothing (or 1e-34) comes of them, whatever r is. The gradients follow: dL/du = g -
+// q*sum g, dL/dv = h - p*sum h.
 
 template <class S>
 struct Point {
@@ -41,27 +41,25 @@ struct ReverseKL {
   }
 };
 
-// What p, q and their mean m = wp*p + wq*q, wp + wq = 1, have to do with each other. With `small` and `big` the
-// lesser and the greater of p and q and e = small/big - 1 = expm1(-|r|): m/big = 1 + w_small*e.
+// Where p, q and their mean m = wp*p + wq*q, wp + wq = 1, lie: with the greater side b, log(b/m) in [0, -log
+// w] keeps its digits near p = q, and the lesser side's logarithm differs by |r|. The least normal number
+// beside wp*p and wq*q spares every case of 0: it weighs nothing against the largest |r| let through.
 template <class S>
 struct MeanOf {
   typedef typename S::V V;
-  V log_pm, log_qm;  // log(p/m), log(q/m)
-  V difference;      // p - q
-  V tilt;            // (p - q)/m
+  typedef typename S::T T;
+  V log_pm, log_qm;    // log(p/m), log(q/m)
+  V student, teacher;  // wq*q, wp*p
+  V inverse;           // 1/m
 
   __attribute__((always_inline)) inline MeanOf(V q, V p, V r, V wq, V wp) {
-    const auto teacher_above = r > V{};
-    const V distance = S::select(teacher_above, -r, r);
-    const V big = S::select(teacher_above, p, q);
-    const V e = expm1_of(distance);
-    const V excess = S::select(teacher_above, wq, wp) * e;
-    const V above = -log1p_of(excess, S::select(teacher_above, wp, wq)), below = above + distance;
-    log_pm = S::select(teacher_above, above, below);
-    log_qm = S::select(teacher_above, below, above);
-    const V sign = S::select(teacher_above, -e, e);
-    difference = weighed<S>(big, sign);
-    tilt = sign / (S::splat(typename S::T(1)) + excess);
+    const V zero{}, bound = S::splat(T(1e4)), least = S::splat(S::kLeast);
+    student = S::fma(q, wq, least);
+    teacher = S::fma(p, wp, least);
+    inverse = S::splat(T(1)) / (student + teacher);
+    const V log_bm = log_of(S::max(q, p) * inverse);
+    log_qm = log_bm - S::min(bound, S::max(r, zero));
+    log_pm = log_bm + S::max(-bound, S::min(r, zero));
   }
 };
 
@@ -75,8 +73,8 @@ struct JSD {
       : wq(S::splat(static_cast<typename S::T>(1 - beta))), wp(S::splat(static_cast<typename S::T>(beta))) {}
   __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V, V) const {
     const MeanOf<S> m(q, p, r, wq, wp);
-    const V g = wq * weighed<S>(q, m.log_qm), h = wp * weighed<S>(p, m.log_pm);
-    return {g + h, g, h};
+    const V g = m.student * m.log_qm;
+    return {S::fma(m.teacher, m.log_pm, g), g, m.teacher * m.log_pm};
   }
 };
 
@@ -91,9 +89,8 @@ struct SkewKL {
       : wq(S::splat(static_cast<typename S::T>(1 - lam))), wp(S::splat(static_cast<typename S::T>(lam))) {}
   __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V, V) const {
     const MeanOf<S> m(q, p, r, wq, wp);
-    const V term = weighed<S>(p, m.log_pm);
-    return {term - wq * m.difference, -weighed<S>(q, wq * wq * m.tilt),
-            term - weighed<S>(p, wp * wq * m.tilt)};
+    const V difference = wq * (q - p), tilt = difference * m.inverse;
+    return {S::fma(p, m.log_pm, difference), m.student * tilt, p * S::fma(wp, tilt, m.log_pm)};
   }
 };
 
@@ -107,9 +104,8 @@ struct SkewReverseKL {
       : wq(S::splat(static_cast<typename S::T>(lam))), wp(S::splat(static_cast<typename S::T>(1 - lam))) {}
   __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V, V) const {
     const MeanOf<S> m(q, p, r, wq, wp);
-    const V term = weighed<S>(q, m.log_qm);
-    return {term + wp * m.difference, term + weighed<S>(q, wp * wq * m.tilt),
-            weighed<S>(p, wp * wp * m.tilt)};
+    const V difference = wp * (p - q), tilt = difference * m.inverse;
+    return {S::fma(q, m.log_qm, difference), q * S::fma(wq, tilt, m.log_qm), m.teacher * tilt};
   }
 };
 
@@ -128,9 +124,9 @@ struct TVD {
 
 // f = -(p^a q^b - a/s p^s - b/s q^s)/(a*b), s = a + b: homogeneous of degree s, so that s*f = g + h, with
 //   g = (q^s - p^a q^b)/a = -q^s expm1(a*r)/a,  h = (p^s - p^a q^b)/b = -p^s expm1(-b*r)/b.
-// From the greater of p and q, so that nothing overflows for a, b > 0. Limits: a = 0: g = -q^s r; b = 0: h = p^s
-// r; s = 0: f = (expm1(a*r) - a*r)/a^2, and r^2/2 for a = b = 0.
-// Cichocki, Cruces, Amari: Generalized Alpha-Beta Divergences, Entropy 13 (2011) 134.
+// From the greater of p and q, so that nothing overflows for a, b > 0. Limits: a = 0: g = -q^s r; b = 0: h =
+// p^s r; s = 0: f = (expm1(a*r) - a*r)/a^2, and r^2/2 for a = b = 0. Cichocki, Cruces, Amari: Generalized
+// Alpha-Beta Divergences, Entropy 13 (2011) 134.
 template <class S>
 struct AlphaBeta {
   typedef typename S::V V;
@@ -152,19 +148,20 @@ struct AlphaBeta {
     const V a = S::splat(static_cast<T>(alpha)), b = S::splat(static_cast<T>(beta));
     const V qs = raised(q, log_q), ps = raised(p, log_p);
     const auto teacher_above = r > V{};
-    const V e = expm1_of(S::select(teacher_above, -b * r, a * r));
-    const V mixed = S::select(teacher_above, ps, qs) * (e + S::splat(T(1)));
-    V g, h;
-    if (alpha != 0) {
-      g = S::select(teacher_above, qs - mixed, -(qs * e)) * S::splat(static_cast<T>(1 / alpha));
-    } else {
-      g = -weighed<S>(qs, r);
-    }
-    if (beta != 0) {
-      h = S::select(teacher_above, -(ps * e), ps - mixed) * S::splat(static_cast<T>(1 / beta));
-    } else {
-      h = weighed<S>(ps, r);
-    }
+    const V to_student = -b * r, to_teacher = a * r;
+    // From the greater side: p^a q^b = big^s*(1 + e); the lesser side's own expm1 only where nothing
+    // overflows.
+    const V e = expm1_of(S::select(teacher_above, to_student, to_teacher));
+    const auto near = (r < S::splat(T(1))) & (r > S::splat(T(-1)));
+    const V lesser = S::select(near, S::select(teacher_above, to_teacher, to_student), V{});
+    const V greater_power = S::select(teacher_above, ps, qs), lesser_power = S::select(teacher_above, qs, ps);
+    const V greater = -(greater_power * e);
+    const V other = S::select(near, -(lesser_power * expm1_of(lesser)),
+                              lesser_power - (greater_power + greater_power * e));
+    V g = S::select(teacher_above, other, greater) * S::splat(static_cast<T>(1 / alpha));
+    V h = S::select(teacher_above, greater, other) * S::splat(static_cast<T>(1 / beta));
+    if (alpha == 0) g = -weighed<S>(qs, r);
+    if (beta == 0) h = weighed<S>(ps, r);
     V value;
     if (degree != 0) {
       value = (g + h) * S::splat(static_cast<T>(1 / degree));
@@ -173,8 +170,9 @@ struct AlphaBeta {
     } else {
       value = r * r * S::splat(T(0.5));
     }
-    // One logit -inf.
+    // p^a q^b overflows, of exponents of opposite signs; one logit -inf.
     const V infinity = S::splat(static_cast<T>(kInf));
+    value = S::select(e == infinity, infinity, value);
     value = S::select(r == -infinity, alpha > 0 && degree > 0 ? value : infinity, value);
     value = S::select(r == infinity, beta > 0 && degree > 0 ? value : infinity, value);
     // Both logits -inf, or past the end of the row.

@@ -1,4 +1,4 @@
-// exp, expm1 and log1p of the pointwise divergences.
+// exp, expm1 and log of the pointwise divergences.
 
 // The powers of two of exp(z) and expm1(z) = 2^k e^g - 1, g = z - k*log 2 in [-log(2)/2, log(2)/2].
 struct PowerOfTwo {
@@ -6,8 +6,8 @@ struct PowerOfTwo {
   F32::V minus;  // e^g - 1
 };
 
-// k = round(z*log2(e)), f = z*log2(e) - k, 2^f - 1 = f*P(f) with relative error 1.1e-8 before rounding. Meaningless outside
-// [kExpLow, kExpHigh], which the callers cut; NaN stays.
+// k = round(z*log2(e)), f = z*log2(e) - k, 2^f - 1 = f*P(f) with relative error 1.1e-8 before rounding.
+// Meaningless outside [kExpLow, kExpHigh], which the callers cut; NaN stays.
 constexpr float kExpLow = -87.0f, kExpHigh = 88.0f;
 MFD_INLINE PowerOfTwo power_of_two(F32::V z) {
   typedef F32::V V;
@@ -42,26 +42,20 @@ MFD_INLINE double expm1_of(double z) {
   return ::expm1(z);
 }
 
-// log(1 + z) for z in [least - 1, 0], least > 0: log(2^k m) = k*log 2 + log(m), m in [sqrt(1/2), sqrt(2)),
-// log(1 + f) = f - f^2/2 + f^3 P(f) with relative error 3.2e-8 before rounding.
-MFD_INLINE F32::V log1p_of(F32::V z, F32::V least) {
+// log x for normal x > 0: x = 2^k m, m in [sqrt(1/2), sqrt(2)), log(1 + f) = f - f^2/2 + f^3 P(f) with
+// relative error 3.2e-8 before rounding. Finite at 0.
+MFD_INLINE F32::V log_of(F32::V x) {
   typedef F32::V V;
-  const V sum = 1.0f + z;
-  const V u = F32::max(least, sum);
-  const V lost = z - (sum - 1.0f);  // what rounding took from 1 + z
   constexpr int32_t kSqrtHalf = 0x3f3504f3;
-  const VecI k = ((VecI)u - kSqrtHalf) >> 23;
-  const V f = (V)((VecI)u - (k << 23)) - 1.0f;
-  const V exponent = __builtin_convertvector(k, V);
-  constexpr float kPolynomial[] = {8.700430572e-02f,  -1.426748622e-01f, 1.491476922e-01f, -1.657758477e-01f,
+  const VecI k = ((VecI)x - kSqrtHalf) >> 23;
+  const V f = (V)((VecI)x - (k << 23)) - 1.0f;
+  constexpr float kPolynomial[] = {8.700430572e-02f, -1.426748622e-01f, 1.491476922e-01f, -1.657758477e-01f,
                                    1.996306370e-01f, -2.500133704e-01f, 3.333391074e-01f};
   V p = F32::splat(kPolynomial[0]);
   for (int i = 1; i < 7; ++i) p = F32::fma(p, f, F32::splat(kPolynomial[i]));
-  const V square = f * f;
-  const V low = F32::fma(exponent, F32::splat(-2.12194440e-4f), lost);
-  const V tail = F32::fma(square, F32::fma(p, f, F32::splat(-0.5f)), low);
-  return F32::fma(exponent, F32::splat(0.693359375f), f + tail);
+  p = F32::fma(f * f, F32::fma(p, f, F32::splat(-0.5f)), f);
+  return F32::fma(__builtin_convertvector(k, V), F32::splat(0.69314718f), p);
 }
-MFD_INLINE double log1p_of(double z, double least) {
-  return z > -0.5 ? ::log1p(z) : ::log(F64::max(least, 1.0 + z));
+MFD_INLINE double log_of(double x) {
+  return ::log(F64::max(F64::kLeast, x));
 }

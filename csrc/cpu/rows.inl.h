@@ -101,7 +101,9 @@ MFD_INLINE Block<S> load_block(const View& view, int64_t start, int64_t n, typen
   const int64_t apart = view.apart - start;
   const bool holds_apart = apart >= 0 && apart < n;
   if ((view.side->standardize || holds_apart) && block.x != buffer) {
-    __builtin_memcpy(buffer, block.x, static_cast<size_t>(n) * sizeof(*buffer));
+    int64_t i = 0;
+    for (; i + S::kWidth <= n; i += S::kWidth) S::store(buffer + i, S::load(block.x + i));
+    for (; i < n; ++i) buffer[i] = block.x[i];
     block.x = buffer;
   }
   if (view.side->standardize) standardize<S>(view.centre, n, buffer);
@@ -148,8 +150,8 @@ MFD_INLINE bool changes_gradient(const Side& side) {
   return side.scale != 1.0 || side.softcap > 0 || side.standardize;
 }
 
-// gradient -> gradient of the raw logits; z the transformed logits of the block, `dot` sum gradient*z over the
-// row.
+// gradient -> gradient of the raw logits; z the transformed logits of the block, `dot` sum gradient*z over
+// the row.
 //   standardised: (g - mean g)/s - (sum g z)/s*(x - mean)/((C - 1)*deviation), mean g = 0 as no loss changes
 //   with a common shift;
 //   scale*(1 - (x/softcap)^2).
@@ -160,7 +162,8 @@ static void transform_backward(const View& view, const typename S::T* z, int64_t
   typedef typename S::V V;
   const Side& side = *view.side;
   const V scale = S::splat(static_cast<T>(side.scale)), cap = S::splat(static_cast<T>(side.softcap));
-  const V inverse = S::splat(static_cast<T>(view.centre.inverse)), mean = S::splat(static_cast<T>(view.centre.mean));
+  const V inverse = S::splat(static_cast<T>(view.centre.inverse)),
+          mean = S::splat(static_cast<T>(view.centre.mean));
   const V deviation = S::splat(static_cast<T>(1.0 / view.centre.inverse));
   const V fold = S::splat(static_cast<T>(dot * view.centre.fold));
   for (int64_t i = 0; i < n; i += S::kWidth) {

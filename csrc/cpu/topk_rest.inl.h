@@ -5,7 +5,7 @@
 template <class S>
 struct Listed {
   typedef typename S::T T;
-  T *x, *y, *q, *p, *r, *to_u, *to_v, *out;
+  T *x, *y, *q, *p, *to_u, *to_v, *out;
   int64_t count;
   const int64_t* indices;
   int64_t label;  // position of the label among them; -1 where it is not listed
@@ -54,7 +54,7 @@ struct TopKRow {
     x = {&p.student, row_offset(p.student, row), -1, {}};
     if (p.student.standardize) x.centre = row_centre<S>(x, p.classes, static_cast<T*>(scratch.block_x));
     const auto array = [&](int i) { return static_cast<T*>(scratch.listed[i]); };
-    listed = {array(0), array(1), array(2), array(3), array(4), array(5), array(6), array(7),
+    listed = {array(0), array(1), array(2), array(3), array(4), array(5), array(6),
               pass.teacher.listed, pass.teacher.indices + row * pass.teacher.listed, -1};
     for (int64_t k = 0; label >= 0 && k < listed.count; ++k)
       if (listed.indices[k] == label) listed.label = k;
@@ -122,10 +122,12 @@ static void rest_block(const TopKRow<S>& c, const Scales<S>& scales, int64_t b) 
   T* es = static_cast<T*>(scratch.exp_s) + start;
   T* et = static_cast<T*>(scratch.exp_t) + start;
   T* eh = scratch.exp_h ? static_cast<T*>(scratch.exp_h) + start : es;
+  const Kept<T> kept = {es, et, eh, es};
   BlockSums& out = scratch.sums[b];
+  out.max_s = block_max<S>(x, n);
   const int64_t size = dtype_size(p.student.dtype);
   const Ahead ahead = {block.raw + (p.classes < kBlock ? p.classes : kBlock) * size, block.raw, size, 0};
-  block_sums_of<S, false>(c.hard, x, x, n, scales, ahead, es, et, eh, &out);
+  block_sums_of<S, kNoSoft>(c.hard, x, x, n, scales, ahead, kept, &out);
   // In double precision, hence relative to nothing.
   if (c.f.use_hard && p.smoothing != 0)
     out.sum_x = block_shifted_sum<S>(x, n, out.max_s) + static_cast<double>(n) * out.max_s;
@@ -137,7 +139,8 @@ static void rest_block(const TopKRow<S>& c, const Scales<S>& scales, int64_t b) 
       T* others = static_cast<T*>(scratch.block_out);
       __builtin_memcpy(others, x, static_cast<size_t>(n) * sizeof(T));
       for (int64_t m = begin; m < end; ++m) others[scratch.columns[m] - start] = static_cast<T>(-kInf);
-      block_sums_of<S, false>(c.hard, others, others, n, scales, ahead, es, et, eh, &out);
+      out.max_s = block_max<S>(others, n);
+      block_sums_of<S, kNoSoft>(c.hard, others, others, n, scales, ahead, kept, &out);
     } else if (c.hard == kOwnExp) {
       clear_listed<S>(c, begin, end, start, eh);
       out.sum_h = plain_sum<S>(eh, n);

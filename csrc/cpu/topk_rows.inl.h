@@ -7,7 +7,7 @@ struct AllClasses {
   RestSums rest;
   double label;  // logit
   double lse_h;  // log sum exp(x - max) of all
-  double hard_odds;  // log-odds of a label set apart, at temperature 1
+  Odds hard_odds;  // of a label set apart, at temperature 1
 };
 
 // What the gradient's two passes need: d loss/dx_j = soft*to_u + at_one*softmax(x)_j - shift, with the label's own.
@@ -57,8 +57,8 @@ static AllClasses all_classes(const TopKRow<S>& c, double label) {
   const double sum_h = all.rest.sum_h + exponential_sum<S>(l.x, l.count, all.max, Exponent<S>(1.0));
   all.lse_h = log(c.apart || sum_h != 0 ? sum_h : kNan);
   if (c.apart) {
-    all.hard_odds = log_odds(label - all.max, 1.0, all.lse_h);
-    all.lse_h = log_add(all.lse_h, label - all.max);
+    all.hard_odds = odds_of(label - all.max, 1.0, all.lse_h);
+    all.lse_h = whole_lse(all.hard_odds, label - all.max, all.lse_h);
   }
   return all;
 }
@@ -97,15 +97,15 @@ static void listed_gradient(const TopKRow<S>& c, const AllClasses& all, const So
   if (h) probabilities<S>(l.x, l.count, all.max, all.lse_h, at_one, h);
   student_gradient<S>(l.to_u, h, l.count, slopes.soft, slopes.at_one, slopes.shift, l.out);
   if (c.unit && c.renormalized) {
-    const double lse = log_add(log(s.sum_h), s.label_x);
-    probabilities<S>(l.x, l.count, s.max_s, lse, at_one, l.r);
-    for (int64_t k = 0; k < l.count; ++k) l.out[k] += static_cast<T>(slopes.unit) * l.r[k];
+    const double lse = whole_lse(s.target.hard_student, s.label_x, log(s.sum_h));
+    probabilities<S>(l.x, l.count, s.max_s, lse, at_one, l.to_u);
+    for (int64_t k = 0; k < l.count; ++k) l.out[k] += static_cast<T>(slopes.unit) * l.to_u[k];
   }
   if (l.label < 0) return;
   T& label = l.out[l.label];
   if (c.apart) {
-    label = static_cast<T>(times(slopes.soft, s.slopes.label) - times(slopes.unit, logistic(-s.target.hard_student)) -
-                           times(slopes.hard, logistic(-all.hard_odds)) + (slopes.hard * c.p.smoothing - slopes.shift));
+    label = static_cast<T>(times(slopes.soft, s.slopes.label) - times(slopes.unit, s.target.hard_student.rest) -
+                           times(slopes.hard, all.hard_odds.rest) + (slopes.hard * c.p.smoothing - slopes.shift));
   } else if (c.f.use_hard) {
     label = static_cast<T>(slopes.soft) * l.to_u[l.label] +
             (static_cast<T>(slopes.hard) * h[l.label] - static_cast<T>(slopes.hard * label_share(c.p)));
@@ -129,18 +129,19 @@ static void topk_block(const TopKRow<S>& c, const AllClasses& all, const TopKSlo
   const T* et = c.powers ? static_cast<const T*>(scratch.exp_t) + start : es;
   const T* eh = scratch.exp_h ? static_cast<const T*>(scratch.exp_h) + start : es;
   const bool one_factor = !c.powers && c.hard <= 1;
-  if (one_factor) {
-    factors.h = static_cast<T>(a + h);
-    block_gradient<S, false, 1>(es, es, es, n, factors, false, out);
-  } else {
-    factors.a = static_cast<T>(a);
-    factors.h = static_cast<T>(h);
-    block_gradient_of<S, true>(c.hard, es, et, eh, n, factors, false, out);
-  }
+  factors.a = static_cast<T>(one_factor ? 0.0 : a);
+  factors.h = static_cast<T>(one_factor ? a + h : h);
+  Exception<T> own = {-1, T(0)};
   const int64_t label = c.label - start;
   if (c.f.use_hard && label >= 0 && label < n) {
-    factors.shift = static_cast<T>(slopes.hard * label_share(c.p));
-    out[label] = gradient_at<T>(one_factor ? 1 : c.hard, !one_factor, es[label], et[label], eh[label], factors);
+    Factors<T> at_label = factors;
+    at_label.shift = static_cast<T>(slopes.hard * label_share(c.p));
+    own = {label, gradient_at<T>(one_factor ? 1 : c.hard, !one_factor, es[label], et[label], eh[label], at_label)};
+  }
+  if (one_factor) {
+    block_gradient<S, false, 1>(es, es, es, n, factors, false, own, out);
+  } else {
+    block_gradient_of<S, true>(c.hard, es, et, eh, n, factors, false, own, out);
   }
   for (int64_t m = scratch.first[b]; m < scratch.first[b + 1]; ++m)
     out[scratch.columns[m] - start] = c.listed.out[scratch.slots[m]];
@@ -244,7 +245,7 @@ static void write_values_gradient(const TopKRow<S>& c, const SoftTerm& s) {
   const double factor = at<T>(c.f.weight, c.row) * c.f.soft_factor * at<T>(c.pass.grad_soft, c.row);
   const double soft = factor * (c.p.scale_by_temperature ? c.ts * c.ts : 1.0) / c.tt;
   const double drive = factor * s.slopes.drive;
-  const double lse_u = c.unit ? log_add(log(s.sum_u), s.label_y) : 0.0;
+  const double lse_u = c.unit ? whole_lse(s.target.hard_teacher, s.label_y, log(s.sum_u)) : 0.0;
   double rest = 0;
   if (s.rest != -kInf) rest = soft * s.rest_v - (c.unit ? drive * exp(s.rest - s.max_t - lse_u) : 0.0);
   if (c.apart) l.y[l.label] = static_cast<T>(s.label_y + s.max_t);
@@ -252,7 +253,7 @@ static void write_values_gradient(const TopKRow<S>& c, const SoftTerm& s) {
     const double y = l.y[k];
     double g;
     if (c.apart && k == l.label) {
-      g = times(-soft, s.slopes.pull) + times(drive, logistic(-s.target.hard_teacher));
+      g = times(-soft, s.slopes.pull) + times(drive, s.target.hard_teacher.rest);
     } else {
       g = soft * l.to_v[k] - (c.unit ? drive * exp(y - s.max_t - lse_u) : 0.0);
     }

@@ -65,20 +65,43 @@ MFD_INLINE double whole_shift(const Problem& p) {
   }
 }
 
+// Calls act with the listed logarithms, and whether those of both sides are near: a constant to the compiler.
+template <class S, class Act>
+MFD_INLINE void with_logs(const TopKRow<S>& c, const SoftTerm& s, const Act& act) {
+  const Logs<S> logs(LogScale(s.max_s, s.max_s, c.ts, s.lse_s), LogScale(s.max_t, s.max_t, c.tt, s.lse_t));
+  if (logs.close) {
+    act(logs, std::true_type());
+  } else {
+    act(logs, std::false_type());
+  }
+}
+
+// Sums of f, g and h over the listed classes.
+template <class S>
+static Point<F64> listed_points(const TopKRow<S>& c, const SoftTerm& s) {
+  typedef typename S::V V;
+  const Listed<S>& l = c.listed;
+  V value{}, g{}, h{};
+  with_logs<S>(c, s, [&](const Logs<S>& logs, auto close) {
+    with_divergence<S>(c.p, [&](const auto& divergence) {
+      over_vectors<S>(l.x, l.y, l.count, [&](V x, V y, int64_t i) {
+        const Point<S> point =
+            point_at<S, decltype(close)::value>(divergence, logs, x, y, S::load(l.q + i), S::load(l.p + i));
+        value = value + point.value;
+        g = g + point.g;
+        h = h + point.h;
+      });
+    });
+  });
+  return {S::sum(value), S::sum(g), S::sum(h)};
+}
+
 // sum f and the two means of a sum over the classes; `rest_powers` is sum q^degree over the rest.
 template <class S>
 static void pointwise_value(const TopKRow<S>& c, double rest_powers, SoftTerm& s) {
-  const Listed<S>& l = c.listed;
   const Problem& p = c.p;
   const bool whole = c.pass.teacher.tail != Tail::kZero, kl = !is_pointwise(p.divergence);
-  BlockSums sums{};
-  with_divergence<S>(p, [&](const auto& divergence) {
-    if (divergence.kTakesLogs) {
-      log_probabilities<S>(l.x, l.count, LogScale(s.max_s, s.max_s, c.ts, s.lse_s), l.to_u);
-      log_probabilities<S>(l.y, l.count, LogScale(s.max_t, s.max_t, c.tt, s.lse_t), l.to_v);
-    }
-    block_points<S, false>(divergence, l.q, l.p, l.r, l.to_u, l.to_v, l.count, 1.0, 1.0, &sums);
-  });
+  const Point<F64> listed = listed_points<S>(c, s);
   Point<F64> rest{0.0, 0.0, 0.0};
   if (c.powers) {
     rest = {rest_powers / (p.first * c.degree()), rest_powers / p.first, 0.0};
@@ -93,9 +116,9 @@ static void pointwise_value(const TopKRow<S>& c, double rest_powers, SoftTerm& s
     rest.h = -shift;
     rest.value -= shift;
   }
-  s.mean_g = sums.g + rest.g;
-  s.mean_h = sums.h + rest.h;
-  s.value = sums.value + rest.value;
+  s.mean_g = listed.g + rest.g;
+  s.mean_h = listed.h + rest.h;
+  s.value = listed.value + rest.value;
   // With q - p, which g is, rounding of the logarithms of the sums has no part in the value near p = q.
   if (kl) s.value += s.mean_g;
   if (s.value < 0 && (whole || p.divergence == Divergence::kAlphaBeta)) s.value = 0;
@@ -109,15 +132,20 @@ template <class S>
 static void target_value(const TopKRow<S>& c, SoftTerm& s) {
   const Listed<S>& l = c.listed;
   const double rest_term = c.unit ? -s.log_q : s.log_p - s.log_q;
-  double value = 0;
+  const double value_of_rest = times(s.p, rest_term);
+  double value;
   if (c.unit) {
-    log_probabilities<S>(l.x, l.count, LogScale(s.max_s, s.max_s, c.ts, s.lse_s), l.r);
-    value = -weighted_sum<S>(l.p, l.r, l.count, 0.0) + times(s.p, rest_term);
-    s.mean_h = value;
+    const LogOf<S> log_q(LogScale(s.max_s, s.max_s, c.ts, s.lse_s));
+    typename S::V sum{};
+    over_vectors<S>(l.x, l.x, l.count, [&](typename S::V x, typename S::V, int64_t i) {
+      sum = sum - weighed<S>(S::load(l.p + i), log_q(x));
+    });
+    s.mean_h = value = S::sum(sum) + value_of_rest;
   } else {
-    value = weighted_sum<S>(l.p, l.r, l.count, 0.0) + times(s.p, rest_term);
-    s.mean_h = value;
-    value += plain_sum<S>(l.q, l.count) + s.q - (plain_sum<S>(l.p, l.count) + s.p);
+    // The functor of the forward KL: value = h = p*r, g = q - p.
+    const Point<F64> points = listed_points<S>(c, s);
+    s.mean_h = points.h + value_of_rest;
+    value = s.mean_h + points.g + (s.q - s.p);
     if (value < 0) value = 0;
   }
   if (s.sum_t == 0) {
@@ -125,11 +153,11 @@ static void target_value(const TopKRow<S>& c, SoftTerm& s) {
   } else if (s.sum_s == 0) {
     value = s.mean_h = kInf;
   }
-  s.target.student = log_odds(s.label_x, c.ts, log(s.sum_s));
-  s.target.teacher = log_odds(s.label_y, c.tt, log(s.sum_t));
+  s.target.student = odds_of(s.label_x, c.ts, log(s.sum_s));
+  s.target.teacher = odds_of(s.label_y, c.tt, log(s.sum_t));
   if (c.unit) {
-    s.target.hard_student = log_odds(s.label_x, 1.0, log(s.sum_h));
-    s.target.hard_teacher = log_odds(s.label_y, 1.0, log(s.sum_u));
+    s.target.hard_student = odds_of(s.label_x, 1.0, log(s.sum_h));
+    s.target.hard_teacher = odds_of(s.label_y, 1.0, log(s.sum_u));
   }
   s.value = target_divergence(c.p, s.target, value);
   s.slopes = target_slopes(c.p, s.target);
@@ -163,8 +191,6 @@ static SoftTerm soft_term(const TopKRow<S>& c, double max, const RestSums& rest,
   s.lse_t = s.sum_t == 0 ? 0.0 : log(s.sum_t);
   probabilities<S>(l.x, l.count, s.max_s, s.lse_s, by_ts, l.q);
   probabilities<S>(l.y, l.count, s.max_t, s.lse_t, by_tt, l.p);
-  log_ratios<S>(l.x, l.y, l.count, LogScale(s.max_s, s.max_s, c.ts, s.lse_s),
-                LogScale(s.max_t, s.max_t, c.tt, s.lse_t), l.r);
   s.log_q = log(beside) - s.lse_s;
   s.log_p = (s.rest - s.max_t) / c.tt - s.lse_t;
   s.q = s.sum_s == 0 ? 0.0 : beside / s.sum_s;
@@ -187,17 +213,17 @@ static SoftTerm soft_term(const TopKRow<S>& c, double max, const RestSums& rest,
 template <class S>
 static void listed_slopes(const TopKRow<S>& c, const SoftTerm& s) {
   const Listed<S>& l = c.listed;
-  if (c.apart) {
-    const TargetSlopes& t = s.slopes;
-    linear_slopes<S>(l.q, l.p, l.r, c.unit, l.count, {t.student, t.teacher, t.relation, s.mean_h, t.pull}, l.to_u,
-                     l.to_v);
-    return;
-  }
-  with_divergence<S>(c.p, [&](const auto& divergence) {
-    if (divergence.kTakesLogs) {
-      log_probabilities<S>(l.x, l.count, LogScale(s.max_s, s.max_s, c.ts, s.lse_s), l.to_u);
-      log_probabilities<S>(l.y, l.count, LogScale(s.max_t, s.max_t, c.tt, s.lse_t), l.to_v);
+  const BlockSlopes<S> b = {l.q, l.p, l.to_u, l.to_v};
+  with_logs<S>(c, s, [&](const Logs<S>& logs, auto close) {
+    constexpr bool kClose = decltype(close)::value;
+    if (c.apart) {
+      const TargetSlopes& t = s.slopes;
+      linear_slopes<S, kClose>({t.student, t.teacher, t.relation, s.mean_h, t.pull, c.unit}, logs, l.x, l.y, l.count,
+                               b);
+      return;
     }
-    pointwise_slopes<S>(divergence, l.q, l.p, l.r, l.count, s.mean_g, s.mean_h, l.to_u, l.to_v, l.to_u, l.to_v);
+    with_divergence<S>(c.p, [&](const auto& divergence) {
+      pointwise_slopes<S, kClose>(divergence, logs, l.x, l.y, l.count, s.mean_g, s.mean_h, b);
+    });
   });
 }

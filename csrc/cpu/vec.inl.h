@@ -83,6 +83,7 @@ struct F32 {
   typedef VecF V;
   static constexpr int kWidth = kLanes;
   static constexpr float kLowest = -__FLT_MAX__;
+  static constexpr float kLeast = __FLT_MIN__;
 
   MFD_INLINE V splat(T v) { return v - V{}; }  // v - 0 keeps -0
   MFD_INLINE V load(const T* p) {
@@ -146,6 +147,16 @@ struct F32 {
     return (V)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     return a > b ? a : b;
+#endif
+  }
+  // The smaller; b where either is NaN.
+  MFD_INLINE V min(V a, V b) {
+#if MFD_AVX512
+    return (V)_mm512_maskz_min_ps(kAllLanes, (__m512)a, (__m512)b);
+#elif MFD_AVX2
+    return (V)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
 #endif
   }
   // a*b + c, in one rounding where the hardware can.
@@ -216,6 +227,7 @@ struct F64 {
   typedef double V;
   static constexpr int kWidth = 1;
   static constexpr double kLowest = -__DBL_MAX__;
+  static constexpr double kLeast = __DBL_MIN__;
 
   MFD_INLINE V splat(T v) { return v; }
   MFD_INLINE V load(const T* p) { return *p; }
@@ -225,6 +237,7 @@ struct F64 {
   MFD_INLINE void store_first(T* p, V v, int64_t) { *p = v; }
   MFD_INLINE void stream(T* p, V v) { *p = v; }
   MFD_INLINE V max(V a, V b) { return a > b ? a : b; }
+  MFD_INLINE V min(V a, V b) { return a < b ? a : b; }
   MFD_INLINE V fma(V a, V b, V c) { return a * b + c; }
   MFD_INLINE T sum(V v) { return v; }
   MFD_INLINE T largest(V v) { return v; }

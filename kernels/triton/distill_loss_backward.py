@@ -17,6 +17,7 @@ from .row_gradients import (
 from .row_statistics import hold_rows
 from .rows import (
     INF,
+    STATISTICS,
     columns,
     divide,
     exp_negative,
@@ -215,7 +216,7 @@ def distill_rows_backward(
     hard_share = tl.zeros([ROWS], DTYPE)
     inv_1 = hard_share
     if LOOP:
-        saved = stats_ptr + row * 8
+        saved = stats_ptr + row * STATISTICS
         ms = tl.load(saved, mask=counted, other=0.0)
         ls = tl.load(saved + 1, mask=counted, other=0.0)
         mt = tl.load(saved + 2, mask=counted, other=0.0)

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .row_statistics import hold_rows, stream_rows
 from .rows import (
+    STATISTICS,
     columns,
     divide,
     hard_value,
@@ -165,7 +166,7 @@ def distill_rows(
     lt = tl.log(st)
     tl.store(soft_ptr + row, tl.where(counted, soft, 0.0), mask=exists)
     tl.store(hard_ptr + row, tl.where(counted, hard, 0.0), mask=exists)
-    out = stats_ptr + row * 8
+    out = stats_ptr + row * STATISTICS
     tl.store(out, tl.where(counted, ms, 0.0), mask=exists)
     tl.store(out + 1, tl.where(counted, ls, 0.0), mask=exists)
     tl.store(out + 2, tl.where(counted, mt, 0.0), mask=exists)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
+STATISTICS = tl.constexpr(11)  # columns of a row of saved statistics
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 LAST = tl.constexpr(2147483647)

@@ -9,7 +9,6 @@ divergences D are in :mod:`mfd_fast.reference.divergences`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,10 +21,6 @@ from ..types import LogitTransform
 from .divergences import decoupled, label_entropy, log_sum_exp, other_entropy, pointwise
 
 STANDARDIZE_EPS = 1e-7
-
-
-#: (temperature, teacher temperature) -> (log p, log q), each ``[N, classes]``.
-PairAt = Callable[["float | Tensor", "float | Tensor"], tuple[Tensor, Tensor]]
 
 
 class RowTerms(NamedTuple):
@@ -129,75 +124,105 @@ def sparse_pair(
     return log_p, torch.cat((log_q.gather(-1, indices), log_sum_exp(log_q.scatter(-1, indices, -torch.inf))), -1)
 
 
-def soft_value(rows: Rows, pair: PairAt, label: Tensor | None) -> Tensor:
-    """T²·D(p, q) per row; ``pair(T, T_teacher)`` gives log p and log q, ``label`` their column of the label."""
+class Sides(NamedTuple):
+    """Both sides' transformed logits, each ``[N, C]`` (a TopK's values ``[N, K]``), and where the label is.
+
+    ``labels`` and ``indices`` are in range; ``label`` is the label's column among the classes compared.
+    """
+
+    x: Tensor
+    ys: list[Tensor]
+    labels: Tensor | None
+    label: Tensor | None
+    indices: Tensor | None
+
+
+def raw_logits(rows: Rows) -> tuple[Tensor, list[Tensor]]:
+    """The used columns of student and teachers as ``[N, C]`` of the arithmetic's dtype; 0 in rows that do not exist."""
+    n, c, counted = rows.n_rows, rows.classes, rows.counted()
+
+    def used(side: Tensor, width: int) -> Tensor:
+        values = side.reshape(n, side.shape[-1])[:, :width].to(rows.dtype)
+        return values if counted is None else torch.where(counted[:, None], values, torch.zeros_like(values))
+
+    return used(rows.student, c), [used(t, c if rows.topk is None else t.shape[-1]) for t in rows.teachers]
+
+
+def both_sides(rows: Rows, op: str) -> Sides:
+    """Checks labels and indices where that is free, and transforms; a row of a bad one is NaN elsewhere."""
+    check_labels_in_range(op, rows)
+    check_indices(op, rows)
+    x, ys = raw_logits(rows)
+    labels, indices = rows.labels, None if rows.topk is None else rows.topk.indices
+    bad = x.new_zeros(rows.n_rows, dtype=torch.bool)
+    if labels is not None:
+        bad = (labels < 0) | (labels >= rows.classes)
+        labels = labels.masked_fill(bad, 0)
+    if indices is not None:
+        outside = (indices < 0) | (indices >= rows.classes)
+        indices = indices.masked_fill(outside, 0)
+        bad = bad | outside.any(-1)
+    label = labels
+    if labels is not None and indices is not None and rows.divergence.needs_labels:
+        listed = indices == labels[:, None]
+        bad = bad | ~listed.any(-1)
+        label = listed.to(torch.int8).argmax(-1)
+    x = transform_logits(x, rows.student_transform)
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        x = torch.where(bad[:, None], torch.full_like(x, torch.nan), x)
+    return Sides(x, [transform_logits(y, rows.teacher_transform) for y in ys], labels, label, indices)
+
+
+def compared(rows: Rows, sides: Sides, t: float | Tensor, teacher_t: float | Tensor) -> tuple[Tensor, Tensor]:
+    """log p and log q at the given temperatures, over the classes that are compared."""
+    if rows.topk is not None and sides.indices is not None:
+        return sparse_pair(sides.x, sides.ys[0], sides.indices, rows.topk, t, teacher_t)
+    return mix([soften(y, teacher_t) for y in sides.ys], rows.teacher_weights), soften(sides.x, t)
+
+
+def divergence_value(rows: Rows, log_p: Tensor, log_q: Tensor, label: Tensor | None) -> Tensor:
+    """The part of D(p, q) that carries T², per row; all of it but for NKD."""
     divergence = rows.divergence
-    log_p, log_q = pair(rows.temperature, rows.teacher_temperature)
-    factor = rows.temperature**2 if rows.scale_by_temperature else 1.0
-    if isinstance(divergence, NKD):
+    if isinstance(divergence, (DKD, NKD)):
         assert label is not None
-        value = label_entropy(*pair(1.0, 1.0), label)
-        if divergence.gamma != 0:
-            value = value + divergence.gamma * factor * other_entropy(log_p, log_q, label)
-        return value
-    if isinstance(divergence, DKD):
-        assert label is not None
-        return decoupled(divergence, log_p, log_q, label) * factor
-    complete = rows.topk is None or rows.topk.tail != "zero"
-    return pointwise(divergence, log_p, log_q, complete) * factor
+        if isinstance(divergence, DKD):
+            return decoupled(divergence, log_p, log_q, label)
+        if divergence.gamma == 0:
+            return torch.zeros_like(log_q[:, 0])
+        return divergence.gamma * other_entropy(log_p, log_q, label)
+    return pointwise(divergence, log_p, log_q, complete=rows.topk is None or rows.topk.tail != "zero")
+
+
+def soft_value(rows: Rows, sides: Sides) -> Tensor:
+    """T²·D(p, q) per row."""
+    log_p, log_q = compared(rows, sides, rows.temperature, rows.teacher_temperature)
+    value = divergence_value(rows, log_p, log_q, sides.label)
+    if rows.scale_by_temperature:
+        value = value * rows.temperature**2
+    if isinstance(rows.divergence, NKD):
+        assert sides.label is not None
+        value = value + label_entropy(*compared(rows, sides, 1.0, 1.0), sides.label)
+    return value
 
 
 def row_terms(rows: Rows, op: str = "distill_loss", *, soft: bool = True, hard: bool = True) -> RowTerms:
     """All per-row terms; a term that is not wanted is zeros and costs nothing."""
-    check_labels_in_range(op, rows)
-    check_indices(op, rows)
-    n, c = rows.n_rows, rows.classes
-    x = rows.student.reshape(n, rows.student.shape[-1])[:, :c].to(rows.dtype)
-    widths = [t.shape[-1] if rows.topk else c for t in rows.teachers]
-    ys = [t.reshape(n, t.shape[-1])[:, :w].to(rows.dtype) for t, w in zip(rows.teachers, widths, strict=True)]
-    labels, indices = rows.labels, None if rows.topk is None else rows.topk.indices
-    bad = None  # rows to become NaN; on a CPU the checks have raised instead
-    unchecked = rows.device.type != "cpu" or torch.compiler.is_compiling()
-    if labels is not None:
-        bad = (labels < 0) | (labels >= c)
-        labels = labels.masked_fill(bad, 0)
-    if indices is not None:
-        outside = (indices < 0) | (indices >= c)
-        indices = indices.masked_fill(outside, 0)
-        bad = outside.any(-1) if bad is None else bad | outside.any(-1)
-    label = labels
-    if labels is not None and indices is not None and rows.divergence.needs_labels:
-        listed = indices == labels[:, None]
-        bad = bad | ~listed.any(-1)  # type: ignore[operator]
-        label = listed.to(torch.int8).argmax(-1)
-    counted = rows.counted()
-    if counted is not None:  # a row that does not exist is replaced before anything is computed from it
-        x = torch.where(counted[:, None], x, torch.zeros_like(x))
-        ys = [torch.where(counted[:, None], y, torch.zeros_like(y)) for y in ys]
-    x = transform_logits(x, rows.student_transform)
-    ys = [transform_logits(y, rows.teacher_transform) for y in ys]
-    if bad is not None and unchecked:
-        x = torch.where(bad[:, None], torch.full_like(x, torch.nan), x)
-
-    def pair(t: float | Tensor, teacher_t: float | Tensor) -> tuple[Tensor, Tensor]:
-        if rows.topk is not None and indices is not None:
-            return sparse_pair(x, ys[0], indices, rows.topk, t, teacher_t)
-        return mix([soften(y, teacher_t) for y in ys], rows.teacher_weights), soften(x, t)
-
-    soft_term = hard_term = x.new_zeros(n)
+    sides = both_sides(rows, op)
+    soft_term = hard_term = sides.x.new_zeros(rows.n_rows)
     if soft:
-        soft_term = soft_value(rows, pair, label)
-    if hard and labels is not None:
-        hard_term = cross_entropy(x, labels, rows.label_smoothing)
+        soft_term = soft_value(rows, sides)
+    if hard and sides.labels is not None:
+        hard_term = cross_entropy(sides.x, sides.labels, rows.label_smoothing)
     with torch.no_grad():
-        terms = RowTerms(soft_term, hard_term, *_by_products(rows, x, ys, labels, indices))
+        terms = RowTerms(soft_term, hard_term, *_by_products(rows, *sides))
+    counted = rows.counted()
     if counted is None:
         return terms
     return RowTerms(*(None if t is None else torch.where(counted, t, torch.zeros_like(t)) for t in terms))  # type: ignore[arg-type]
 
 
 def _by_products(
-    rows: Rows, x: Tensor, ys: list[Tensor], labels: Tensor | None, indices: Tensor | None
+    rows: Rows, x: Tensor, ys: list[Tensor], labels: Tensor | None, _: Tensor | None, indices: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """Entropies, label probabilities and agreement, of all C classes of the student and what the teacher has."""
     log_q = soften(x, rows.temperature)

@@ -40,7 +40,7 @@ def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor, complete: bo
         return 0.5 * (p - q).abs().sum(-1)
     if isinstance(divergence, AlphaBeta):
         return _alpha_beta(log_p, log_q, *divergence.parameters)
-    log_p_over_m, log_q_over_m = _over_mixture(log_p, log_q, p == 0, q == 0, _teacher_share(divergence))
+    log_p_over_m, log_q_over_m = over_mixture(divergence, log_p, log_q)
     if isinstance(divergence, JSD):
         beta = divergence.beta
         value = (beta * p * log_p_over_m + (1 - beta) * q * log_q_over_m).sum(-1)
@@ -61,12 +61,14 @@ def _teacher_share(divergence: Divergence) -> float:
     return 1 - divergence.lam
 
 
-def _over_mixture(log_p: Tensor, log_q: Tensor, p_zero: Tensor, q_zero: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def over_mixture(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """log(p/m) and log(q/m), m = w p + (1−w) q; 0 where p, or q, is 0 and the other factor makes it 0 anyhow.
 
     From r: log(q/m) = −log1p(w expm1(r)) if r <= 0, log(p/m) = −log1p((1−w) expm1(−r)) else, and the other of
     the two differs from it by r.
     """
+    share = _teacher_share(divergence)
+    p_zero, q_zero = log_p.exp() == 0, log_q.exp() == 0
     none = p_zero | q_zero
     zero = torch.zeros_like(log_p)
     r = torch.where(none, zero, log_p) - torch.where(none, zero, log_q)
@@ -88,10 +90,10 @@ def _alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tens
     a, b = torch.where(none, zero, log_p), torch.where(none, zero, log_q)
     total, r = alpha + beta, a - b
     if beta != 0:
-        value = _difference(total * a, total * b, total, r) - _difference(alpha * a + beta * b, total * b, alpha, r)
+        value = difference(total * a, total * b, total, r) - difference(alpha * a + beta * b, total * b, alpha, r)
         value = value / beta
     elif alpha != 0:  # (p^α log(p^α/q^α) − p^α + q^α)/α²
-        value = ((alpha * a).exp() * r - _difference(alpha * a, alpha * b, alpha, r)) / alpha
+        value = ((alpha * a).exp() * r - difference(alpha * a, alpha * b, alpha, r)) / alpha
     else:
         value = 0.5 * r.square()
     value = torch.where(none, zero, value)
@@ -105,7 +107,7 @@ def _alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tens
     return not_negative(value.sum(-1))
 
 
-def _difference(high: Tensor, low: Tensor, s: float, r: Tensor) -> Tensor:
+def difference(high: Tensor, low: Tensor, s: float, r: Tensor) -> Tensor:
     """(e^high − e^low)/s with high − low = s·r, without cancellation; its limit e^low·r at s = 0."""
     if s == 0:
         return low.exp() * r

@@ -11,7 +11,7 @@ from ...contract import check_indices, label_error
 from ...rows import Rows
 from ...types import LogitTransform
 from .. import allocate
-from ..layout import row_layout
+from ..layout import STATISTICS, row_layout
 from . import native
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -52,9 +52,7 @@ def _side(module: Any, logits: Tensor, transform: LogitTransform | None, keep: l
     scale, softcap = (1.0, 0.0) if transform is None else (transform.scale, transform.softcap or 0.0)
     standardize = transform is not None and transform.standardize
     width, dtype = tensor.shape[-1], _DTYPES[tensor.dtype]
-    return module.Side(
-        tensor.data_ptr(), dtype, inner, outer_stride, row_stride, width, scale, softcap, standardize
-    )
+    return module.Side(tensor.data_ptr(), dtype, inner, outer_stride, row_stride, width, scale, softcap, standardize)
 
 
 def _temperature(value: float | Tensor) -> tuple[float, int, int]:
@@ -171,7 +169,7 @@ def _divide(factor: float, divisor: float) -> float:
 
 
 def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProducts | None]:
-    """soft [N], hard [N], statistics [N, S] for the backward, and the by-products if ``terms``."""
+    """soft [N], hard [N], statistics [N, STATISTICS] for the backward, and the by-products if ``terms``."""
     module = native()
     keep: list[Tensor] = []
     n, device = rows.n_rows, rows.student.device
@@ -184,8 +182,9 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProdu
         return allocate.empty((n,), rows.dtype, device)
 
     soft, hard = column(), column()
-    # A sparse teacher's backward starts again from the logits.
-    stats = allocate.empty((n, module.statistics if topk is None else 0), rows.dtype, device)
+    stats = allocate.empty((n, STATISTICS), rows.dtype, device)
+    if topk is not None:  # its backward starts again from the logits
+        stats.zero_()
     extra: ByProducts | None = None
     addresses = [0] * 5
     if terms:

@@ -12,7 +12,7 @@ from ...divergences import ForwardKL
 from ...rows import Rows
 from ...types import LogitTransform
 from .. import allocate
-from ..layout import row_layout
+from ..layout import STATISTICS, row_layout
 from . import interpreting
 from .blocks import Blocks, choose_blocks, common_unit
 from .launch import finish, gradient, kernels, launch, number
@@ -129,11 +129,11 @@ def scalar_arguments(
 
 
 def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...] | None]:
-    """soft [N], hard [N], stats [N, 8] and, if asked, the by-products."""
+    """soft [N], hard [N], stats [N, STATISTICS] and, if asked, the by-products."""
     check_labels_in_range(rows.op, rows)
     n, dtype, device = rows.n_rows, rows.dtype, rows.device
     soft, hard = allocate.empty((n,), dtype, device), allocate.empty((n,), dtype, device)
-    stats = allocate.empty((n, 8), dtype, device)
+    stats = allocate.empty((n, STATISTICS), dtype, device)
     extra: list[Tensor | None] = [None] * 5
     if terms:
         of_labels = 4 if rows.labels is not None else 2
