@@ -3,7 +3,8 @@
 A pointwise divergence is a sum Σ_j f(p_j, q_j) over the classes. With g = ∂f/∂q and h = ∂f/∂p its gradients
 with respect to the softened logits u = x/T and v = y/T are, for every one of them,
     dD/du_j = q_j (g_j − E_q[g]),    dD/dv_j = p_j (h_j − E_p[h])
-(a constant added to g or h changes nothing). DKD and NKD depend on the label as well and are written out.
+(a constant added to g or h changes nothing, unless p sums to less than 1: a TopK with the tail "zero").
+DKD and NKD depend on the label as well and are written out.
 The soft term of the losses is T²·D, except where a docstring says otherwise.
 
 Special values common to all: classes that are −inf on both sides contribute 0 and receive a zero gradient;
@@ -70,7 +71,7 @@ class ForwardKL(Divergence):
 
     Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
 
-    g = −p/q, h = log(p/q). p = 0 contributes 0; q = 0 < p gives +inf with the finite gradient q − p.
+    g = −p/q, h = log(p/q) + 1. p = 0 contributes 0; q = 0 < p gives +inf with the finite gradient q − p.
     """
 
     name = "forward_kl"
@@ -119,7 +120,7 @@ class SkewKL(Divergence):
 
     Ko et al.: DistiLLM, arXiv:2402.03898.
 
-    g = −(1−λ) p/m, h = log(p/m) − λ p/m. For λ > 0 always finite: p = 0 contributes 0, q = 0 < p contributes
+    g = −(1−λ) p/m, h = log(p/m) + 1 − λ p/m. For λ > 0 always finite: p = 0 contributes 0, q = 0 < p contributes
     −p log λ.
 
     Args:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from ..divergences import DKD, JSD, TVD, AlphaBeta, Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
 
+#: Exponents of AlphaBeta below this are treated like their limit: by differences, never by quotients of them.
+SMALL_EXPONENT = 1e-3
+
 
 def forward_kl(log_p: Tensor, log_q: Tensor, *, complete: bool = True) -> Tensor:
     """KL(p‖q) per row with 0·log 0 = 0, never negative if p is a ``complete`` distribution."""
@@ -92,6 +95,13 @@ def _alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tens
     if beta != 0:
         value = difference(total * a, total * b, total, r) - difference(alpha * a + beta * b, total * b, alpha, r)
         value = value / beta
+        if min(abs(alpha), abs(beta), abs(total)) > SMALL_EXPONENT:
+            # The same sum as it is usually written has the better conditioned derivative, if the mixed term
+            # shares its rounding with the power from which the smaller exponent's quotient subtracts it.
+            mixed = total * a - beta * r if abs(beta) <= abs(alpha) else total * b + alpha * r
+            plain = mixed.exp() - (alpha * (total * a).exp() + beta * (total * b).exp()) / total
+            plain = -plain / (alpha * beta)
+            value = plain + (value - plain).detach()
     elif alpha != 0:  # (p^α log(p^α/q^α) − p^α + q^α)/α²
         value = ((alpha * a).exp() * r - difference(alpha * a, alpha * b, alpha, r)) / alpha
     else:
