@@ -63,9 +63,21 @@ std::unique_ptr<mfd::Problem> make_problem(int64_t n_rows, int64_t classes, bool
                                                         second});
 }
 
+std::unique_ptr<mfd::TopK> make_topk(Address indices, int64_t listed, int tail, bool logprobs) {
+  return std::unique_ptr<mfd::TopK>(
+      new mfd::TopK{pointer<const int64_t>(indices), listed, static_cast<mfd::Tail>(tail), logprobs});
+}
+
+// `topk` is null for a teacher of all classes.
+double run_forward(const mfd::Forward& f, const mfd::TopK* topk, bool wants_sum, int threads) {
+  if (!topk) return mfd::forward(f, wants_sum, threads);
+  constexpr mfd::PerRow kOne = {nullptr, 0, 1.0};
+  return mfd::topk({f, *topk, kOne, kOne, nullptr, nullptr, nullptr}, wants_sum, threads);
+}
+
 // Writes the weighted sum of the row losses to `loss`, and its gradient to `grad` where that is not 0.
-void scalar(const mfd::Problem& problem, bool use_soft, bool use_hard, Address weight, double soft_factor,
-            double hard_factor, Address loss, Address grad, bool stream, int threads) {
+void scalar(const mfd::Problem& problem, const mfd::TopK* topk, bool use_soft, bool use_hard, Address weight,
+            double soft_factor, double hard_factor, Address loss, Address grad, bool stream, int threads) {
   mfd::Forward f{};
   f.problem = problem;
   f.use_soft = use_soft;
@@ -75,13 +87,13 @@ void scalar(const mfd::Problem& problem, bool use_soft, bool use_hard, Address w
   f.hard_factor = hard_factor;
   f.grad = pointer(grad);
   f.stream = stream;
-  put_value(loss, problem.is_double, mfd::forward(f, true, threads));
+  put_value(loss, problem.is_double, run_forward(f, topk, true, threads));
 }
 
 // Per-row values; the last five addresses are all 0 or all but the label probabilities are not.
-void per_row(const mfd::Problem& problem, Address soft, Address hard, Address stats, Address student_entropy,
-             Address teacher_entropy, Address student_label_prob, Address teacher_label_prob,
-             Address agreement, int threads) {
+void per_row(const mfd::Problem& problem, const mfd::TopK* topk, Address soft, Address hard, Address stats,
+             Address student_entropy, Address teacher_entropy, Address student_label_prob,
+             Address teacher_label_prob, Address agreement, int threads) {
   mfd::Forward f{};
   f.problem = problem;
   f.use_soft = true;
@@ -94,12 +106,31 @@ void per_row(const mfd::Problem& problem, Address soft, Address hard, Address st
   f.student_label_prob = pointer(student_label_prob);
   f.teacher_label_prob = pointer(teacher_label_prob);
   f.agreement = pointer<unsigned char>(agreement);
-  mfd::forward(f, false, threads);
+  run_forward(f, topk, false, threads);
 }
 
-void per_row_backward(const mfd::Problem& problem, Address stats, Address grad_soft, int64_t grad_soft_stride,
-                      Address grad_hard, int64_t grad_hard_stride, Address d_student, Address d_teacher,
-                      Address d_temperature, Address d_teacher_temperature, bool stream, int threads) {
+void per_row_backward(const mfd::Problem& problem, const mfd::TopK* topk, Address stats, Address grad_soft,
+                      int64_t grad_soft_stride, Address grad_hard, int64_t grad_hard_stride,
+                      Address d_student, Address d_teacher, Address d_temperature,
+                      Address d_teacher_temperature, bool stream, int threads) {
+  if (topk) {
+    mfd::TopKPass pass{};
+    pass.forward.problem = problem;
+    pass.forward.use_soft = true;
+    pass.forward.use_hard = problem.labels != nullptr;
+    pass.forward.weight = {nullptr, 0, 1.0};
+    pass.forward.soft_factor = pass.forward.hard_factor = 1.0;
+    pass.forward.grad = pointer(d_student);
+    pass.forward.stream = stream;
+    pass.teacher = *topk;
+    pass.grad_soft = {pointer(grad_soft), grad_soft_stride, 0.0};
+    pass.grad_hard = {pointer(grad_hard), grad_hard_stride, 0.0};
+    pass.d_values = pointer(d_teacher);
+    pass.d_temperature = pointer(d_temperature);
+    pass.d_teacher_temperature = pointer(d_teacher_temperature);
+    mfd::topk(pass, false, threads);
+    return;
+  }
   mfd::backward({problem,
                  pointer(stats),
                  {pointer(grad_soft), grad_soft_stride, 0.0},
@@ -369,7 +400,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("statistics") = mfd::kStats;
   py::class_<mfd::Side>(m, "Side").def(py::init(&make_side));
   py::class_<mfd::Problem>(m, "Problem").def(py::init(&make_problem));
+  py::class_<mfd::TopK>(m, "TopK").def(py::init(&make_topk));
   m.def("count_rows", &mfd::count_rows);
+  m.def("lists_are_valid", &mfd::lists_are_valid, release());
   m.def("scalar", &scalar, release());
   m.def("per_row", &per_row, release());
   m.def("per_row_backward", &per_row_backward, release());

@@ -98,6 +98,27 @@ struct Backward {
   bool stream;
 };
 
+// What becomes of the classes that a sparse teacher does not list; the numbers are those of Python.
+enum class Tail : int { kBucket = 0, kRenormalize = 1, kZero = 2 };
+
+// A teacher of which `listed` classes per row are known, at most kBlock; Problem::teacher holds their values
+// [N, listed].
+struct TopK {
+  const int64_t* indices;  // [N, listed]
+  int64_t listed;
+  Tail tail;
+  bool logprobs;  // the values are log-probabilities, else logits
+};
+
+// Values and gradients of rows with a sparse teacher, always from the logits: no statistics are kept.
+struct TopKPass {
+  Forward forward;  // grad is d loss/d student
+  TopK teacher;
+  PerRow grad_soft, grad_hard;                  // further factors of the two terms' gradients
+  void* d_values;                               // [N, listed], the values' dtype; null when not wanted
+  void *d_temperature, *d_teacher_temperature;  // [N]; null when not wanted
+};
+
 // Elements of a row that share one reference value; partial sums are merged in double precision.
 constexpr int64_t kBlock = 1024;
 // Short rows share a scratch row at multiples of this many elements: one widest vector.
@@ -127,6 +148,10 @@ struct Scratch {
   void *exp_s, *exp_t, *exp_h, *capped, *difference;
   void *block_x, *block_y, *block_out, *to_u, *to_v;  // kBlock elements each
   BlockSums* sums;                                    // one per block, at least kBlock/kRowAlign
+  // For sparse teachers: arrays of the listed classes, kBlock elements each; the listed classes in the order
+  // of their blocks, their positions, and where each block's begin.
+  void* listed[7];
+  int64_t *columns, *slots, *first;
 };
 
 struct FusionKernels;  // common/fusion.h
@@ -142,6 +167,7 @@ struct Kernels {
   void (*forward_points)(const Forward&, int64_t row, int64_t begin, int64_t end, const Scratch&);
   void (*forward_outputs)(const Forward&, int64_t row, int64_t begin, int64_t end, const Scratch&);
   void (*backward_rows)(const Backward&, int64_t begin, int64_t end, const Scratch&);
+  void (*topk_rows)(const TopKPass&, int64_t begin, int64_t end, const Scratch&);
   void (*add)(const float* a, const float* b, float* out, int64_t n);  // a streaming ceiling for benchmarks
   const FusionKernels* fusion;
 };

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <new>
+#include <vector>
 
 #include "common/row_math.h"
 #include "cpu/isa.h"
@@ -22,6 +23,7 @@ struct Needs {
   int64_t row;  // elements of a scratch row
   bool own_exp, capped, difference;
   size_t element;
+  bool listed = false;  // a sparse teacher's
 };
 
 void take_row(Layout& layout, const Needs& needs, int64_t blocks, Scratch& s) {
@@ -42,6 +44,12 @@ void take_blocks(Layout& layout, const Needs& needs, Scratch& s) {
   s.block_out = layout.take(bytes);
   s.to_u = layout.take(bytes);
   s.to_v = layout.take(bytes);
+  if (!needs.listed) return;
+  for (void*& array : s.listed) array = layout.take(bytes);
+  for (int64_t** array : {&s.columns, &s.slots})
+    *array = static_cast<int64_t*>(layout.take(kBlock * sizeof(int64_t)));
+  const size_t starts = static_cast<size_t>(needs.row / kBlock + 2) * sizeof(int64_t);
+  s.first = static_cast<int64_t*>(layout.take(starts));
 }
 
 // Scratch for whole rows (or for blocks only), from this thread's arena; false without memory.
@@ -182,6 +190,57 @@ void backward(const Backward& g, int threads) {
   over_rows(p.n_rows, needs_of(p, p.labels != nullptr, false, false, kBlock), 1,
             usable_threads(threads, p.n_rows * p.classes),
             [&](int64_t begin, int64_t end, const Scratch& s) { table.backward_rows(g, begin, end, s); });
+}
+
+bool lists_are_valid(const Problem& p, const TopK& teacher, int threads) {
+  const bool needs_label = sets_label_apart(p.divergence);
+  std::atomic<bool> valid{true}, failed{false};
+#pragma omp parallel num_threads(usable_threads(threads, p.n_rows* teacher.listed))
+  try {
+    const int64_t workers = omp_get_num_threads(), worker = omp_get_thread_num();
+    std::vector<bool> seen(static_cast<size_t>(p.classes));
+    for (int64_t row = p.n_rows * worker / workers; row < p.n_rows * (worker + 1) / workers; ++row) {
+      if (!is_counted(p, row)) continue;
+      const int64_t* indices = teacher.indices + row * teacher.listed;
+      bool has_label = !needs_label;
+      int64_t k = 0;
+      for (; k < teacher.listed; ++k) {
+        const int64_t column = indices[k];
+        if (column < 0 || column >= p.classes || seen[static_cast<size_t>(column)]) break;
+        seen[static_cast<size_t>(column)] = true;
+        has_label = has_label || column == p.labels[row];
+      }
+      if (k < teacher.listed || !has_label) valid = false;
+      while (k > 0) seen[static_cast<size_t>(indices[--k])] = false;
+    }
+  } catch (const std::bad_alloc&) {
+    failed = true;
+  }
+  if (failed) throw std::bad_alloc();
+  return valid;
+}
+
+double topk(TopKPass pass, bool wants_sum, int threads) {
+  Forward& f = pass.forward;
+  const Problem& p = f.problem;
+  const int64_t blocks = block_count(p.classes);
+  const bool exp_at_one = f.use_hard || p.divergence == Divergence::kNKD;
+  const bool capped = p.student.softcap > 0 || p.student.standardize;
+  Needs needs = needs_of(p, exp_at_one, capped, false, blocks * kBlock);
+  needs.listed = true;
+  if (wants_sum) {
+    f.row_loss =
+        reinterpret_cast<double*>(caller_arena.reserve(static_cast<size_t>(p.n_rows + 1) * sizeof(double)));
+    if (!f.row_loss) throw std::bad_alloc();
+  }
+  const Kernels& table = kernels();
+  over_rows(p.n_rows, needs, blocks, usable_threads(threads, p.n_rows * p.classes),
+            [&](int64_t begin, int64_t end, const Scratch& s) { table.topk_rows(pass, begin, end, s); });
+  double sum = 0;
+  if (wants_sum)
+    for (int64_t row = 0; row < p.n_rows; ++row) sum += f.row_loss[row];
+  caller_arena.trim();
+  return sum;
 }
 
 void stream_add(const float* a, const float* b, float* out, int64_t n, int threads) {

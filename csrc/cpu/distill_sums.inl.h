@@ -105,6 +105,7 @@ static void block_sums(const typename S::T* x, const typename S::T* y, int64_t n
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
     __builtin_prefetch(ahead.x + i * ahead.x_step);
+    if (!kSoft) __builtin_prefetch(ahead.x + (i + W) * ahead.x_step);
     if (kSoft) __builtin_prefetch(ahead.y + i * ahead.y_step);
     sums_step<S, kSoft, kHard>(S::load(x + i), kSoft ? S::load(y + i) : V{}, mx, my, scales, kept.after(i),
                                a);

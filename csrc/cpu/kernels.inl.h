@@ -6,6 +6,8 @@
 #pragma clang fp contract(off)
 #endif
 
+#include <type_traits>
+
 #include "common/fusion.h"
 #include "common/row_math.h"
 #include "common/target_math.h"
@@ -36,6 +38,9 @@ namespace {
 #include "cpu/matrix_rows.inl.h"
 #include "cpu/feature.inl.h"
 #include "cpu/pool.inl.h"
+#include "cpu/topk_rest.inl.h"
+#include "cpu/topk_soft.inl.h"
+#include "cpu/topk_rows.inl.h"
 // clang-format on
 
 void forward_rows(const Forward& f, int64_t begin, int64_t end, const Scratch& s) {
@@ -59,6 +64,11 @@ void forward_outputs(const Forward& f, int64_t row, int64_t begin, int64_t end, 
 
 void backward_rows(const Backward& g, int64_t begin, int64_t end, const Scratch& s) {
   g.problem.is_double ? backward_rows_of<F64>(g, begin, end, s) : backward_rows_of<F32>(g, begin, end, s);
+}
+
+void topk_rows(const TopKPass& pass, int64_t begin, int64_t end, const Scratch& s) {
+  pass.forward.problem.is_double ? topk_rows_of<F64>(pass, begin, end, s)
+                                 : topk_rows_of<F32>(pass, begin, end, s);
 }
 
 // out = a + b past the caches; out is aligned to 64 bytes.
@@ -96,7 +106,7 @@ void predict(const Problem& p, int64_t begin, int64_t end, int64_t* out) {
 constexpr FusionKernels kFusion = {pool_forward, pool_backward, add_parts, tap_rows, predict};
 
 constexpr Kernels kTable = {MFD_ISA_NAME,    kLanes,        forward_rows, forward_sums, forward_points,
-                            forward_outputs, backward_rows, add,          &kFusion};
+                            forward_outputs, backward_rows, topk_rows,    add,          &kFusion};
 
 }  // namespace
 

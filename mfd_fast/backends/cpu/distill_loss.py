@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contract import label_error
+from ...contract import check_indices, label_error
 from ...rows import Rows
 from ...types import LogitTransform
 from .. import allocate
@@ -28,6 +28,9 @@ _DIVERGENCES = {
     "nkd": 8,
 }
 
+#: Numbers of the tails.
+_TAILS = {"bucket": 0, "renormalize": 1, "zero": 2}
+
 #: Gradients of at least this many bytes are written past the caches.
 STREAM_BYTES = 4 << 20
 
@@ -38,8 +41,6 @@ def can_run(rows: Rows) -> str | None:
     """Why the native kernels cannot take this call, None if they can."""
     if rows.student.device.type != "cpu":
         return f"the tensors are on {rows.student.device}"
-    if rows.topk is not None:
-        return "no native kernel for a TopK teacher yet"
     if len(rows.teachers) > 1:
         return "no native kernel for several teachers yet"
     return None
@@ -85,6 +86,20 @@ def native_problem(module: Any, rows: Rows, labels: Tensor | None, keep: list[Te
     )
 
 
+def _topk(module: Any, rows: Rows) -> Any:
+    """The native description of a sparse teacher, None for a teacher of all classes."""
+    if rows.topk is None:
+        return None
+    indices = rows.topk.indices
+    return module.TopK(indices.data_ptr(), indices.shape[-1], _TAILS[rows.topk.tail], rows.topk.logprobs)
+
+
+def _check_lists(module: Any, rows: Rows, problem: Any, topk: Any) -> None:
+    """Raises ValueError for a sparse teacher's indices that are out of range, repeated, or lack a label they need."""
+    if topk is not None and not module.lists_are_valid(problem, topk, torch.get_num_threads()):
+        check_indices(rows.op, rows)
+
+
 def count(module: Any, rows: Rows, problem: Any) -> int:
     """Number of counted rows; raises ValueError for a label out of range in one of them."""
     if rows.labels is None and rows.mask is None:
@@ -118,6 +133,8 @@ def scalar(
     use_hard = rows.labels is not None and (isinstance(hard_weight, Tensor) or hard_weight != 0)
     problem = native_problem(module, rows, rows.labels, keep)
     counted = count(module, rows, problem)
+    topk = _topk(module, rows)
+    _check_lists(module, rows, problem, topk)
     soft_factor, hard_factor = float(soft_weight), float(hard_weight)
     if mean:
         divisor = max(counted, 1) if normalizer is None else float(normalizer)
@@ -130,6 +147,7 @@ def scalar(
         return loss, None if gradient is None else gradient.zero_()
     module.scalar(
         problem,
+        topk if use_soft else None,
         use_soft,
         use_hard,
         0 if weight is None else weight.data_ptr(),
@@ -157,12 +175,16 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProdu
     n, device = rows.n_rows, rows.student.device
     problem = native_problem(module, rows, rows.labels, keep)
     count(module, rows, problem)
+    topk = _topk(module, rows)
+    _check_lists(module, rows, problem, topk)
 
     def column() -> Tensor:
         return allocate.empty((n,), rows.dtype, device)
 
     soft, hard = column(), column()
     stats = allocate.empty((n, STATISTICS), rows.dtype, device)
+    if topk is not None:  # its backward starts again from the logits
+        stats.zero_()
     extra: ByProducts | None = None
     addresses = [0] * 5
     if terms:
@@ -170,7 +192,9 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProdu
         extra = (column(), column(), *label_probs, allocate.empty((n,), torch.bool, device))
         addresses = [0 if t is None else t.data_ptr() for t in extra]
     if n:
-        module.per_row(problem, soft.data_ptr(), hard.data_ptr(), stats.data_ptr(), *addresses, torch.get_num_threads())
+        module.per_row(
+            problem, topk, soft.data_ptr(), hard.data_ptr(), stats.data_ptr(), *addresses, torch.get_num_threads()
+        )
     return soft, hard, stats, extra
 
 
@@ -191,6 +215,7 @@ def per_row_backward(
     if rows.n_rows:
         module.per_row_backward(
             problem,
+            _topk(module, rows),
             stats.data_ptr(),
             grad_soft.data_ptr(),
             grad_soft.stride(0),
