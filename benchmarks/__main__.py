@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--json", type=Path, help="write the result file here")
     top.add_argument("--csv", type=Path)
     top.add_argument("--plots", type=Path, metavar="FOLDER", help="write PNG and SVG pictures here")
-    top.add_argument("--report", type=Path, metavar="FOLDER", help="write result file, CSV, pictures and performance.md here")
+    top.add_argument(
+        "--report", type=Path, metavar="FOLDER", help="write result file, CSV, pictures and performance.md here"
+    )
     top.add_argument("--publish", action="store_true", help=f"write {REPORT.relative_to(ROOT)} and its raw file")
     return top
 

@@ -92,7 +92,7 @@ def _roof(timed: list[Result]) -> Any:
             if m["name"].startswith("mfd_fast:") and not own:
                 continue
             axis.plot(
-                results.limit_ms(result), results.share_of_limit(result, m), "o", color=COLOURS[kind],
+                results.floor_ms(result), 1 / (results.times_floor(result, m) or 1), "o", color=COLOURS[kind],
                 ms=6 if own else 4, alpha=1.0 if own else 0.6, label=kind, zorder=3 if own else 2,
             )  # fmt: skip
     axis.axhline(1, color="black", linewidth=1)
@@ -103,7 +103,9 @@ def _roof(timed: list[Result]) -> Any:
     axis.set_xlabel("the least possible time on this machine, ms (measured: stream + GEMMs, or an empty autograd call)")
     axis.set_ylabel("least possible time / time taken")
     _tidy(axis, "both")
-    _legend(axis, {"mfd_fast": "mfd_fast", "eager": "eager PyTorch", "compile": "torch.compile", "other": "other packages"})
+    _legend(
+        axis, {"mfd_fast": "mfd_fast", "eager": "eager PyTorch", "compile": "torch.compile", "other": "other packages"}
+    )
     return figure
 
 
@@ -112,7 +114,9 @@ def _growth(grown: list[dict[str, Any]]) -> Any:
     plt = _pyplot()
     columns = min(4, len(grown))
     lines = -(-len(grown) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 2.9 * lines), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(3.4 * columns, 2.9 * lines), layout="constrained", squeeze=False
+    )
     for axis in axes.flat[len(grown) :]:
         axis.set_visible(False)
     for axis, one in zip(axes.flat, grown, strict=False):

@@ -41,17 +41,27 @@ def _name(result: Result) -> str:
 
 def _head(found: dict[str, Any], raw: str) -> str:
     machine, rates = found["machine"], found["ceilings"]
-    load = machine["load_average"]
+    share = machine["neighbours"]
     facts = [
         ["date", machine["date"]],
         ["commit", f"`{machine['commit']}`"],
         ["processor", f"{machine['cpu']}, {machine['cores']} logical processors, {_clock(machine)}"],
         ["threads", f"{machine['threads']}, instruction set {machine['isa']}"],
-        ["load average when the run ended", "unknown" if load is None else f"{load:.1f}"],
+        [
+            "taken by other processes meanwhile",
+            "unknown" if share is None else f"{100 * share:.0f} % of the processors",
+        ],
+        [
+            "environment",
+            ", ".join(f"`{k}={v}`" for k, v in machine["environment"].items()) or "no variables that matter",
+        ],
         ["last-level cache", mebibytes(machine["last_level_cache_bytes"])],
         ["versions", f"mfd_fast {machine['mfd_fast']}, torch {machine['torch']}, Python {machine['python']}"],
         ["other packages", _peers(machine)],
-        ["stream (2 reads, 1 write)", f"{rates['stream_gb_s']:.3g} GB/s; in cache {rates['cached_stream_gb_s']:.3g} GB/s"],
+        [
+            "stream (2 reads, 1 write)",
+            f"{rates['stream_gb_s']:.3g} GB/s; in cache {rates['cached_stream_gb_s']:.3g} GB/s",
+        ],
         ["copy", f"{rates['copy_gb_s']:.3g} GB/s"],
         ["GEMM, float32", f"{rates['gemm_gflop_s']:.4g} GFLOP/s"],
         ["empty autograd call", f"{rates['call_us']:.3g} µs"],
@@ -60,8 +70,8 @@ def _head(found: dict[str, Any], raw: str) -> str:
         facts.insert(2, ["GPU", f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}"])
     command = COMMAND.format(suite=found["suite"])
     return (
-        f"# Performance\n\nGenerated from [{Path(raw).name}]({raw}), which holds every sample. To measure all of it again, "
-        f"and to write this page anew:\n\n```sh\n{command}\n```\n\n"
+        f"# Performance\n\nGenerated from [{Path(raw).name}]({raw}), which holds every sample.\n"
+        f"To measure all of it again and write this page anew:\n\n```sh\n{command}\n```\n\n"
         f"At your own shape: `mfd-fast bench distill_loss --rows 8192 --classes 32000 --dtype bfloat16`.\n\n"
         + _table(("measured on", ""), facts, left=2)
     )
@@ -99,14 +109,21 @@ def _red(found: list[Result]) -> str:
     if not rows:
         return ""
     return (
-        "## Red gates\n\nThese disagree with float64 by more than the tolerance rule allows (eight times that for other "
-        "packages); no speed is reported for them.\n\n" + _table(("workload", "implementation", "why"), rows, left=3)
+        "## Red gates\n\nThese disagree with float64 by more than the tolerance rule allows (eight times that for "
+        "other packages); no speed is reported for them.\n\n"
+        + _table(("workload", "implementation", "why"), rows, left=3)
     )
 
 
 def _missed(found: list[Result]) -> str:
     rows = [
-        [_name(result), result["backend"], check.what, number(check.measured or 0), f"{'≥' if check.at_least else '≤'} {check.target:g}"]
+        [
+            _name(result),
+            result["backend"],
+            check.what,
+            number(check.measured or 0),
+            f"{'≥' if check.at_least else '≤'} {check.target:g}",
+        ]
         for result in found
         for check in results.targets(result)
         if check.met is False
@@ -153,7 +170,10 @@ def _growth(grown: list[dict[str, Any]] | None) -> str:
             one["backend"],
             f"{one['letter']} ({one['axis']})",
             f"{one['points'][0]['size']} … {one['points'][-1]['size']}",
-            *("–" if one[key] is None else f"{one[key]:.2f}" for key in ("time_exponent", "floor_exponent", "memory_exponent")),
+            *(
+                "–" if one[key] is None else f"{one[key]:.2f}"
+                for key in ("time_exponent", "floor_exponent", "memory_exponent")
+            ),
             judgement(one),
         ]
         for one in grown
@@ -178,16 +198,22 @@ def _absent(found: dict[str, Any]) -> str:
     return "## Not measured\n\n" + "\n".join(lines) if lines else ""
 
 
+METHOD = """\
+## How it is measured
+
+Every implementation first passes a correctness gate against float64, with a far and with a near teacher; a red gate has
+no speed. All implementations, the floor and an empty autograd call then run in turn, the order rotating; times are
+medians. {flush}
+
+`training` (the default) is forward and backward into fresh gradients; `forward` runs under `no_grad`. The floor is the
+least traffic (inputs read once, outputs and gradients written once) at the speed of a three-array stream into memory
+that exists, plus the GEMMs alone, or the empty autograd call where that takes longer. `~` marks medians whose quartiles
+are more than a fifth of them apart. `reference` is plain PyTorch: an op that runs on it has no kernel for this device
+yet. Peak extra is what one call holds beyond its inputs. A rival that starts from log-probabilities is charged for the
+softmaxes and their backward, one without a temperature for the division by it."""
+
+
 def _method(found: dict[str, Any]) -> str:
-    flushed = "The last-level cache is flushed before every call." if found["flush"] else "No cache is flushed."
-    return (
-        "## How it is measured\n\n"
-        "Every implementation passes a correctness gate against float64 first, with a far and with a near teacher; a red "
-        "gate has no speed. All implementations, the floor and an empty autograd call then run in turn, the order "
-        f"rotating; times are medians. {flushed} `training` (the default) is forward and backward into fresh gradients; "
-        "`forward` runs under `no_grad`. The floor is the least traffic (inputs read once, outputs and gradients written "
-        "once) at the speed of a three-array stream into memory that exists, plus the GEMMs alone. `~` marks medians whose "
-        "quartiles are more than a fifth of them apart. `reference` is plain PyTorch: where an op runs on it, it has no "
-        "kernel for this device yet. Peak extra is what one call holds beyond its inputs. A rival that starts from "
-        "log-probabilities is charged for the softmaxes and their backward."
+    return METHOD.format(
+        flush="The last-level cache is flushed before every call." if found["flush"] else "No cache is flushed."
     )

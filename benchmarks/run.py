@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mfd_fast.bench import ceilings
+from mfd_fast.bench import ceilings, machine
 from mfd_fast.bench.command import document
 from mfd_fast.bench.implementations import every
-from mfd_fast.bench.measure import LeftOut, Settings, measure
+from mfd_fast.bench.measure import LeftOutError, Settings, measure
 
 from .suites import Entry, Suite
 
@@ -32,6 +32,7 @@ def run_suite(
 ) -> dict[str, Any]:
     """A result file: the machine, the ceilings, one result per workload, and what was left out and why."""
     begin = time.monotonic()
+    facts, neighbours = machine.facts(device), machine.Neighbours()
     end = begin + 60 * (suite.minutes if minutes is None else minutes)
     compile_left = suite.compile_seconds if compile_seconds is None else compile_seconds
     found: list[dict[str, Any]] = []
@@ -60,7 +61,7 @@ def run_suite(
             )
             try:
                 found.append(measure(entry.workload, settings))
-            except LeftOut as reason:
+            except LeftOutError as reason:
                 left_out.append({"name": entry.workload.name, "reason": str(reason)})
             compile_left = settings.compile_seconds_left
             bar.advance(task)
@@ -68,7 +69,7 @@ def run_suite(
     missing = {n: reason for n in sorted(named) if (reason := every()[n].missing(device)) is not None}
     return document(
         found,
-        device,
+        {**facts, "neighbours": neighbours.share()},
         rates,
         suite=suite.name,
         flush=flush or device.type == "cuda",

@@ -28,7 +28,7 @@ def cells(result: Result) -> list[str]:
         name,
         result["backend"],
         milliseconds(own["median"]) + ("~" if results.is_noisy(own) else ""),
-        milliseconds(result["floor"]["median"]),
+        milliseconds(results.floor_ms(result)),
         number(floor) if floor is not None else "",
         *(_ratio(ratio[rival]) for rival in ("eager", "compile")),
         best_other(result),
@@ -86,9 +86,9 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(
         Text(
             f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, {machine['isa']}, "
-            f"load {machine['load_average'] or 0:.1f}; stream {rates['stream_gb_s']:.3g} GB/s (in cache "
-            f"{rates['cached_stream_gb_s']:.3g}), GEMM {rates['gemm_gflop_s']:.4g} GFLOP/s, call {rates['call_us']:.3g} "
-            f"µs; {found['seconds']:.0f} s in all. '~': quartiles far apart."
+            f"torch {machine['torch']}{results.busy(machine)}; stream {rates['stream_gb_s']:.3g} GB/s (in cache "
+            f"{rates['cached_stream_gb_s']:.3g}), GEMM {rates['gemm_gflop_s']:.4g} GFLOP/s, call "
+            f"{rates['call_us']:.3g} µs; {found['seconds']:.0f} s in all. '~': quartiles far apart."
         )
     )
 
@@ -101,8 +101,8 @@ def growth_line(grown: dict[str, Any]) -> str:
 
     first, last = grown["points"][0]["size"], grown["points"][-1]["size"]
     return (
-        f"growth     {grown['op']} with {grown['letter']} ({grown['axis']} {first} to {last}, {grown['backend']}): time "
-        f"^{shown(grown['time_exponent'])} (floor ^{shown(grown['floor_exponent'])}), memory "
+        f"growth     {grown['op']} with {grown['letter']} ({grown['axis']} {first} to {last}, {grown['backend']}): "
+        f"time ^{shown(grown['time_exponent'])} (floor ^{shown(grown['floor_exponent'])}), memory "
         f"^{shown(grown['memory_exponent'])}: {judgement(grown)}"
     )
 
@@ -129,7 +129,7 @@ def write_csv(found: dict[str, Any], path: Path) -> None:
                         m["name"],
                         m["gate"],
                         *((m["median"], m["q1"], m["q3"]) if timed else ("", "", "")),
-                        result["floor"]["median"],
+                        results.floor_ms(result),
                         results.times_floor(result, m) if timed else "",
                         results.speed_up(result, m["name"]) if timed else "",
                         *((m["extra_bytes"], m["launches"]) if timed else ("", "")),

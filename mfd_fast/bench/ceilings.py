@@ -86,7 +86,7 @@ def call_step(device: torch.device) -> Step:
 
 
 def measure(device: torch.device, dtype: torch.dtype = torch.float32, seconds: float = 2.0) -> dict[str, float]:
-    """``stream_gb_s``, ``cached_stream_gb_s`` (a working set of 6 MiB), ``copy_gb_s``, ``gemm_gflop_s``, ``call_us``."""
+    """``stream_gb_s``, ``cached_stream_gb_s`` (6 MiB in all), ``copy_gb_s``, ``gemm_gflop_s``, ``call_us``."""
     large, small = (768 * MEBIBYTE, 6 * MEBIBYTE) if device.type == "cpu" else (6144 * MEBIBYTE, 24 * MEBIBYTE)
     size = 1024 if device.type == "cpu" else 8192
     source = torch.ones(large // 8, device=device)

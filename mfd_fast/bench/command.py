@@ -13,7 +13,7 @@ import torch
 from .. import backends
 from . import ceilings, machine, results, screen
 from .implementations import every
-from .measure import LeftOut, Settings, measure
+from .measure import LeftOutError, Settings, measure
 from .ops import OPS
 from .workloads import DTYPES, PHASES, Workload
 
@@ -75,10 +75,11 @@ def main(argv: Sequence[str]) -> int:
         flush=arguments.flush,
         said=_progress,
     )
+    facts, neighbours = machine.facts(device), machine.Neighbours()
     try:
         rates = ceilings.measure(device, workload.torch_dtype, seconds=1.0)
         result = measure(workload, settings)
-    except (LeftOut, backends.BackendError) as reason:
+    except (LeftOutError, backends.BackendError) as reason:
         _progress("")
         return _sorry(f"{workload.name} cannot be measured: {reason}")
     except (RuntimeError, MemoryError) as error:
@@ -89,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
             raise
         return _sorry(f"{workload.name} cannot be measured: out of memory")
     _progress("")
-    found = document([result], device, rates)
+    found = document([result], {**facts, "neighbours": neighbours.share()}, rates)
     screen.show(result, found)
     if arguments.json is not None:
         try:
@@ -99,11 +100,13 @@ def main(argv: Sequence[str]) -> int:
     return 0 if results.primary(result) is not None else 1
 
 
-def document(found: list[dict[str, Any]], device: torch.device, rates: dict[str, float], **more: Any) -> dict[str, Any]:
-    """A result file."""
+def document(
+    found: list[dict[str, Any]], facts: dict[str, Any], rates: dict[str, float], **more: Any
+) -> dict[str, Any]:
+    """A result file; ``facts`` are those of the machine before the run."""
     return {
         "schema": results.SCHEMA,
-        "machine": machine.facts(device),
+        "machine": facts,
         "ceilings": rates,
         "results": found,
         **more,

@@ -105,7 +105,9 @@ class Gate:
             for copy in _spread(copies):
                 part = slice(copy * rows, (copy + 1) * rows)
                 actual, by_eager = (t if copies == 1 else t[part] for t in (value, eager))
-                report = assert_close_to_float64(actual, exact, _widened(by_eager, exact, lenience), f"full size, {name}")
+                report = assert_close_to_float64(
+                    actual, exact, _widened(by_eager, exact, lenience), f"full size, {name}"
+                )
                 if name != "result" or self.workload.phase != "training":
                     worst = max(worst, (report.max_error, report.eager_max_error / lenience))
         return worst

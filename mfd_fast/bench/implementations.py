@@ -17,7 +17,7 @@ from .ops import of, options_of
 from .workloads import Workload
 
 
-class Unfit(Exception):
+class UnfitError(Exception):
     """This implementation cannot do this workload; the message says why."""
 
 
@@ -27,7 +27,7 @@ class Implementation:
 
     Attributes:
         name: what ``--against`` takes.
-        prepare: ``(workload, device) -> f(**arguments)``; raises :class:`Unfit`.
+        prepare: ``(workload, device) -> f(**arguments)``; raises :class:`UnfitError`.
         missing: ``device -> reason`` why it cannot run at all here, or None.
         strict: the gate asks it to obey the tolerance rule without lenience.
         compiles: the first call compiles for one shape.
@@ -37,7 +37,7 @@ class Implementation:
     name: str
     title: str
     prepare: Callable[[Workload, torch.device], Call]
-    missing: Callable[[torch.device], str | None] = lambda _: None  # noqa: E731
+    missing: Callable[[torch.device], str | None] = lambda _: None
     strict: bool = False
     compiles: bool = False
     charged: str = ""
@@ -50,7 +50,7 @@ def eager_call(workload: Workload) -> Call:
         from .eager import DIVERGENCES
 
         if divergence not in DIVERGENCES:
-            raise Unfit(f"nobody's eager form of {divergence!r} is recorded here")
+            raise UnfitError(f"nobody's eager form of {divergence!r} is recorded here")
     return lambda **arguments: op.eager(**arguments, **options)
 
 

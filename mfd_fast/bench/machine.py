@@ -15,6 +15,7 @@ import torch
 
 from .. import __version__
 
+VARIABLES = ("MFD_FAST_", "OMP_", "GOMP_", "KMP_", "MKL_", "TORCHINDUCTOR_")
 PEERS = ("liger-kernel", "trl", "fla-core", "speculators", "cut-cross-entropy", "torchdistill")
 
 
@@ -32,6 +33,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "last_level_cache_bytes": last_level_cache_bytes(torch.device("cpu")),
         "isa": cpu.isa() if cpu.available() is None else None,
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -49,6 +51,31 @@ def facts(device: torch.device) -> dict[str, Any]:
             "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     return found
+
+
+class Neighbours:
+    """How much of the processors other processes take while this one measures."""
+
+    def __init__(self) -> None:
+        self.begin = self._now()
+
+    def share(self) -> float | None:
+        """Between 0 and 1, since the beginning; None where the system does not tell."""
+        now = self._now()
+        if now is None or self.begin is None or now[1] <= self.begin[1]:
+            return None
+        busy, total, own = (b - a for a, b in zip(self.begin, now, strict=True))
+        return round(max(0.0, busy - own) / total, 3)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds: busy and all of every processor, and this process with its children."""
+        try:
+            ticks = [int(x) for x in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+        except (OSError, ValueError):
+            return None
+        idle, rate = ticks[3] + ticks[4], os.sysconf("SC_CLK_TCK")
+        return (sum(ticks) - idle) / rate, sum(ticks) / rate, sum(os.times()[:4])
 
 
 def version(distribution: str) -> str | None:
@@ -82,7 +109,9 @@ def last_level_cache_bytes(device: torch.device) -> int:
 
 def commit() -> str | None:
     """Commit of the checkout that this package is in, with ``-dirty``; None for an installed package."""
-    return _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
+    return _output(
+        "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"
+    )
 
 
 def slug(found: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import torch
 from . import ceilings, memory
 from .case import Case, build, step_of
 from .gate import Call, Gate
-from .implementations import Implementation, Unfit, backend_choices, every, mfd_fast_on
+from .implementations import Implementation, UnfitError, backend_choices, every, mfd_fast_on
 from .machine import last_level_cache_bytes
 from .ops import of, options_of
 from .timing import LEAST_ROUNDS, Flusher, Step, Times, interleaved
@@ -35,20 +35,20 @@ class Settings:
     least: int = LEAST_ROUNDS
     flush: bool = False
     compile_seconds_left: float = float("inf")
-    said: Callable[[str], None] = lambda _: None  # noqa: E731
+    said: Callable[[str], None] = lambda _: None
 
 
-class LeftOut(Exception):
+class LeftOutError(Exception):
     """This workload is not measured here; the message says why."""
 
 
 def measure(workload: Workload, settings: Settings, extra: dict[str, Implementation] | None = None) -> dict[str, Any]:
-    """One result. Raises :class:`LeftOut`; ``extra`` are further implementations (tests)."""
+    """One result. Raises :class:`LeftOutError`; ``extra`` are further implementations (tests)."""
     try:
         return _measure(workload, settings, extra or {})
     except Exception as error:
         if memory.is_out_of_memory(error):
-            raise LeftOut(f"out of memory: {_needs(workload)}") from None
+            raise LeftOutError(f"out of memory: {_needs(workload)}") from None
         raise
     finally:
         gc.collect()
@@ -64,10 +64,10 @@ def _measure(workload: Workload, settings: Settings, extra: dict[str, Implementa
     try:
         chosen, others = backend_choices(case)
     except (TypeError, ValueError) as error:
-        raise LeftOut(str(error)) from None
+        raise LeftOutError(str(error)) from None
     primary = settings.backend or chosen
     if settings.backend not in (None, chosen) and others[primary]:
-        raise LeftOut(f"backend {primary!r} cannot run this: {others[primary]}")
+        raise LeftOutError(f"backend {primary!r} cannot run this: {others[primary]}")
     backends = [primary]
     if settings.backend is None and primary != "reference":
         backends += [name for name, reason in others.items() if not reason and name not in ("reference", primary)]
@@ -84,7 +84,7 @@ def _measure(workload: Workload, settings: Settings, extra: dict[str, Implementa
         settings.said(f"{workload.name}: {contestant.title}")
         try:
             found = _admit(contestant, workload, settings, gate, calls)
-        except Unfit as reason:
+        except UnfitError as reason:
             left_out[contestant.name] = str(reason)
             continue
         measurements.append(found)
@@ -130,17 +130,19 @@ def _admit(
     """Prepares and gates one implementation; it joins ``calls`` if the gate is green."""
     reason = contestant.missing(settings.device)
     if reason is not None:
-        raise Unfit(reason)
+        raise UnfitError(reason)
     if contestant.compiles and settings.compile_seconds_left <= 0:
-        raise Unfit("the time for compilations is spent (--compile-seconds)")
+        raise UnfitError("the time for compilations is spent (--compile-seconds)")
     call = contestant.prepare(workload, settings.device)
     begin = time.perf_counter()
     try:
         verdict = gate.check(call, lenience=_lenience(contestant), small=not contestant.compiles)
     except Exception as error:
         if memory.is_out_of_memory(error):
-            raise Unfit("out of memory") from None
-        raise Unfit(f"it fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+            raise UnfitError("out of memory") from None
+        raise UnfitError(
+            f"it fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
     spent = time.perf_counter() - begin
     if contestant.compiles:
         settings.compile_seconds_left -= spent
@@ -179,7 +181,7 @@ def _plain(workload: Workload, backend: str, case: Case) -> Step | None:
 def _refuse_what_does_not_fit(workload: Workload, work: ceilings.Work, device: torch.device) -> None:
     free = memory.available_bytes(device)
     if free is not None and MEMORY_FACTOR * work.nbytes > free:
-        raise LeftOut(f"{_needs(workload)}; {free / 2**30:.1f} GiB are free")
+        raise LeftOutError(f"{_needs(workload)}; {free / 2**30:.1f} GiB are free")
 
 
 def _needs(workload: Workload) -> str:

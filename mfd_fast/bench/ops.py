@@ -194,7 +194,11 @@ def _linear_inputs(sizes: Sizes, dtype: torch.dtype, distance: str, seed: int) -
 
 def _linear_call(options: Mapping[str, Any], backend: str | None) -> Callable[..., Tensor]:
     def call(
-        student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor | None
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        labels: Tensor | None,
     ) -> Tensor:
         with torch.no_grad():
             teacher = F.linear(teacher_hidden, teacher_weight)

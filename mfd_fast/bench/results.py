@@ -32,7 +32,7 @@ def primary(result: Result) -> Measurement | None:
 def rivals(result: Result) -> list[Measurement]:
     """Every timed implementation that is not mfd_fast."""
     names = [m["name"] for m in result["measurements"] if not m["name"].startswith("mfd_fast:")]
-    return [m for m in map(lambda name: entry(result, name), names) if m is not None]
+    return [m for m in (entry(result, name) for name in names) if m is not None]
 
 
 def red(result: Result) -> list[Measurement]:
@@ -46,23 +46,18 @@ def speed_up(result: Result, rival: str) -> float | None:
 
 
 def times_floor(result: Result, measurement: Measurement | None = None) -> float | None:
-    """Time over the measured floor (stream + GEMMs)."""
+    """Time over the floor; its reciprocal is the share of what the machine allows."""
     measurement = measurement or primary(result)
-    return None if measurement is None else float(measurement["median"] / result["floor"]["median"])
+    return None if measurement is None else float(measurement["median"] / floor_ms(result))
 
 
-def share_of_limit(result: Result, measurement: Measurement | None = None) -> float | None:
-    """The limit over the time: 1 is the best that can be. The limit is the floor, or an empty call if that is more."""
-    measurement = measurement or primary(result)
-    return None if measurement is None else float(limit_ms(result) / measurement["median"])
-
-
-def limit_ms(result: Result) -> float:
+def floor_ms(result: Result) -> float:
+    """Stream and GEMMs as measured beside the op, or an empty autograd call where that takes longer."""
     return float(max(result["floor"]["median"], result["call"]["median"]))
 
 
 def limited_by(result: Result) -> str:
-    """"call", "gemm" or "memory"."""
+    """``call``, ``gemm`` or ``memory``."""
     if result["call"]["median"] > result["floor"]["median"]:
         return "call"
     return "gemm" if result["flops"] > 8 * result["bytes"] else "memory"
@@ -131,8 +126,8 @@ def verdict(result: Result) -> str:
         return f"mfd_fast was not measured: {result['left_out'].get(result['primary'], 'unknown reason')}."
     bound = {"memory": "its bytes at the speed of the memory", "gemm": "its GEMMs", "call": "an empty autograd call"}
     text = (
-        f"{own['title']} takes {milliseconds(own['median'])}, {number(own['median'] / limit_ms(result))} times the "
-        f"floor of {milliseconds(limit_ms(result))} ({bound[limited_by(result)]})"
+        f"{own['title']} takes {milliseconds(own['median'])}, {number(own['median'] / floor_ms(result))} times the "
+        f"floor of {milliseconds(floor_ms(result))} ({bound[limited_by(result)]})"
     )
     faster = [(m["title"], speed_up(result, m["name"])) for m in rivals(result)]
     won = [f"{number(s)} x as fast as {title}" for title, s in faster if s is not None and s >= 1]
@@ -145,11 +140,23 @@ def milliseconds(value: float) -> str:
 
 
 def number(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return (
+        f"{value:.0f}"
+        if value >= 100
+        else f"{value:.1f}"
+        if value >= 10
+        else f"{value:{'.2f' if value >= 0.1 else '.2g'}}"
+    )
 
 
 def mebibytes(nbytes: float) -> str:
     return f"{nbytes / 2**20:.0f} MiB" if nbytes >= 10 * 2**20 else f"{nbytes / 2**20:.2g} MiB"
+
+
+def busy(machine: dict[str, Any]) -> str:
+    """``, other processes took 37 % of the processors`` where it matters: times are then upper bounds."""
+    share = machine.get("neighbours")
+    return "" if share is None or share < 0.02 else f", other processes took {100 * share:.0f} % of the processors"
 
 
 def save(found: dict[str, Any], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Other packages' kernels, called as their documentation says; none is a dependency (``pip install 'mfd-fast[peers]'``).
+"""Other packages' kernels, called as their documentation says. None is a dependency: ``pip install 'mfd-fast[peers]'``.
 
 Every rival starts from what the workload starts from. One that takes log-probabilities is charged for the softmaxes
 and their backward, one without a temperature for the division by it; one that may skip work is set to exact. Losses
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gate import Call
-from .implementations import Implementation, Unfit
+from .implementations import Implementation, UnfitError
 from .ops import options_of
 from .workloads import Workload
 
@@ -64,11 +64,11 @@ def _soft_only(workload: Workload, *, divergences: tuple[str, ...], ops: tuple[s
     """The options, if the workload is a divergence alone that the rival has."""
     options = options_of(workload)
     if workload.op not in ops:
-        raise Unfit(f"it has no {workload.op}")
+        raise UnfitError(f"it has no {workload.op}")
     if options["divergence"] not in divergences:
-        raise Unfit(f"it has no {options['divergence']}")
+        raise UnfitError(f"it has no {options['divergence']}")
     if options["hard_weight"] or options["soft_weight"] != 1:
-        raise Unfit("it has no weighted sum with the labels' term")
+        raise UnfitError("it has no weighted sum with the labels' term")
     return options
 
 
@@ -231,7 +231,7 @@ def _speculators_missing(device: torch.device) -> str | None:
 def _cut_cross_entropy(workload: Workload, device: torch.device) -> Call:
     options = options_of(workload)
     if workload.op != "linear_distill" or options["soft_weight"] or not options["hard_weight"]:
-        raise Unfit("it has the labels' term alone")
+        raise UnfitError("it has the labels' term alone")
     fused = _load("cut_cross_entropy").linear_cross_entropy
     how: dict[str, Any] = {"impl": "cce", "filter_eps": None} if device.type == "cuda" else {"impl": "torch_compile"}
     weight = options["hard_weight"]
@@ -243,7 +243,7 @@ def _cut_cross_entropy(workload: Workload, device: torch.device) -> Call:
 def _torchdistill(workload: Workload, device: torch.device) -> Call:  # noqa: ARG001
     options = options_of(workload)
     if workload.op != "distill_loss" or options["divergence"] != "forward_kl" or not options["soft_weight"]:
-        raise Unfit("it has forward KL and labels, on logits")
+        raise UnfitError("it has forward KL and labels, on logits")
     loss = _load("torchdistill.losses.mid_level").KDLoss(
         *("m", "output") * 2,
         temperature=options["temperature"],
@@ -279,6 +279,9 @@ RIVALS = (
         _importable("cut_cross_entropy", "cut-cross-entropy"),
     ),
     Implementation(
-        "torchdistill", "torchdistill KDLoss", _torchdistill, _importable("torchdistill.losses.mid_level", "torchdistill")
+        "torchdistill",
+        "torchdistill KDLoss",
+        _torchdistill,
+        _importable("torchdistill.losses.mid_level", "torchdistill"),
     ),
 )

@@ -53,7 +53,7 @@ def lines_below(result: Result, found: dict[str, Any]) -> list[str]:
         f"ceilings   stream {ceilings['stream_gb_s']:.3g} GB/s, in cache {ceilings['cached_stream_gb_s']:.3g} GB/s, "
         f"GEMM {ceilings['gemm_gflop_s']:.4g} GFLOP/s",
         f"machine    {machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, {machine['isa']}, "
-        f"torch {machine['torch']}, load {machine['load_average'] or 0:.1f}",
+        f"torch {machine['torch']}{results.busy(machine)}",
     ]
     lines += [f"target     {check}: {'met' if check.met else 'MISSED'}" for check in results.targets(result)]
     lines += [f"left out   {name}: {reason}" for name, reason in result["left_out"].items()]
