@@ -43,12 +43,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--report", type=Path, metavar="FOLDER", help="write result file, CSV, pictures and performance.md here"
     )
+    top.add_argument("--compare", type=Path, metavar="JSON", help="exit with 2 if anything is slower than in this file")
     top.add_argument("--publish", action="store_true", help=f"write {REPORT.relative_to(ROOT)} and its raw file")
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 1 if mfd_fast was red anywhere, or nothing could be measured."""
+    """Returns the exit status: 1 if mfd_fast was red anywhere, or nothing could be measured; 2 see --compare."""
     lacking = [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]
     if lacking:
         print(f"benchmarks need {', '.join(lacking)}: pip install 'mfd-fast[bench]'", file=sys.stderr)
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from mfd_fast.bench import results
 
-    from . import table
+    from . import compare, table
 
     arguments = parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 170)
@@ -71,8 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     table.show(found, console)
     for path in write(found, arguments):
         console.print(str(path), style="dim", highlight=False)
+    slower = False
+    if arguments.compare:
+        changes = compare.changes(results.load(arguments.compare), found)
+        slower = any(change.is_slower for change in changes)
+        compare.show(changes, console)
     wrong = [r for r in found["results"] if any(m["name"] == r["primary"] for m in results.red(r))]
-    return 1 if wrong or not found["results"] else 0
+    return 1 if wrong or not found["results"] else 2 if slower else 0
 
 
 def _measured(arguments: argparse.Namespace, console: Any) -> dict[str, Any] | None:

@@ -68,16 +68,22 @@ def _widest_row(op: BenchOp, sizes: dict[str, int]) -> int:
 
 
 def build(
-    workload: Workload, device: torch.device, distance: str = "far", seed: int = 0, *, limit: int | None = None
+    workload: Workload,
+    device: torch.device,
+    distance: str = "far",
+    seed: int = 0,
+    *,
+    whole: bool = True,
+    limit: int | None = None,
 ) -> Case:
-    """The case at full size, or one block alone, of at most ``limit`` elements."""
+    """The case at full size, or its block alone; ``limit`` replaces ``BLOCK``."""
     op, sizes = of(workload), dict(workload.sizes)
     rows = sizes[op.batch]
     block = block_rows(rows, _widest_row(op, sizes), BLOCK if limit is None else limit)
     arguments = op.inputs({**sizes, op.batch: block}, workload.torch_dtype, distance, seed)
     if not _uses_labels(options_of(workload)) and "labels" in arguments:
         arguments["labels"] = None
-    copies = 1 if limit is not None else rows // max(block, 1)
+    copies = rows // max(block, 1) if whole else 1
     upstream = None
     if not op.mean:
         shape = (block, sizes["width"])

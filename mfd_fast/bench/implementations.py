@@ -72,13 +72,12 @@ def _gpu_only(device: torch.device) -> str | None:
     return None if device.type == "cuda" else "it is for GPUs"
 
 
-def _no_compiler(device: torch.device) -> str | None:  # noqa: ARG001
-    from torch._inductor import config, cpp_builder
+def _no_compiler(device: torch.device) -> str | None:
+    from torch._inductor import cpp_builder
 
-    if config.cpp.cxx is None:
-        return "torch.compile is switched off"
     try:
-        cpp_builder.get_cpp_compiler()
+        if device.type == "cpu":
+            cpp_builder.get_cpp_compiler()
     except Exception as error:
         return f"torch.compile finds no C++ compiler ({type(error).__name__})"
     return None

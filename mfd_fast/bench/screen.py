@@ -16,7 +16,7 @@ COLUMNS = ("implementation", "gate", "median", "quartiles", "x floor", "mfd_fast
 
 def rows(result: Result) -> list[tuple[str, ...]]:
     """The cells of every implementation: measured, red, left out."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for m in result["measurements"]:
         if m["gate"] == "red":
             found.append((m["title"], "RED", "", "", "", "", "", m["red"]))
