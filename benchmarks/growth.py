@@ -110,7 +110,7 @@ def measure_all(device: torch.device, said: Callable[[str], None]) -> list[dict[
 
 
 def judgement(grown: dict[str, Any]) -> str:
-    """ "linear", or what grows faster and whether the machine explains it."""
+    """``linear or better``, or what grows faster and whether the machine explains it."""
     words = []
     time, floor, extra = grown["time_exponent"], grown["floor_exponent"], grown["memory_exponent"]
     if time is not None and time > SUPERLINEAR:

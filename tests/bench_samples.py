@@ -71,7 +71,8 @@ def document() -> dict[str, Any]:
                 "neighbours": 0.25,
             },
             "ceilings": {
-                "stream_gb_s": 40.0, "cached_stream_gb_s": 90.0, "copy_gb_s": 30.0, "gemm_gflop_s": 200.0, "call_us": 20.0,
+                "stream_gb_s": 40.0, "cached_stream_gb_s": 90.0, "copy_gb_s": 30.0, "gemm_gflop_s": 200.0,
+                "call_us": 20.0,
             },
             "results": [fast, slow, wrong],
             "suite": "cpu", "flush": False, "seconds": 12.0,
