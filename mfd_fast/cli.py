@@ -21,12 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="{env,demo,bench}")
     commands.add_parser("env", help="versions, processor, devices, and which backends can run")
     commands.add_parser("demo", help="a multimodal distillation on real data", add_help=False)
-    commands.add_parser("bench", help="how to measure on this machine", add_help=False)
+    commands.add_parser("bench", help="time an op at your own shape", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
         return demo(rest)
     if arguments.command == "bench":
-        return bench()
+        return bench(rest)
     if rest:
         parser.error("unrecognized arguments: " + " ".join(rest))
     return env()
@@ -103,13 +103,10 @@ def demo(argv: Sequence[str]) -> int:
     return int(run(list(argv)) or 0)
 
 
-def bench() -> int:
-    """Say where the benchmarks are."""
-    print(
-        "The benchmarks are not installed with the package: run `python -m benchmarks` (or `make bench`) "
-        "in a checkout, after pip install 'mfd-fast[bench]'."
-    )
-    return 0
+def bench(argv: Sequence[str]) -> int:
+    """Time one op with its own arguments."""
+    run = importlib.import_module("mfd_fast.bench.command").main
+    return int(run(list(argv)))
 
 
 def _version(distribution: str) -> str:

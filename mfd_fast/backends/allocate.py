@@ -21,10 +21,14 @@ def set_hook(hook: Hook | None) -> Hook | None:
     return previous
 
 
-def set_cpu_gradient_provider(provider: Provider | None) -> None:
-    """``provider(shape, dtype)`` returns recycled memory for a large CPU gradient, or None to decline."""
+def set_cpu_gradient_provider(provider: Provider | None) -> Provider | None:
+    """``provider(shape, dtype)`` returns recycled memory for a large CPU gradient, or None to decline.
+
+    Returns the previous provider.
+    """
     global _cpu_gradient_provider
-    _cpu_gradient_provider = provider
+    previous, _cpu_gradient_provider = _cpu_gradient_provider, provider
+    return previous
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,0 +1,91 @@
+"""Runs a suite with a progress bar, within its time, and says what it left out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mfd_fast.bench import ceilings, machine
+from mfd_fast.bench.command import document
+from mfd_fast.bench.implementations import every
+from mfd_fast.bench.measure import LeftOutError, Settings, measure
+
+from .suites import Entry, Suite
+
+
+def run_suite(
+    suite: Suite,
+    entries: Sequence[Entry],
+    device: torch.device,
+    *,
+    against: Sequence[str] | None = None,
+    seconds: float | None = None,
+    minutes: float | None = None,
+    compile_seconds: float | None = None,
+    flush: bool = False,
+    growth: Callable[[torch.device, Callable[[str], None]], list[dict[str, Any]]] | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """A result file: the machine, the ceilings, one result per workload, and what was left out and why."""
+    begin = time.monotonic()
+    facts, neighbours = machine.facts(device), machine.Neighbours()
+    end = begin + 60 * (suite.minutes if minutes is None else minutes)
+    compile_left = suite.compile_seconds if compile_seconds is None else compile_seconds
+    found: list[dict[str, Any]] = []
+    left_out: list[dict[str, str]] = []
+    with _progress(quiet) as bar:
+        task = bar.add_task(suite.name, total=len(entries) + (growth is not None))
+        rates = ceilings.measure(device, seconds=1.0 if suite.least < 5 else 3.0)
+        grown = None
+        if growth is not None:
+            grown = growth(device, lambda text: bar.update(task, description=text))
+            bar.advance(task)
+            end += time.monotonic() - begin
+        for entry in entries:
+            if time.monotonic() > end:
+                left_out.append({"name": entry.workload.name, "reason": "the suite's time was spent"})
+                bar.advance(task)
+                continue
+            settings = Settings(
+                device,
+                entry.against if against is None else against,
+                seconds=suite.seconds if seconds is None else seconds,
+                least=suite.least,
+                flush=flush,
+                compile_seconds_left=compile_left,
+                said=lambda text: bar.update(task, description=text),
+            )
+            try:
+                found.append(measure(entry.workload, settings))
+            except LeftOutError as reason:
+                left_out.append({"name": entry.workload.name, "reason": str(reason)})
+            compile_left = settings.compile_seconds_left
+            bar.advance(task)
+    named = {name for entry in entries for name in (entry.against if against is None else against)}
+    missing = {n: reason for n in sorted(named) if (reason := every()[n].missing(device)) is not None}
+    return document(
+        found,
+        {**facts, "neighbours": neighbours.share()},
+        rates,
+        suite=suite.name,
+        flush=flush or device.type == "cuda",
+        seconds=round(time.monotonic() - begin, 1),
+        left_out=left_out,
+        missing=missing,
+        growth=grown,
+    )
+
+
+def _progress(quiet: bool) -> Progress:
+    return Progress(
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+        transient=True,
+        disable=quiet,
+    )

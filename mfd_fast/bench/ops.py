@@ -1,0 +1,357 @@
+"""The measured ops: inputs, the call into mfd_fast, the eager call, and the least work that physics allows.
+
+``linear_distill`` and ``student_step`` are compositions around public ops: the first is where rivals that start from
+hidden states compete, the second is one whole step of a small student without its optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mfd_fast as mfd
+from mfd_fast.testing import DISTANCES, distill_inputs
+
+from . import eager
+from .workloads import Workload
+
+Arguments = dict[str, Any]
+Sizes = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes that must cross the memory bus, and GEMMs (m, k, n) that must be done."""
+
+    nbytes: int
+    products: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def flops(self) -> int:
+        return sum(2 * m * k * n for m, k, n in self.products)
+
+
+@dataclass(frozen=True)
+class BenchOp:
+    """One record per op.
+
+    Attributes:
+        sizes: names and defaults; the first is the batch, the only one that the row arguments' dimension 0 follows.
+        options: names and defaults of what reaches the calls.
+        inputs: ``(sizes, dtype, distance, seed) -> arguments`` on the CPU.
+        rows: names of the arguments whose dimension 0 is the batch.
+        leaves: names of the arguments that receive a gradient.
+        call: ``(options, backend) -> f(**arguments) -> Tensor`` through the public API.
+        eager: ``f(**arguments, **options) -> Tensor``.
+        choice: ``(arguments, options, backend) -> Choice``: what ``call`` would run on; raises as the op would.
+        work: ``(sizes, item size, training) -> Work``.
+        mean: whether the result is a mean over rows (else one value per row, weighted by a given upstream gradient).
+    """
+
+    name: str
+    sizes: Mapping[str, int]
+    options: Mapping[str, Any]
+    inputs: Callable[[Sizes, torch.dtype, str, int], Arguments]
+    rows: frozenset[str]
+    leaves: frozenset[str]
+    call: Callable[[Mapping[str, Any], str | None], Callable[..., Tensor]]
+    eager: Callable[..., Tensor]
+    choice: Callable[[Arguments, Mapping[str, Any], str | None], mfd.Choice]
+    work: Callable[[Sizes, int, bool], Work]
+    mean: bool = True
+
+    @property
+    def batch(self) -> str:
+        return next(iter(self.sizes))
+
+
+def _explained(op: Callable[..., Any]) -> Callable[..., mfd.Choice]:
+    return lambda arguments, options, backend: mfd.explain(op, **arguments, **options, backend=backend)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(shape, generator=_generator(seed))).to(dtype)
+
+
+def _near(student: Tensor, distance: str, seed: int) -> Tensor:
+    """A teacher's tensor at a :data:`~mfd_fast.testing.DISTANCES` distance from the student's."""
+    noise = torch.randn(student.shape, generator=_generator(seed))
+    deviation = DISTANCES[distance]
+    teacher = noise if deviation is None else student.float() + deviation * noise
+    return teacher.to(student.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ distill_loss
+
+
+def _distill_inputs(sizes: Sizes, dtype: torch.dtype, distance: str, seed: int) -> Arguments:
+    sample = distill_inputs((sizes["rows"], sizes["classes"]), distance=distance, dtype=dtype, seed=seed)
+    return {"student": sample.student, "teacher": sample.teacher, "labels": sample.labels}
+
+
+def _distill_call(options: Mapping[str, Any], backend: str | None) -> Callable[..., Tensor]:
+    return lambda **arguments: mfd.distill_loss(**arguments, **options, backend=backend)
+
+
+def _distill_work(sizes: Sizes, item: int, training: bool) -> Work:
+    return Work((3 if training else 2) * sizes["rows"] * sizes["classes"] * item)
+
+
+# -------------------------------------------------------------------------------------------------- modal_pool
+
+
+def _pool_inputs(sizes: Sizes, dtype: torch.dtype, distance: str, seed: int) -> Arguments:  # noqa: ARG001
+    shape = (sizes["batch"], sizes["width"])
+    features = [_normal(shape, 7 * seed + m, dtype) for m in range(sizes["modalities"])]
+    return {"features": features, "query": _normal(shape[1:], 7 * seed + 99, dtype)}
+
+
+def _pool_call(options: Mapping[str, Any], backend: str | None) -> Callable[..., Tensor]:
+    return lambda **arguments: mfd.modal_pool(**arguments, **options, backend=backend).pooled
+
+
+def _pool_work(sizes: Sizes, item: int, training: bool) -> Work:
+    """Forward: read M, write 1. Backward: read M and d pooled, write M."""
+    passes = sizes["modalities"] + 1 + (2 * sizes["modalities"] + 1 if training else 0)
+    return Work(passes * sizes["batch"] * sizes["width"] * item)
+
+
+# ------------------------------------------------------------------------------------------------ feature_loss
+
+
+def _feature_inputs(sizes: Sizes, dtype: torch.dtype, distance: str, seed: int) -> Arguments:
+    shape = (sizes["rows"], sizes["width"])
+    student = [_normal(shape, 7 * seed + tap, dtype) for tap in range(sizes["taps"])]
+    teacher = [_near(s, distance, 7 * seed + 50 + tap) for tap, s in enumerate(student)]
+    return {"student": student, "teacher": teacher}
+
+
+def _feature_call(options: Mapping[str, Any], backend: str | None) -> Callable[..., Tensor]:
+    return lambda **arguments: mfd.feature_loss(**arguments, **options, backend=backend)
+
+
+def _feature_work(sizes: Sizes, item: int, training: bool) -> Work:
+    return Work((3 if training else 2) * sizes["taps"] * sizes["rows"] * sizes["width"] * item)
+
+
+# ---------------------------------------------------------------------------------------------------- mfd_loss
+
+
+def _mfd_inputs(sizes: Sizes, dtype: torch.dtype, distance: str, seed: int) -> Arguments:
+    batch, width, classes = sizes["batch"], sizes["width"], sizes["classes"]
+    pool = _pool_inputs(sizes, dtype, distance, seed)
+    head = _normal((classes, width), 7 * seed + 101, dtype, 3 * width**-0.5)
+    student = F.linear(eager.modal_pool(pool["features"], pool["query"]).float(), head.float())
+    return {
+        **pool,
+        "head_weight": head,
+        "head_bias": _normal((classes,), 7 * seed + 102, dtype, 0.1),
+        "teacher_logits": _near(student, distance, 7 * seed + 103).to(dtype),
+        "labels": torch.randint(classes, (batch,), generator=_generator(7 * seed + 104)),
+        "teacher_features": _normal((batch, width), 7 * seed + 105, dtype),
+    }
+
+
+def _mfd_call(options: Mapping[str, Any], backend: str | None) -> Callable[..., Tensor]:
+    return lambda **arguments: mfd.mfd_loss(**arguments, **options, backend=backend).loss
+
+
+def _mfd_work(sizes: Sizes, item: int, training: bool) -> Work:
+    """Features in (and their gradients out), teacher features and logits; z = yWᵀ, dy = dz W, dW = dzᵀ y."""
+    batch, modalities, width, classes = (sizes[key] for key in ("batch", "modalities", "width", "classes"))
+    passes = (2 * modalities if training else modalities) + 1
+    forward = ((batch, width, classes),)
+    backward = ((batch, classes, width), (classes, batch, width)) if training else ()
+    return Work((passes * batch * width + batch * classes) * item, forward + backward)
+
+
+# ---------------------------------------------------------------------------------------------- linear_distill
+
+
+def _linear_inputs(sizes: Sizes, dtype: torch.dtype, distance: str, seed: int) -> Arguments:
+    rows, hidden, classes = sizes["rows"], sizes["hidden"], sizes["classes"]
+    student_hidden = _normal((rows, hidden), 7 * seed, dtype)
+    student_weight = _normal((classes, hidden), 7 * seed + 1, dtype, 3 * hidden**-0.5)
+    far = DISTANCES[distance] is None
+    teacher_weight = _normal((classes, hidden), 7 * seed + 2, dtype, 3 * hidden**-0.5) if far else student_weight
+    return {
+        "student_hidden": student_hidden,
+        "student_weight": student_weight,
+        "teacher_hidden": _near(student_hidden, distance, 7 * seed + 3),
+        "teacher_weight": teacher_weight.clone(),
+        "labels": torch.randint(classes, (rows,), generator=_generator(7 * seed + 4)),
+    }
+
+
+def _linear_call(options: Mapping[str, Any], backend: str | None) -> Callable[..., Tensor]:
+    def call(
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        labels: Tensor | None,
+    ) -> Tensor:
+        with torch.no_grad():
+            teacher = F.linear(teacher_hidden, teacher_weight)
+        return mfd.distill_loss(F.linear(student_hidden, student_weight), teacher, labels, **options, backend=backend)
+
+    return call
+
+
+def _linear_choice(arguments: Arguments, options: Mapping[str, Any], backend: str | None) -> mfd.Choice:
+    shape = (arguments["student_hidden"].shape[0], arguments["student_weight"].shape[0])
+    student = arguments["student_hidden"].new_zeros(()).expand(shape)
+    return mfd.explain(mfd.distill_loss, student, student, arguments["labels"], **options, backend=backend)
+
+
+def _linear_work(sizes: Sizes, item: int, training: bool) -> Work:
+    """Both heads forward, d hidden and d weight backward; hidden states and weights in, their gradients out."""
+    rows, hidden, classes = sizes["rows"], sizes["hidden"], sizes["classes"]
+    products = [(rows, hidden, classes)] * 2 + ([(rows, classes, hidden), (classes, rows, hidden)] if training else [])
+    return Work((3 if training else 2) * (rows + classes) * hidden * item, tuple(products))
+
+
+# ------------------------------------------------------------------------------------------------ student_step
+
+
+def _step_inputs(sizes: Sizes, dtype: torch.dtype, distance: str, seed: int) -> Arguments:
+    found = _mfd_inputs(sizes, dtype, distance, seed)
+    shapes = (sizes["batch"], sizes["inputs"]), (sizes["width"], sizes["inputs"])
+    scale = sizes["inputs"] ** -0.5
+    modalities = range(sizes["modalities"])
+    return {
+        "inputs": [_normal(shapes[0], 7 * seed + 200 + m, dtype) for m in modalities],
+        "encoders": [_normal(shapes[1], 7 * seed + 300 + m, dtype, scale) for m in modalities],
+        **{key: value for key, value in found.items() if key != "features"},
+    }
+
+
+def _step_features(inputs: list[Tensor], encoders: list[Tensor]) -> list[Tensor]:
+    return [F.relu(F.linear(x, w)) for x, w in zip(inputs, encoders, strict=True)]
+
+
+def _step_call(options: Mapping[str, Any], backend: str | None) -> Callable[..., Tensor]:
+    return lambda inputs, encoders, **rest: (
+        mfd.mfd_loss(_step_features(inputs, encoders), **rest, **options, backend=backend).loss
+    )
+
+
+def _step_eager(inputs: list[Tensor], encoders: list[Tensor], **rest: Any) -> Tensor:
+    return eager.mfd_loss(_step_features(inputs, encoders), **rest)
+
+
+def _step_choice(arguments: Arguments, options: Mapping[str, Any], backend: str | None) -> mfd.Choice:
+    rest = {key: value for key, value in arguments.items() if key not in ("inputs", "encoders")}
+    shape = (arguments["inputs"][0].shape[0], arguments["encoders"][0].shape[0])
+    features = [arguments["inputs"][0].new_zeros(()).expand(shape)] * len(arguments["inputs"])
+    return mfd.explain(mfd.mfd_loss, features, **rest, **options, backend=backend)
+
+
+def _step_work(sizes: Sizes, item: int, training: bool) -> Work:
+    """The head's work with its features in cache, and one GEMM forward and one backward per encoder."""
+    head = _mfd_work(sizes, item, training)
+    batch, inputs, width, modalities = (sizes[key] for key in ("batch", "inputs", "width", "modalities"))
+    encoders = [(batch, inputs, width)] * modalities + ([(width, batch, inputs)] * modalities if training else [])
+    return Work(head.nbytes + modalities * batch * inputs * item, (*head.products, *encoders))
+
+
+_MFD_SIZES = {"batch": 1024, "modalities": 3, "width": 768, "classes": 1000}
+_MFD_OPTIONS = {"divergence": "forward_kl", "temperature": 2.0, "hard_weight": 0.5, "feature_weight": 0.5}
+_MFD_ROWS = frozenset({"features", "teacher_logits", "labels", "teacher_features"})
+
+OPS: dict[str, BenchOp] = {
+    record.name: record
+    for record in (
+        BenchOp(
+            "distill_loss",
+            sizes={"rows": 4096, "classes": 1000},
+            options={"divergence": "forward_kl", "temperature": 2.0, "soft_weight": 1.0, "hard_weight": 0.0},
+            inputs=_distill_inputs,
+            rows=frozenset({"student", "teacher", "labels"}),
+            leaves=frozenset({"student"}),
+            call=_distill_call,
+            eager=eager.distill_loss,
+            choice=_explained(mfd.distill_loss),
+            work=_distill_work,
+        ),
+        BenchOp(
+            "modal_pool",
+            sizes={"batch": 1024, "modalities": 3, "width": 768},
+            options={},
+            inputs=_pool_inputs,
+            rows=frozenset({"features"}),
+            leaves=frozenset({"features", "query"}),
+            call=_pool_call,
+            eager=eager.modal_pool,
+            choice=_explained(mfd.modal_pool),
+            work=_pool_work,
+            mean=False,
+        ),
+        BenchOp(
+            "feature_loss",
+            sizes={"rows": 2048, "taps": 12, "width": 768},
+            options={"kind": "mse"},
+            inputs=_feature_inputs,
+            rows=frozenset({"student", "teacher"}),
+            leaves=frozenset({"student"}),
+            call=_feature_call,
+            eager=eager.feature_loss,
+            choice=_explained(mfd.feature_loss),
+            work=_feature_work,
+        ),
+        BenchOp(
+            "mfd_loss",
+            sizes=_MFD_SIZES,
+            options=_MFD_OPTIONS,
+            inputs=_mfd_inputs,
+            rows=_MFD_ROWS,
+            leaves=frozenset({"features", "query", "head_weight", "head_bias"}),
+            call=_mfd_call,
+            eager=eager.mfd_loss,
+            choice=_explained(mfd.mfd_loss),
+            work=_mfd_work,
+        ),
+        BenchOp(
+            "linear_distill",
+            sizes={"rows": 1024, "hidden": 512, "classes": 32000},
+            options={"divergence": "forward_kl", "temperature": 2.0, "soft_weight": 1.0, "hard_weight": 0.0},
+            inputs=_linear_inputs,
+            rows=frozenset({"student_hidden", "teacher_hidden", "labels"}),
+            leaves=frozenset({"student_hidden", "student_weight"}),
+            call=_linear_call,
+            eager=eager.linear_distill,
+            choice=_linear_choice,
+            work=_linear_work,
+        ),
+        BenchOp(
+            "student_step",
+            sizes={"batch": 256, "modalities": 3, "width": 512, "classes": 100, "inputs": 1024},
+            options=_MFD_OPTIONS,
+            inputs=_step_inputs,
+            rows=(_MFD_ROWS - {"features"}) | {"inputs"},
+            leaves=frozenset({"encoders", "query", "head_weight", "head_bias"}),
+            call=_step_call,
+            eager=_step_eager,
+            choice=_step_choice,
+            work=_step_work,
+        ),
+    )
+}
+
+
+def of(workload: Workload) -> BenchOp:
+    return OPS[workload.op]
+
+
+def options_of(workload: Workload) -> dict[str, Any]:
+    """The op's defaults with the workload's own options over them."""
+    return {**of(workload).options, **workload.options}
