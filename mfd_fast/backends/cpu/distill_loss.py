@@ -192,7 +192,9 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProdu
         extra = (column(), column(), *label_probs, allocate.empty((n,), torch.bool, device))
         addresses = [0 if t is None else t.data_ptr() for t in extra]
     if n:
-        module.per_row(problem, topk, soft.data_ptr(), hard.data_ptr(), stats.data_ptr(), *addresses, torch.get_num_threads())
+        module.per_row(
+            problem, topk, soft.data_ptr(), hard.data_ptr(), stats.data_ptr(), *addresses, torch.get_num_threads()
+        )
     return soft, hard, stats, extra
 
 
