@@ -9,6 +9,7 @@ divergences D are in :mod:`mfd_fast.reference.divergences`.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -150,14 +151,18 @@ class Sides(NamedTuple):
 
 
 def raw_logits(rows: Rows) -> tuple[Tensor, list[Tensor]]:
-    """The used columns of student and teachers as ``[N, C]`` of the arithmetic's dtype; 0 in rows that do not exist."""
+    """The used columns of student and teachers as ``[N, C]`` of the arithmetic's dtype; uniform in rows that do not
+    exist, so that every divergence is finite there.
+    """
     n, c, counted = rows.n_rows, rows.classes, rows.counted()
 
-    def used(side: Tensor, width: int) -> Tensor:
+    def used(side: Tensor, width: int, uniform: float) -> Tensor:
         values = side.reshape(n, side.shape[-1])[:, :width].to(rows.dtype)
-        return values if counted is None else torch.where(counted[:, None], values, torch.zeros_like(values))
+        return values if counted is None else torch.where(counted[:, None], values, torch.full_like(values, uniform))
 
-    return used(rows.student, c), [used(t, c if rows.topk is None else t.shape[-1]) for t in rows.teachers]
+    if rows.topk is not None:
+        return used(rows.student, c, 0.0), [used(rows.teacher, rows.teacher.shape[-1], -math.log(c))]
+    return used(rows.student, c, 0.0), [used(t, c, 0.0) for t in rows.teachers]
 
 
 def both_sides(rows: Rows, op: str) -> Sides:
