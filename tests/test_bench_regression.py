@@ -15,14 +15,14 @@ from mfd_fast.bench.workloads import Workload
 
 ON_THE_REFERENCE = 0.2
 BOUNDS = {
-    "logits": (3.0, Workload("distill_loss", {"rows": 256, "classes": 8000})),
-    "logits, bfloat16": (1.5, Workload("distill_loss", {"rows": 256, "classes": 8000}, "bfloat16")),
-    "short rows": (1.5, Workload("distill_loss", {"rows": 8192, "classes": 112})),
-    "labels": (2.0, Workload("distill_loss", {"rows": 1024, "classes": 1000}, options={"hard_weight": 0.5})),
+    "logits": (3.0, Workload("distill_loss", {"rows": 64, "classes": 8000})),
+    "logits, bfloat16": (1.5, Workload("distill_loss", {"rows": 64, "classes": 8000}, "bfloat16")),
+    "short rows": (1.5, Workload("distill_loss", {"rows": 2048, "classes": 112})),
+    "labels": (2.0, Workload("distill_loss", {"rows": 512, "classes": 1000}, options={"hard_weight": 0.5})),
     "latency": (0.4, Workload("distill_loss", {"rows": 64, "classes": 100})),
-    "pool": (1.0, Workload("modal_pool", {"batch": 1024, "modalities": 3, "width": 768})),
-    "features": (0.7, Workload("feature_loss", {"rows": 1024, "taps": 4, "width": 768})),
-    "head": (0.7, Workload("mfd_loss", {"batch": 256, "modalities": 3, "width": 512, "classes": 100})),
+    "pool": (1.0, Workload("modal_pool", {"batch": 256, "modalities": 3, "width": 768})),
+    "features": (0.7, Workload("feature_loss", {"rows": 128, "taps": 4, "width": 768})),
+    "head": (0.7, Workload("mfd_loss", {"batch": 128, "modalities": 3, "width": 256, "classes": 50})),
 }
 
 
