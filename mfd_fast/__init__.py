@@ -1,17 +1,34 @@
 """Multimodal knowledge distillation at hardware speed."""
 
-from . import nn
+from . import balance, nn, schedules
 from .backends import BackendError, Choice, use_backend
+from .divergences import (
+    DKD,
+    JSD,
+    NKD,
+    TVD,
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+)
 from .explain import explain
 from .ops.distill_loss import distill_loss, distill_terms
 from .ops.feature_loss import feature_loss
 from .ops.mfd_loss import mfd_loss
 from .ops.modal_pool import modal_pool
-from .types import DistillTerms, Divergence, ForwardKL, LogitTransform, MFDOutput, ModalPool
+from .types import DistillTerms, LogitTransform, MFDOutput, ModalPool, TopK
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DKD",
+    "JSD",
+    "NKD",
+    "TVD",
+    "AlphaBeta",
     "BackendError",
     "Choice",
     "DistillTerms",
@@ -20,6 +37,11 @@ __all__ = [
     "LogitTransform",
     "MFDOutput",
     "ModalPool",
+    "ReverseKL",
+    "SkewKL",
+    "SkewReverseKL",
+    "TopK",
+    "balance",
     "distill_loss",
     "distill_terms",
     "explain",
@@ -27,5 +49,6 @@ __all__ = [
     "mfd_loss",
     "modal_pool",
     "nn",
+    "schedules",
     "use_backend",
 ]

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .rows import Rows
-from .types import DIVERGENCES, Divergence, LogitTransform
+from .divergences import DIVERGENCES, DKD, NKD, AlphaBeta, Divergence, ReverseKL
+from .rows import Rows, TopKRows
+from .types import LogitTransform, TopK
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 REDUCTIONS = ("mean", "sum", "none")
@@ -148,13 +149,60 @@ def check_transform(op: str, argument: str, value: object, columns: int) -> int:
     return value.classes
 
 
-def check_divergence(op: str, value: object) -> Divergence:
+def check_divergence(op: str, value: object, labels: Tensor | None) -> Divergence:
+    """The canonical divergence: the one place where a name or an end point becomes what it stands for."""
     if isinstance(value, str):
         check_choice(op, "divergence", value, tuple(DIVERGENCES))
-        return DIVERGENCES[value]
-    if not isinstance(value, Divergence) or type(value) is Divergence:
+        value = DIVERGENCES[value]
+    elif not isinstance(value, Divergence) or type(value) is Divergence:
         raise type_error(op, "divergence", value, "a name or a Divergence")
-    return value
+    if value.needs_labels and labels is None:
+        raise value_error(op, "labels", labels, f"given for {value}")
+    return value.canonical()
+
+
+def check_topk(op: str, topk: TopK, divergence: Divergence, transform: object, n_rows: int, classes: int) -> TopKRows:
+    """How the values are meant. The indices are left to :func:`check_indices`, which reads them."""
+    if transform is not None:
+        raise ValueError(f"{op}: teacher_transform needs the whole row of teacher logits, got a TopK teacher")
+    width = topk.values.shape[-1]
+    if width > classes:
+        raise ValueError(f"{op}: teacher must list at most {classes} classes (the student's), got K = {width}")
+    tail = "renormalize" if width == classes else topk.tail
+    logprobs = topk.values_are == "logprobs"
+    if tail == "zero" and isinstance(divergence, (DKD, NKD)):
+        raise ValueError(f"{op}: {divergence.name} needs a whole teacher distribution, got TopK(tail='zero')")
+    alpha, beta = divergence.parameters
+    if (tail == "zero" or (tail == "bucket" and not logprobs)) and (
+        isinstance(divergence, ReverseKL) or (isinstance(divergence, AlphaBeta) and (alpha <= 0 or alpha + beta <= 0))
+    ):
+        got = f"TopK(tail={tail!r}, values_are={topk.values_are!r})"
+        raise ValueError(f"{op}: {divergence} is infinite where the teacher is 0, got {got}")
+    indices = topk.indices.reshape(n_rows, width).to(torch.int64).contiguous()
+    return TopKRows(indices, tail, logprobs)
+
+
+def check_teacher_weights(
+    op: str, value: object, count: int, leading: torch.Size, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """``[count]`` or ``[N, count]`` summing to 1 in each row, still in the graph. Signs are checked on a CPU only."""
+    if value is None:
+        return None
+    weights = check_floating(op, "teacher_weights", value)
+    if weights.shape not in ((count,), (*leading, count)):
+        need = f"of shape [{count}] or {[*leading, count]} (one value per teacher)"
+        raise value_error(op, "teacher_weights", weights, need)
+    check_device(op, "teacher_weights", weights, device)
+    weights = weights.to(dtype)
+    total = weights.sum(-1, keepdim=True)
+    if device.type == "cpu" and not torch.compiler.is_compiling() and weights.numel():
+        low, least = weights.detach().min().item(), total.detach().min().item()
+        if low < 0 or least <= 0:
+            raise ValueError(
+                f"{op}: teacher_weights must be >= 0 with a sum > 0, got a smallest value of {low} and sum of {least}"
+            )
+    weights = weights / total
+    return weights.contiguous() if weights.dim() == 1 else weights.reshape(-1, count).contiguous()
 
 
 def check_smoothing(op: str, value: object) -> None:
@@ -169,12 +217,30 @@ def check_ignore_index(op: str, value: object) -> None:
         raise type_error(op, "ignore_index", value, "an int")
 
 
+def check_teachers(op: str, teacher: object, leading: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
+    """The teachers' tensors: one, or those of a sequence."""
+    several = isinstance(teacher, Sequence)
+    given: tuple[object, ...] = tuple(teacher) if isinstance(teacher, Sequence) else (teacher,)
+    if not given:
+        raise value_error(op, "teacher", teacher, "a tensor, a TopK or a non-empty sequence of tensors")
+    teachers = []
+    for k, value in enumerate(given):
+        name = f"teacher[{k}]" if several else "teacher"
+        tensor = check_floating(op, name, value)
+        if tensor.dim() < 1 or tensor.shape[:-1] != leading:
+            raise value_error(op, name, tensor, f"of shape {[*leading, 'C']} (the student's leading dimensions)")
+        check_device(op, name, tensor, device)
+        teachers.append(tensor)
+    return tuple(teachers)
+
+
 def check_rows(
     op: str,
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopK | Sequence[Tensor],
     labels: Tensor | None,
     *,
+    teacher_weights: Tensor | None = None,
     divergence: str | Divergence = "forward_kl",
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
@@ -187,25 +253,23 @@ def check_rows(
 ) -> Rows:
     """Checks the arguments that distill_loss and distill_terms share and brings them to one form."""
     check_floating(op, "student", student)
-    check_floating(op, "teacher", teacher)
     if student.dim() < 1:
         raise value_error(op, "student", student, "of shape [..., C]")
     leading, device = student.shape[:-1], student.device
-    if teacher.dim() < 1 or teacher.shape[:-1] != leading:
-        raise value_error(op, "teacher", teacher, f"of shape {[*leading, 'C']} (the student's leading dimensions)")
-    check_device(op, "teacher", teacher, device)
+    teachers = check_teachers(op, teacher.values if isinstance(teacher, TopK) else teacher, leading, device)
 
     classes = check_transform(op, "student_transform", student_transform, student.shape[-1])
-    teacher_classes = check_transform(op, "teacher_transform", teacher_transform, teacher.shape[-1])
-    if classes != teacher_classes:
-        raise ValueError(
-            f"{op}: teacher must have as many classes as student, got {teacher_classes} and {classes}; "
-            "for padded heads pass LogitTransform(classes=...) for the wider side"
-        )
+    for tensor in () if isinstance(teacher, TopK) else teachers:
+        teacher_classes = check_transform(op, "teacher_transform", teacher_transform, tensor.shape[-1])
+        if classes != teacher_classes:
+            raise ValueError(
+                f"{op}: teacher must have as many classes as student, got {teacher_classes} and {classes}; "
+                "for padded heads pass LogitTransform(classes=...) for the wider side"
+            )
     if classes < 1:
         raise value_error(op, "student", student, "of shape [..., C] with C >= 1")
 
-    dtype = compute_dtype(student, teacher)
+    dtype = compute_dtype(student, *teachers)
     if labels is not None:
         labels = flat(check_row_tensor(op, "labels", labels, leading, device, torch.int64))
     if mask is not None:
@@ -215,17 +279,25 @@ def check_rows(
         teacher_temperature = temperature
     else:
         teacher_temperature = check_temperature(op, "teacher_temperature", teacher_temperature, leading, device, dtype)
+    divergence = check_divergence(op, divergence, labels)
+    topk = None
+    if isinstance(teacher, TopK):
+        check_device(op, "teacher.indices", teacher.indices, device)
+        topk = check_topk(op, teacher, divergence, teacher_transform, leading.numel(), classes)
+    if teacher_weights is not None and not isinstance(teacher, Sequence):
+        raise value_error(op, "teacher", teacher, "a sequence of tensors when teacher_weights is given")
+    teacher_weights = check_teacher_weights(op, teacher_weights, len(teachers), leading, device, dtype)
     check_smoothing(op, label_smoothing)
     check_ignore_index(op, ignore_index)
     check_bool(op, "scale_by_temperature", scale_by_temperature)
     return Rows(
         student,
-        teacher,
+        teachers[0],
         labels,
         mask,
         temperature,
         teacher_temperature,
-        check_divergence(op, divergence),
+        divergence,
         label_smoothing,
         ignore_index,
         student_transform if student_transform is not None and student_transform.changes_values else None,
@@ -235,6 +307,9 @@ def check_rows(
         classes,
         dtype,
         op,
+        topk,
+        teachers[1:],
+        teacher_weights if len(teachers) > 1 else None,
     )
 
 
@@ -263,3 +338,37 @@ def check_labels_in_range(op: str, rows: Rows) -> None:
     if bad.any():
         row = int(bad.nonzero()[0])
         raise label_error(op, row, int(labels[row]), rows.classes)
+
+
+def check_indices(op: str, rows: Rows) -> None:
+    """A TopK teacher's indices in the counted rows; on a CPU only, as :func:`check_labels_in_range`.
+
+    In range, none twice in a row, and the label among them where the divergence needs it.
+    """
+    if rows.topk is None or rows.device.type != "cpu" or torch.compiler.is_compiling() or not rows.n_rows:
+        return
+    indices, counted = rows.topk.indices, rows.counted()
+
+    def first(bad: Tensor) -> int | None:
+        """First counted row with a True."""
+        found = bad.any(-1) if counted is None else bad.any(-1) & counted
+        return int(found.nonzero()[0]) if found.any() else None
+
+    bad = (indices < 0) | (indices >= rows.classes)
+    row = first(bad)
+    if row is not None:
+        value = int(indices[row][bad[row]][0])
+        raise ValueError(f"{op}: teacher.indices must be in [0, {rows.classes}), got {value} in row {row}")
+    ordered = indices.sort(-1).values
+    twice = ordered[:, 1:] == ordered[:, :-1]
+    row = first(twice)
+    if row is not None:
+        value = int(ordered[row, 1:][twice[row]][0])
+        raise ValueError(f"{op}: teacher.indices must differ within a row, got {value} twice in row {row}")
+    if rows.divergence.needs_labels and rows.labels is not None:
+        row = first((indices != rows.labels[:, None]).all(-1, keepdim=True))
+        if row is not None:
+            label = int(rows.labels[row])
+            raise ValueError(
+                f"{op}: {rows.divergence.name} needs the label among teacher.indices, got label {label} in row {row}"
+            )

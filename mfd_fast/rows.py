@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .types import Divergence, LogitTransform
+from .divergences import Divergence
+from .types import LogitTransform
+
+
+class TopKRows(NamedTuple):
+    """How the K values of a sparse teacher are meant; see :class:`mfd_fast.TopK`.
+
+    ``indices``: contiguous int64 ``[N, K]``, unchecked. ``tail``: "bucket", "renormalize" or "zero".
+    ``logprobs``: the values are log-probabilities, else logits.
+    """
+
+    indices: Tensor
+    tail: str
+    logprobs: bool
 
 
 class Rows:
@@ -15,6 +30,12 @@ class Rows:
 
     Attributes:
         student, teacher: ``[..., Cs]``, ``[..., Ct]`` raw logits, any strides, one device.
+        teachers: all teachers' logits; ``teacher`` is the first of them and almost always the only one.
+        teacher_weights: ``[len(teachers)]`` or ``[N, len(teachers)]`` of ``dtype``, contiguous, >= 0 and summing to 1
+            (``check_rows`` has normalised them, still in the graph); None: equal weights.
+        topk: None, or ``teacher`` holds ``[..., K]`` values of a sparse teacher. Its ``tail`` is "renormalize"
+            where K = C.
+        divergence: canonical, so JSD has 0 < beta < 1 and the skewed ones 0 < lam < 1.
         labels, mask: ``[N]`` int64 / bool, contiguous, or None.
         temperature, teacher_temperature: float, or a tensor (0-d or contiguous ``[N]``) of ``dtype``.
         n_rows, classes: N, and the C columns used on both sides.
@@ -36,10 +57,12 @@ class Rows:
         "scale_by_temperature",
         "student",
         "student_transform",
-        "teacher",
         "teacher_temperature",
         "teacher_transform",
+        "teacher_weights",
+        "teachers",
         "temperature",
+        "topk",
     )
 
     def __init__(
@@ -60,9 +83,12 @@ class Rows:
         classes: int,
         dtype: torch.dtype,
         op: str = "distill_loss",
+        topk: TopKRows | None = None,
+        more_teachers: tuple[Tensor, ...] = (),
+        teacher_weights: Tensor | None = None,
     ) -> None:
         self.student = student
-        self.teacher = teacher
+        self.teachers = (teacher, *more_teachers)
         self.labels = labels
         self.mask = mask
         self.temperature = temperature
@@ -77,6 +103,12 @@ class Rows:
         self.classes = classes
         self.dtype = dtype
         self.op = op
+        self.topk = topk
+        self.teacher_weights = teacher_weights
+
+    @property
+    def teacher(self) -> Tensor:
+        return self.teachers[0]
 
     @property
     def device(self) -> torch.device:
@@ -84,8 +116,8 @@ class Rows:
 
     def replace(self, **changes: object) -> Rows:
         """A copy with some attributes exchanged."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        values.update(changes)
+        values = {name: getattr(self, name) for name in self.__slots__ if name != "teachers"}
+        values |= {"teacher": self.teachers[0], "more_teachers": self.teachers[1:]} | changes
         return Rows(**values)
 
     def counted(self) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Options and results that cross the public API: divergences, logit transforms, named results."""
+"""Options and results that cross the public API: logit transforms, sparse teachers, named results."""
 
 from __future__ import annotations
 
@@ -6,37 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["Divergence", "DistillTerms", "ForwardKL", "LogitTransform", "MFDOutput", "ModalPool"]
+__all__ = ["DistillTerms", "LogitTransform", "MFDOutput", "ModalPool", "TopK"]
 
-
-@dataclass(frozen=True)
-class Divergence:
-    """Base of the row divergences D(p, q) between teacher p and student q, both softened.
-
-    A divergence is a value: compare, hash, print and pickle it freely.
-    """
-
-    @property
-    def name(self) -> str:
-        """The string that selects this divergence with its default parameters."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class ForwardKL(Divergence):
-    """KL(p‖q) = Σ p (log p − log q). Gradient with respect to the softened student logits: q − p.
-
-    Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
-    """
-
-    @property
-    def name(self) -> str:
-        return "forward_kl"
-
-
-DIVERGENCES: dict[str, Divergence] = {"forward_kl": ForwardKL()}
+TAILS = ("bucket", "renormalize", "zero")
+VALUES = ("logprobs", "logits")
+MAX_TOPK = 1024
 
 
 @dataclass(frozen=True)
@@ -76,6 +53,61 @@ class LogitTransform:
     def changes_values(self) -> bool:
         """False when the transform only selects columns."""
         return self.scale != 1.0 or self.softcap is not None or self.standardize
+
+
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """A teacher of which K classes per row are known, e.g. stored offline.
+
+    With the given log-probabilities ℓ and r = log(1 − Σ exp ℓ) of everything else, the teacher at temperature
+    T_t is softmax([ℓ_1, …, ℓ_K, r] / T_t): the rest is one class, also when it is softened. Given logits are
+    complete: softmax(ℓ / T_t), nothing left for the rest. Against the softened student q of all C classes:
+
+    - ``"bucket"``: K + 1 classes; the last holds the rest of the teacher and Σ q over the classes not listed.
+    - ``"renormalize"``: K classes; teacher and student restricted to them, softmax(ℓ / T_t) and softmax of the
+      K student logits / T.
+    - ``"zero"``: C classes; the teacher of above is 0 where nothing is listed and its rest is dropped, so that
+      it sums to less than 1 and a KL may be below 0. ValueError for DKD and NKD: they need a whole distribution.
+
+    Reverse KL, and AlphaBeta with α ≤ 0 or α+β ≤ 0, are infinite where the teacher is 0 by construction, which is
+    outside the listed classes for "zero" and for "bucket" with logits: ValueError.
+    With K = C nothing is left, and all three are ``"renormalize"``. DKD and NKD need the label among the K.
+
+    Args:
+        values: ``[..., K]`` floating, 1 <= K <= 1024; ``-inf`` is a class of probability 0. May require grad.
+        indices: ``[..., K]`` int64 or int32 classes in [0, C), different within a row. On a CPU others raise when
+            the op runs; on a GPU an index out of range gives NaN for its row, and of a class listed twice each
+            entry counts as a class of its own.
+        tail: what becomes of the other classes.
+        values_are: "logprobs" (natural, at temperature 1, over all classes) or "logits".
+
+    Raises:
+        TypeError, ValueError: an argument breaks the contract.
+    """
+
+    values: Tensor
+    indices: Tensor
+    tail: str = "bucket"
+    values_are: str = "logprobs"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, Tensor) or not self.values.is_floating_point():
+            raise TypeError(f"TopK: values must be a floating-point tensor, got {_kind(self.values)}")
+        if not isinstance(self.indices, Tensor) or self.indices.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"TopK: indices must be an int64 or int32 tensor, got {_kind(self.indices)}")
+        if self.values.dim() < 1 or self.indices.shape != self.values.shape:
+            shapes = f"{list(self.values.shape)} and {list(self.indices.shape)}"
+            raise ValueError(f"TopK: values and indices must have one shape [..., K], got {shapes}")
+        if not 1 <= self.values.shape[-1] <= MAX_TOPK:
+            raise ValueError(f"TopK: K must be in [1, {MAX_TOPK}], got {self.values.shape[-1]}")
+        if self.tail not in TAILS:
+            raise ValueError(f"TopK: tail must be one of {', '.join(map(repr, TAILS))}, got {self.tail!r}")
+        if self.values_are not in VALUES:
+            raise ValueError(f"TopK: values_are must be one of {', '.join(map(repr, VALUES))}, got {self.values_are!r}")
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 class DistillTerms(NamedTuple):

@@ -80,7 +80,7 @@ def test_the_backend_that_was_asked_for_is_the_one_that_runs(monkeypatch, backen
         mfd.distill_loss(student, SAMPLE["teacher"], backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", ["cpu"])
 def test_standardize_is_refused_by_name_and_falls_to_the_reference_by_default(backend):
     options = {"student_transform": mfd.LogitTransform(standardize=True)}
     with pytest.raises(mfd.BackendError, match=f"backend '{backend}' cannot run .*standardi"):
@@ -89,6 +89,25 @@ def test_standardize_is_refused_by_name_and_falls_to_the_reference_by_default(ba
     assert choice.backend == "reference"
     assert "standardi" in choice.rejected["cpu"]
     assert mfd.distill_loss(**SAMPLE, **options).isfinite()
+
+
+STANDARDIZE = mfd.LogitTransform(standardize=True)
+REFUSED = {
+    "no kernel for NKD of several teachers": {"divergence": "nkd"},
+    "no kernel for several standardized teachers": {"teacher_transform": STANDARDIZE},
+    "at most 8 teachers": {"teacher": [SAMPLE["teacher"]] * 9},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_triton_refuses_of_several_teachers(reason):
+    two = {
+        **SAMPLE,
+        "teacher": [SAMPLE["teacher"]] * 2,
+        "labels": torch.zeros(len(SAMPLE["student"]), dtype=torch.int64),
+    }
+    with pytest.raises(mfd.BackendError, match=f"backend 'triton' cannot run .*{reason}"):
+        mfd.distill_loss(**{**two, **REFUSED[reason]}, backend="triton")
 
 
 def python(code, **environment):

@@ -1,4 +1,4 @@
-"""The README's Python blocks run as written, and its op table names every public op."""
+"""The Python blocks of the README and of docs/ run as written, and the README's op table names every public op."""
 
 from __future__ import annotations
 
@@ -6,17 +6,27 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
+
 import mfd_fast as mfd
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = [
+    (page.name, block)
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+]
 
 
-def test_examples_run(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.parametrize(("page", "block"), EXAMPLES, ids=[f"{page}-{i}" for i, (page, _) in enumerate(EXAMPLES)])
+def test_examples_run(page, block, capsys):
+    exec(compile(block, page, "exec"), {})
     assert capsys.readouterr().out
+
+
+def test_pages_with_examples():
+    assert {"README.md", "fusion.md"} <= {page for page, _ in EXAMPLES}
 
 
 def test_op_table_is_complete():

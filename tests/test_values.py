@@ -3,11 +3,13 @@
 import pytest
 import torch
 from harness import Result, assert_obeys_rule, assert_same, evaluate, on, reference64, stacked
-from op_db import RECORDS, SAMPLE_CASES, SAMPLE_IDS
+from op_db import KERNEL_CASES, RECORDS, SAMPLE_CASES, SAMPLE_IDS
 
 from mfd_fast.testing import DISTANCES
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# Samples whose gradient never comes from the forward pass.
+ROW_OUTPUT = [n for n, s in RECORDS["distill_loss"].samples().items() if s.get("reduction") == "none"]
 # Interpreted kernels are slow; the bound on one scalar is luck, so the others pool the errors of many draws.
 DRAWS = {"reference": 24, "cpu": 24, "triton": 6}
 
@@ -32,8 +34,7 @@ def eager_outputs(record, arguments):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("name", ["plain", "labels", "leading", "hard_only", "transforms"])
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize(("backend", "name"), [case for case in KERNEL_CASES if case[1] not in ROW_OUTPUT])
 def test_gradient_of_the_student_alone(backend, name, distance, dtype):
     """The scalar loss whose gradient is computed in the forward pass."""
     record = RECORDS["distill_loss"]
@@ -64,7 +65,9 @@ def test_sizes(backend, shape, dtype):
     roads = (("none", ("student", "teacher")), ("mean", ("student",)))
     for reduction, names in roads if dtype != torch.bfloat16 else roads[:1]:
         actual, exact, eager = [], [], []
-        draws = range(8 if dtype == torch.float32 and backend == "cpu" and shape not in LONG else 1)
+        # The errors of a few numbers are luck: pooled over draws they are a statistic.
+        many = dtype == torch.float32 and backend == "cpu"
+        draws = range((8 if shape in LONG else 32) if many else 1)
         for seed in draws:
             arguments = record.samples(dtype=dtype, rows=shape[0], classes=shape[1], seed=seed)["labels"]
             arguments["reduction"] = reduction
@@ -74,12 +77,9 @@ def test_sizes(backend, shape, dtype):
         context = f"{backend} {shape} {reduction}"
         if dtype == torch.float64:
             assert_same(actual[0], exact[0], context, rtol=1e-11, atol=1e-12)
-        elif dtype == torch.float32 and (len(draws) == 1 and shape not in LONG):
+        elif dtype == torch.float32 and len(draws) == 1:
             assert_same(actual[0], narrowed(exact[0]), context, rtol=2e-6, atol=2e-6)
         else:
-            if shape in LONG and reduction == "mean":  # one number: pooled in the tests above
-                for result in (actual[0], exact[0], eager[0]):
-                    del result.outputs["loss"]
             assert_obeys_rule(stacked(actual), stacked(exact), stacked(eager), context)
 
 

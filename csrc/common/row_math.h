@@ -32,13 +32,29 @@ MFD_ROW_FN bool is_counted(const Problem& p, int64_t row) {
   return (!p.mask || p.mask[row]) && (!p.labels || p.labels[row] != p.ignore_index);
 }
 
+// The divergences whose sums run over the other classes than the label's.
+MFD_ROW_FN bool sets_label_apart(Divergence d) {
+  return d == Divergence::kDKD || d == Divergence::kNKD;
+}
+
+// Those that need a second pass over the row, for sum f and E_q[df/dq].
+MFD_ROW_FN bool is_pointwise(Divergence d) {
+  return d != Divergence::kForwardKL && !sets_label_apart(d);
+}
+
 // One row's sums relative to the row's maxima.
 struct RowSums {
   double max_s, max_t;
-  double sum_s, sum_t, sum_h;
-  double cross;  // E_p[v - u] with u = (x - max_s)/Ts, v = (y - max_t)/Tt
+  double sum_s, sum_t, sum_h, sum_u;
+  double cross;  // E_p[v - u] with u = (x - max_s)/Ts, v = (y - max_t)/Tt; E_p[-u] for NKD
   double dot_s, dot_t;
-  double mean_x;  // mean(x - max_s)
+  double mean_x;       // mean(x - max_s)
+  double value, g, h;  // sums of the pointwise divergences
+};
+
+// Which sums a row has.
+struct Wanted {
+  bool soft, hard, unit, dot_s, dot_t, apart;
 };
 
 // exp((block max - row max)/T): 1 where they agree, so that a row of one block costs nothing.
@@ -46,22 +62,32 @@ MFD_ROW_FN double block_weight(double block_max, double row_max, double temperat
   return block_max == row_max ? 1.0 : exp((block_max - row_max) / temperature);
 }
 
+// A row of only -inf has no distribution; beside a label set apart it is empty.
+MFD_ROW_FN void reject_empty(RowSums& row, const Wanted& wanted) {
+  if (wanted.apart) {
+    if (row.sum_t == 0) row.cross = 0;
+    return;
+  }
+  if (row.sum_s == 0) row.sum_s = row.sum_h = kNan;
+  if (wanted.soft && row.sum_t == 0) row.sum_t = row.cross = kNan;
+}
+
 MFD_ROW_FN RowSums merge_blocks(const BlockSums* sums, int64_t blocks, int64_t classes, double ts, double tt,
-                                bool soft, bool hard, bool extras) {
+                                const Wanted& wanted) {
   RowSums row{};
   row.max_s = sums[0].max_s;
   row.max_t = sums[0].max_t;
   if (blocks == 1) {
     const BlockSums& s = sums[0];
-    row.sum_s = s.sum_s == 0 ? kNan : s.sum_s;
-    row.sum_t = s.sum_t == 0 ? kNan : s.sum_t;
-    row.sum_h = s.sum_s == 0 ? kNan : s.sum_h;
+    row.sum_s = s.sum_s;
+    row.sum_t = s.sum_t;
+    row.sum_h = s.sum_h;
+    row.sum_u = s.sum_u;
     row.cross = s.cross / (ts * row.sum_t);
-    if (extras) {
-      row.dot_s = s.dot_s / ts;
-      row.dot_t = s.dot_t / tt;
-    }
+    if (wanted.dot_s) row.dot_s = s.dot_s / ts;
+    if (wanted.dot_t) row.dot_t = s.dot_t / tt;
     if (s.sum_x != 0) row.mean_x = s.sum_x / static_cast<double>(classes);
+    reject_empty(row, wanted);
     return row;
   }
   for (int64_t b = 1; b < blocks; ++b) {
@@ -74,25 +100,36 @@ MFD_ROW_FN RowSums merge_blocks(const BlockSums* sums, int64_t blocks, int64_t c
     const double du = (s.max_s - row.max_s) / ts, dv = (s.max_t - row.max_t) / tt;
     const double ws = block_weight(s.max_s, row.max_s, ts);
     row.sum_s += ws * s.sum_s;
-    if (hard) row.sum_h += (ts == 1.0 ? ws : block_weight(s.max_s, row.max_s, 1.0)) * s.sum_h;
-    if (soft) {
+    if (wanted.hard) row.sum_h += (ts == 1.0 ? ws : block_weight(s.max_s, row.max_s, 1.0)) * s.sum_h;
+    if (wanted.soft) {
       const double wt = block_weight(s.max_t, row.max_t, tt);
       const double mass = wt * s.sum_t;
       row.sum_t += mass;
       // A block whose p is 0 throughout contributes 0, whatever its student logits are.
-      if (!(static_cast<float>(mass) == 0.0f)) cross += wt * s.cross / ts + mass * (dv - du);
-      if (extras) row.dot_t += s.sum_t == 0 ? 0.0 : wt * s.dot_t / tt + mass * dv;
+      if (!(static_cast<float>(mass) == 0.0f))
+        cross += wt * s.cross / ts + mass * (wanted.unit ? -du : dv - du);
+      if (wanted.unit) row.sum_u += (tt == 1.0 ? wt : block_weight(s.max_t, row.max_t, 1.0)) * s.sum_u;
+      if (wanted.dot_t) row.dot_t += s.sum_t == 0 ? 0.0 : wt * s.dot_t / tt + mass * dv;
     }
-    if (extras) row.dot_s += s.sum_s == 0 ? 0.0 : ws * s.dot_s / ts + ws * s.sum_s * du;
+    if (wanted.dot_s) row.dot_s += s.sum_s == 0 ? 0.0 : ws * s.dot_s / ts + ws * s.sum_s * du;
     sum_x +=
         s.sum_x + static_cast<double>(b + 1 < blocks ? kBlock : classes - b * kBlock) * (s.max_s - row.max_s);
   }
-  // A row of only -inf has no distribution.
-  if (row.sum_s == 0) row.sum_s = row.sum_h = kNan;
-  if (soft && row.sum_t == 0) row.sum_t = kNan;
   row.cross = cross / row.sum_t;
   row.mean_x = sum_x / static_cast<double>(classes);
+  reject_empty(row, wanted);
   return row;
+}
+
+// Adds the second pass: sum f, never negative, and the two means. A NaN anywhere makes the row NaN.
+MFD_ROW_FN void merge_points(const BlockSums* sums, int64_t blocks, RowSums& row) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    row.value += sums[b].value;
+    row.g += sums[b].g;
+    row.h += sums[b].h;
+  }
+  if (row.value < 0) row.value = 0;
+  if (row.value != row.value) row.g = row.h = kNan;
 }
 
 // K = E_p[v - u] - log(sum_t) + log(sum_s), never negative; NaN stays.
@@ -101,12 +138,18 @@ MFD_ROW_FN double forward_kl(const RowSums& row) {
   return k < 0 ? 0.0 : k;
 }
 
-// log sum exp(x) - (1 - eps)*x_label - eps*mean(x); `label` is x_label - max(x).
-MFD_ROW_FN double cross_entropy(const RowSums& row, double label, double eps) {
-  double value = log(row.sum_h);
+// lse - (1 - eps)*x_label - eps*mean(x), everything minus max(x).
+MFD_ROW_FN double cross_entropy(const RowSums& row, double lse, double label, double eps) {
+  double value = lse;
   if (eps != 1.0) value -= (1.0 - eps) * label;
   if (eps != 0.0) value -= eps * row.mean_x;
   return value;
+}
+
+// The smoothed label's own probability, (1 - eps) + eps/C: exactly 1 for one class.
+MFD_ROW_FN double label_share(const Problem& p) {
+  const double even = p.smoothing / static_cast<double>(p.classes);
+  return p.classes == 1 ? 1.0 : (1.0 - p.smoothing) + even;
 }
 
 }  // namespace mfd

@@ -8,28 +8,50 @@ namespace mfd {
 
 enum class Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-// Columns of a saved-statistics row; the layout is common to all backends.
-constexpr int kStats = 8;
+// Divergences of teacher p and student q; the numbers are those of Python. DKD and NKD set the label's class
+// apart: their maxima and sums run over the other classes.
+enum class Divergence : int {
+  kForwardKL = 0,
+  kReverseKL = 1,
+  kJSD = 2,            // beta
+  kSkewKL = 3,         // lam
+  kSkewReverseKL = 4,  // lam
+  kTVD = 5,
+  kAlphaBeta = 6,  // alpha, beta
+  kDKD = 7,        // alpha, beta
+  kNKD = 8,        // gamma
+};
+
+// Columns of a saved-statistics row; the layout is common to all backends. Maxima and sums leave out the
+// label's class where the divergence sets it apart.
+constexpr int kStats = 11;
 enum Stat : int {
   kStudentMax = 0,  // max x
   kStudentLse = 1,  // log sum exp((x - max x)/Ts)
   kTeacherMax = 2,  // max y
   kTeacherLse = 3,  // log sum exp((y - max y)/Tt)
   kHardLse = 4,     // log sum exp(x - max x)
-  kDivergence = 5,  // K = KL(p || q)
+  kDivergence = 5,  // what the factor T^2 multiplies
   // What rounding to the compute dtype took from the two lse; 0 from backends that do not keep it.
   kStudentLseLow = 6,
   kTeacherLseLow = 7,
+  // E_q[df/dq] and E_p[df/dp] of the pointwise divergences, with df/dq and df/dp shifted to 0 at p = q.
+  // kTeacherMean is E_p[r] for DKD, the cross-entropy -E_p[log q] for NKD.
+  kStudentMean = 8,
+  kTeacherMean = 9,
+  kTeacherHardLse = 10,  // log sum exp(y - max y) of NKD
 };
 
 // Logits [N, width]: row i starts at element (i / inner)*outer_stride + (i % inner)*row_stride.
-// Values are scale*x, then softcap*tanh(x/softcap) where softcap > 0.
+// Values are scale*x, then softcap*tanh(x/softcap) where softcap > 0, then (x - mean)/(deviation + 1e-7)
+// where standardize.
 struct Side {
   const void* data;
   Dtype dtype;
   int64_t inner, outer_stride, row_stride;
   int64_t width;
   double scale, softcap;
+  bool standardize;
 };
 
 // One value per row (compute dtype), or one for all where `rows` is null.
@@ -49,6 +71,8 @@ struct Problem {
   int64_t ignore_index;
   double smoothing;
   bool scale_by_temperature;
+  Divergence divergence;
+  double first, second;  // its parameters
 };
 
 struct Forward {
@@ -74,38 +98,78 @@ struct Backward {
   bool stream;
 };
 
+// What becomes of the classes that a sparse teacher does not list; the numbers are those of Python.
+enum class Tail : int { kBucket = 0, kRenormalize = 1, kZero = 2 };
+
+// A teacher of which `listed` classes per row are known, at most kBlock; Problem::teacher holds their values
+// [N, listed].
+struct TopK {
+  const int64_t* indices;  // [N, listed]
+  int64_t listed;
+  Tail tail;
+  bool logprobs;  // the values are log-probabilities, else logits
+};
+
+// Values and gradients of rows with a sparse teacher, always from the logits: no statistics are kept.
+struct TopKPass {
+  Forward forward;  // grad is d loss/d student
+  TopK teacher;
+  PerRow grad_soft, grad_hard;                  // further factors of the two terms' gradients
+  void* d_values;                               // [N, listed], the values' dtype; null when not wanted
+  void *d_temperature, *d_teacher_temperature;  // [N]; null when not wanted
+};
+
 // Elements of a row that share one reference value; partial sums are merged in double precision.
 constexpr int64_t kBlock = 1024;
 // Short rows share a scratch row at multiples of this many elements: one widest vector.
 constexpr int64_t kRowAlign = 16;
 
-// Sums over one block, relative to the block's own maxima mx, my (s = student, t = teacher, h = student at T
-// = 1).
+// Mean and 1/(deviation + 1e-7) of a standardised row.
+struct Centre {
+  double mean, inverse;
+  double fold;  // (deviation + 1e-7)/(deviation*(classes - 1)); 0 in a constant row
+};
+
+// Sums over one block, relative to the block's own maxima mx, my (s = student, t = teacher, h = student and u
+// = teacher at T = 1).
 struct BlockSums {
   double max_s, max_t;
-  double sum_s, sum_t, sum_h;
-  double cross;         // sum e_t*(ratio*(y - my) - (x - mx)), ratio = Ts/Tt
-  double dot_s, dot_t;  // sum e_s*(x - mx), sum e_t*(y - my): for the entropies
-  double sum_x;         // sum (x - mx)
+  double sum_s, sum_t, sum_h, sum_u;
+  double cross;             // sum e_t*(ratio*(y - my) - (x - mx)), ratio = Ts/Tt; 0 for NKD
+  double dot_s, dot_t;      // sum e_s*(x - mx), sum e_t*(y - my): for the entropies
+  double sum_x;             // sum (x - mx)
+  double value, g, h;       // sum f, sum q*df/dq, sum p*df/dp of the pointwise divergences
+  Centre student, teacher;  // of the whole row, in its first block
 };
 
 // Memory of one worker; sized for one row.
 struct Scratch {
-  void *exp_s, *exp_t, *exp_h, *capped;  // padded rows of the compute dtype; exp_h and capped may be null
-  void *block_x, *block_y, *block_out;   // kBlock elements each
-  BlockSums* sums;                       // one per block, at least kBlock/kRowAlign
+  // Padded rows of the compute dtype; exp_h, capped and difference may be null.
+  void *exp_s, *exp_t, *exp_h, *capped, *difference;
+  void *block_x, *block_y, *block_out, *to_u, *to_v;  // kBlock elements each
+  BlockSums* sums;                                    // one per block, at least kBlock/kRowAlign
+  // For sparse teachers: arrays of the listed classes, kBlock elements each; the listed classes in the order
+  // of their blocks, their positions, and where each block's begin.
+  void* listed[7];
+  int64_t *columns, *slots, *first;
 };
+
+struct FusionKernels;  // common/fusion.h
 
 // One instruction set's kernels. Rows and blocks not covered by [begin, end) are left alone.
 struct Kernels {
   const char* name;
   int lanes;
   void (*forward_rows)(const Forward&, int64_t begin, int64_t end, const Scratch&);
-  // The same for one row whose blocks are shared between workers: sums, then (after a barrier) outputs.
+  // The same for one row whose blocks are shared between workers: sums, points and outputs, with barriers
+  // between them.
   void (*forward_sums)(const Forward&, int64_t row, int64_t begin, int64_t end, const Scratch&);
+  void (*forward_points)(const Forward&, int64_t row, int64_t begin, int64_t end, const Scratch&);
   void (*forward_outputs)(const Forward&, int64_t row, int64_t begin, int64_t end, const Scratch&);
   void (*backward_rows)(const Backward&, int64_t begin, int64_t end, const Scratch&);
+  void (*topk_rows)(const TopKPass&, int64_t begin, int64_t end, const Scratch&);
   void (*add)(const float* a, const float* b, float* out, int64_t n);  // a streaming ceiling for benchmarks
+  const FusionKernels* fusion;
 };
 
 }  // namespace mfd

@@ -1,86 +1,29 @@
 #include "cpu/dispatch.h"
 
 #include <omp.h>
-#include <pthread.h>
-#include <stdlib.h>
 
 #include <algorithm>
 #include <atomic>
 #include <new>
+#include <vector>
 
 #include "common/row_math.h"
 #include "cpu/isa.h"
+#include "cpu/workers.h"
 
 namespace mfd {
 namespace {
 
-// Below this many elements a second thread costs more than it saves.
-constexpr int64_t kSerialElements = 32768;
 constexpr int64_t kChunksPerThread = 8;
-constexpr size_t kAlign = 64;
-// An arena larger than this is given back after the call.
-constexpr size_t kKeptArena = size_t{8} << 20;
-
-// A forked child has none of its parent's OpenMP threads and would wait for them for ever: it stays serial.
-std::atomic<bool> forked{false};
-const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-
-int usable_threads(int threads, int64_t elements) {
-  (void)fork_handler;
-  if (forked || elements < kSerialElements || omp_in_parallel()) return 1;
-  return std::max(threads, 1);
-}
-
-// Memory that a thread keeps between calls.
-class Arena {
- public:
-  ~Arena() { free(data_); }
-
-  char* reserve(size_t bytes) {
-    if (bytes > size_) {
-      free(data_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      data_ = static_cast<char*>(aligned_alloc(kAlign, size_));
-      if (!data_) size_ = 0;
-    }
-    return data_;
-  }
-  void trim() {
-    if (size_ <= kKeptArena) return;
-    free(data_);
-    data_ = nullptr;
-    size_ = 0;
-  }
-
- private:
-  char* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 thread_local Arena worker_arena;
 thread_local Arena caller_arena;
 
-// Carves arrays out of an arena; with no memory it only counts the bytes.
-class Layout {
- public:
-  explicit Layout(char* base) : base_(base) {}
-  void* take(size_t bytes) {
-    char* p = base_ ? base_ + used_ : nullptr;
-    // The odd number of lines keeps equal indices of two arrays in different cache sets.
-    used_ += (bytes + kAlign - 1) / kAlign * kAlign + kAlign * 5;
-    return p;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
-
 struct Needs {
   int64_t row;  // elements of a scratch row
-  bool own_exp, capped;
+  bool own_exp, capped, difference;
   size_t element;
+  bool listed = false;  // a sparse teacher's
 };
 
 void take_row(Layout& layout, const Needs& needs, int64_t blocks, Scratch& s) {
@@ -89,6 +32,7 @@ void take_row(Layout& layout, const Needs& needs, int64_t blocks, Scratch& s) {
   s.exp_t = layout.take(bytes);
   if (needs.own_exp) s.exp_h = layout.take(bytes);
   if (needs.capped) s.capped = layout.take(bytes);
+  if (needs.difference) s.difference = layout.take(bytes);
   const int64_t sums = std::max(blocks, kBlock / kRowAlign);
   s.sums = static_cast<BlockSums*>(layout.take(static_cast<size_t>(sums) * sizeof(BlockSums)));
 }
@@ -98,6 +42,14 @@ void take_blocks(Layout& layout, const Needs& needs, Scratch& s) {
   s.block_x = layout.take(bytes);
   s.block_y = layout.take(bytes);
   s.block_out = layout.take(bytes);
+  s.to_u = layout.take(bytes);
+  s.to_v = layout.take(bytes);
+  if (!needs.listed) return;
+  for (void*& array : s.listed) array = layout.take(bytes);
+  for (int64_t** array : {&s.columns, &s.slots})
+    *array = static_cast<int64_t*>(layout.take(kBlock * sizeof(int64_t)));
+  const size_t starts = static_cast<size_t>(needs.row / kBlock + 2) * sizeof(int64_t);
+  s.first = static_cast<int64_t*>(layout.take(starts));
 }
 
 // Scratch for whole rows (or for blocks only), from this thread's arena; false without memory.
@@ -161,6 +113,10 @@ void forward_by_blocks(const Forward& f, const Needs& needs, int64_t blocks, int
       for (int64_t row = 0; row < f.problem.n_rows; ++row) {
         table.forward_sums(f, row, begin, end, scratch);
 #pragma omp barrier
+        if (f.use_soft && is_pointwise(f.problem.divergence)) {
+          table.forward_points(f, row, begin, end, scratch);
+#pragma omp barrier
+        }
         if (begin < end) table.forward_outputs(f, row, begin, end, scratch);
 #pragma omp barrier
       }
@@ -169,8 +125,8 @@ void forward_by_blocks(const Forward& f, const Needs& needs, int64_t blocks, int
   if (failed) throw std::bad_alloc();
 }
 
-Needs needs_of(const Problem& p, bool own_exp, bool capped, int64_t row) {
-  return {row, own_exp, capped, p.is_double ? sizeof(double) : sizeof(float)};
+Needs needs_of(const Problem& p, bool own_exp, bool capped, bool difference, int64_t row) {
+  return {row, own_exp, capped, difference, p.is_double ? sizeof(double) : sizeof(float)};
 }
 
 }  // namespace
@@ -195,10 +151,14 @@ double forward(Forward f, bool wants_sum, int threads) {
   const Problem& p = f.problem;
   const int64_t blocks = block_count(p.classes);
   // Scratch rows are whole blocks, so that vectors may run past the last class.
-  const Needs needs = needs_of(p, f.use_hard, p.student.softcap > 0, blocks * kBlock);
+  const bool exp_at_one = f.use_hard || (f.use_soft && p.divergence == Divergence::kNKD);
+  const bool standardized = p.student.standardize || p.teacher.standardize;
+  const Needs needs = needs_of(p, exp_at_one, p.student.softcap > 0 || p.student.standardize,
+                               f.use_soft && is_pointwise(p.divergence), blocks * kBlock);
   threads = usable_threads(threads, p.n_rows * p.classes);
-  const bool by_blocks =
-      threads > 1 && p.n_rows < 4 * threads && p.n_rows % threads != 0 && blocks >= 4 * threads;
+  // A standardised row needs sums over all of it before its first pass and before its gradient: not shared.
+  const bool by_blocks = threads > 1 && p.n_rows < 4 * threads && p.n_rows % threads != 0 &&
+                         blocks >= 4 * threads && !standardized;
 
   Layout measure(nullptr);
   Scratch unused{};
@@ -227,9 +187,60 @@ double forward(Forward f, bool wants_sum, int threads) {
 void backward(const Backward& g, int threads) {
   const Problem& p = g.problem;
   const Kernels& table = kernels();
-  over_rows(p.n_rows, needs_of(p, p.labels != nullptr, false, kBlock), 1,
+  over_rows(p.n_rows, needs_of(p, p.labels != nullptr, false, false, kBlock), 1,
             usable_threads(threads, p.n_rows * p.classes),
             [&](int64_t begin, int64_t end, const Scratch& s) { table.backward_rows(g, begin, end, s); });
+}
+
+bool lists_are_valid(const Problem& p, const TopK& teacher, int threads) {
+  const bool needs_label = sets_label_apart(p.divergence);
+  std::atomic<bool> valid{true}, failed{false};
+#pragma omp parallel num_threads(usable_threads(threads, p.n_rows* teacher.listed))
+  try {
+    const int64_t workers = omp_get_num_threads(), worker = omp_get_thread_num();
+    std::vector<bool> seen(static_cast<size_t>(p.classes));
+    for (int64_t row = p.n_rows * worker / workers; row < p.n_rows * (worker + 1) / workers; ++row) {
+      if (!is_counted(p, row)) continue;
+      const int64_t* indices = teacher.indices + row * teacher.listed;
+      bool has_label = !needs_label;
+      int64_t k = 0;
+      for (; k < teacher.listed; ++k) {
+        const int64_t column = indices[k];
+        if (column < 0 || column >= p.classes || seen[static_cast<size_t>(column)]) break;
+        seen[static_cast<size_t>(column)] = true;
+        has_label = has_label || column == p.labels[row];
+      }
+      if (k < teacher.listed || !has_label) valid = false;
+      while (k > 0) seen[static_cast<size_t>(indices[--k])] = false;
+    }
+  } catch (const std::bad_alloc&) {
+    failed = true;
+  }
+  if (failed) throw std::bad_alloc();
+  return valid;
+}
+
+double topk(TopKPass pass, bool wants_sum, int threads) {
+  Forward& f = pass.forward;
+  const Problem& p = f.problem;
+  const int64_t blocks = block_count(p.classes);
+  const bool exp_at_one = f.use_hard || p.divergence == Divergence::kNKD;
+  const bool capped = p.student.softcap > 0 || p.student.standardize;
+  Needs needs = needs_of(p, exp_at_one, capped, false, blocks * kBlock);
+  needs.listed = true;
+  if (wants_sum) {
+    f.row_loss =
+        reinterpret_cast<double*>(caller_arena.reserve(static_cast<size_t>(p.n_rows + 1) * sizeof(double)));
+    if (!f.row_loss) throw std::bad_alloc();
+  }
+  const Kernels& table = kernels();
+  over_rows(p.n_rows, needs, blocks, usable_threads(threads, p.n_rows * p.classes),
+            [&](int64_t begin, int64_t end, const Scratch& s) { table.topk_rows(pass, begin, end, s); });
+  double sum = 0;
+  if (wants_sum)
+    for (int64_t row = 0; row < p.n_rows; ++row) sum += f.row_loss[row];
+  caller_arena.trim();
+  return sum;
 }
 
 void stream_add(const float* a, const float* b, float* out, int64_t n, int threads) {

@@ -12,6 +12,11 @@ int64_t count_rows(const Problem& problem);
 double forward(Forward f, bool wants_sum, int threads);
 void backward(const Backward& g, int threads);
 
+// Whether every counted row lists distinct classes in range and, where the divergence needs it, its label.
+bool lists_are_valid(const Problem& problem, const TopK& teacher, int threads);
+// Values and gradients of rows with a sparse teacher; returns as `forward`.
+double topk(TopKPass pass, bool wants_sum, int threads);
+
 // out = a + b past the caches: how fast this machine streams two inputs and one output.
 void stream_add(const float* a, const float* b, float* out, int64_t n, int threads);
 

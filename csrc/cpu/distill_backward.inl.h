@@ -1,99 +1,18 @@
-// Gradients of the per-row terms, recomputed from the saved statistics: one pass over the logits.
+// Gradients of the per-row terms, recomputed from the saved statistics: one pass over the logits, and another
+// within the caches for the gradients that need exact sums.
 
-// Sums for the temperature gradients.
-struct TemperatureSums {
-  double student;  // sum (q - p)*(x - max x) = E_q[x] - E_p[x]
-  double excess;   // sum (q - p): what rounding left of 0
-  double mean;     // E_q[x - max x]
-  double teacher;  // sum p*(r - K)*(y - max y) = E_p[y r] - K E_p[y]
-};
-
+// out = soft*to_u + hard*h - shift
 template <class S>
-struct BackwardRow {
-  typedef typename S::T T;
-  double max_s, lse_s, max_t, lse_t, lse_h, k, ts, tt, soft_scale, grad_soft, grad_hard;
-  int64_t label;
-
-  BackwardRow(const Backward& g, int64_t row) {
-    const Problem& p = g.problem;
-    const T* s = static_cast<const T*>(g.stats) + row * kStats;
-    max_s = s[kStudentMax];
-    lse_s = static_cast<double>(s[kStudentLse]) + s[kStudentLseLow];
-    max_t = s[kTeacherMax];
-    lse_t = static_cast<double>(s[kTeacherLse]) + s[kTeacherLseLow];
-    lse_h = s[kHardLse];
-    k = s[kDivergence];
-    ts = at<T>(p.student_temperature, row);
-    tt = at<T>(p.teacher_temperature, row);
-    soft_scale = p.scale_by_temperature ? ts * ts : 1.0;
-    grad_soft = at<T>(g.grad_soft, row);
-    grad_hard = p.labels ? at<T>(g.grad_hard, row) : 0.0;
-    label = p.labels ? p.labels[row] : -1;
-  }
-};
-
-// out = exp((x - max)/T)*exp(-lse), padded with zeros to a whole vector.
-template <class S>
-static void probabilities(const typename S::T* x, int64_t n, double max, double lse,
-                          const Exponent<S>& exponent, typename S::T* out) {
-  typedef typename S::T T;
-  const typename S::V m = S::splat(static_cast<T>(max)), factor = S::splat(static_cast<T>(exp(-lse)));
-  for (int64_t i = 0; i < n; i += S::kWidth) {
-    const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
-    S::store(out + i, exponent(S::load_first(x + i, left, static_cast<T>(-kInf)) - m) * factor);
-  }
-}
-
-// d/dx = grad_soft*f*(q - p)/Ts + grad_hard*(softmax(x) - (1 - eps)*onehot - eps/C), without the one-hot
-// part.
-template <class S>
-static void student_gradient(const typename S::T* q, const typename S::T* p, const typename S::T* h,
-                             int64_t n, double soft, double hard, double shift, typename S::T* out) {
+static void student_gradient(const typename S::T* to_u, const typename S::T* h, int64_t n, double soft,
+                             double hard, double shift, typename S::T* out) {
   typedef typename S::T T;
   const typename S::V a = S::splat(static_cast<T>(soft)), b = S::splat(static_cast<T>(hard)),
                       c = S::splat(static_cast<T>(shift));
   for (int64_t i = 0; i < n; i += S::kWidth) {
-    typename S::V g = a * (S::load(q + i) - S::load(p + i));
+    typename S::V g = a * S::load(to_u + i);
     if (h) g = g + (b * S::load(h + i) - c);
     S::store(out + i, g);
   }
-}
-
-// w = p*(r - K), r = log p - log q; 0 where p is 0; NaN throughout where the row's K is.
-template <class S>
-static void teacher_weights(const typename S::T* x, const typename S::T* y, const typename S::T* p, int64_t n,
-                            const BackwardRow<S>& row, typename S::T* w) {
-  typedef typename S::T T;
-  typedef typename S::V V;
-  const V mx = S::splat(static_cast<T>(row.max_s)), my = S::splat(static_cast<T>(row.max_t));
-  const V ratio = S::splat(static_cast<T>(row.ts / row.tt)), ts = S::splat(static_cast<T>(row.ts));
-  const double shift = row.lse_t - row.lse_s + row.k;
-  const V offset = S::splat(static_cast<T>(shift));
-  const V zero = S::splat(static_cast<T>(shift != shift ? kNan : 0.0));
-  for (int64_t i = 0; i < n; i += S::kWidth) {
-    const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
-    const V tx = S::load_first(x + i, left, T(0)) - mx, ty = S::load_first(y + i, left, T(0)) - my;
-    const V probability = S::load(p + i);
-    const V r = S::fma(ty, ratio, -tx) / ts - offset;
-    S::store(w + i, S::select(probability == V{}, zero, probability * r));
-  }
-}
-
-// sum w*(x - max) where w is not 0, w = weights - minus.
-template <class S>
-static double weighted_sum(const typename S::T* weights, const typename S::T* minus, const typename S::T* x,
-                           int64_t n, double max) {
-  typedef typename S::T T;
-  typedef typename S::V V;
-  const V m = S::splat(static_cast<T>(max));
-  V acc{};
-  for (int64_t i = 0; i < n; i += S::kWidth) {
-    const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
-    V w = S::load(weights + i);
-    if (minus) w = w - S::load(minus + i);
-    acc = acc + S::select(w == V{}, V{}, w * (S::load_first(x + i, left, T(0)) - m));
-  }
-  return S::sum(acc);
 }
 
 template <class S>
@@ -103,76 +22,155 @@ static double plain_sum(const typename S::T* w, int64_t n) {
   return S::sum(acc);
 }
 
-// One side's gradient of a block, through the transform and into its dtype.
-template <class S>
-static void emit(const Side& side, const typename S::T* x, int64_t n, bool stream, typename S::T* gradient,
-                 char* out) {
-  if (side.scale != 1.0 || side.softcap > 0) transform_backward<S>(side, x, n, gradient);
-  convert_out(gradient, n, side.dtype, stream, out);
-}
+// Sums over a row, without the label's class where it is set apart.
+struct SlopeSums {
+  double to_u, to_v;    // what rounding left of 0
+  double u_x, v_y;      // sum to_u*(x - max x), sum to_v*(y - max y)
+  double mean_x;        // E_q[x - max x]
+  double x_dot, y_dot;  // sum d_x*x, sum d_y*y of standardised logits
+};
+
+enum class Pass { kMeans, kDots, kGradients };
 
 template <class S>
-static void backward_block(const Backward& g, const BackwardRow<S>& row, const Exponent<S>& by_ts,
-                           const Exponent<S>& by_tt, const Block<S>& x, const Block<S>& y, int64_t start,
-                           int64_t n, char* d_student, char* d_teacher, const Scratch& scratch,
-                           TemperatureSums* sums) {
+struct RowGradients {
   typedef typename S::T T;
-  const Problem& problem = g.problem;
-  T* q = static_cast<T*>(scratch.exp_s);
-  T* p = static_cast<T*>(scratch.exp_t);
-  T* h = problem.labels ? static_cast<T*>(scratch.exp_h) : nullptr;
-  T* out = static_cast<T*>(scratch.block_out);
-  probabilities<S>(x.x, n, row.max_s, row.lse_s, by_ts, q);
-  probabilities<S>(y.x, n, row.max_t, row.lse_t, by_tt, p);
-  if (g.d_temperature) {
-    sums->student += weighted_sum<S>(q, p, x.x, n, row.max_s);
-    sums->excess += plain_sum<S>(q, n) - plain_sum<S>(p, n);
-    sums->mean += weighted_sum<S>(q, nullptr, x.x, n, row.max_s);
-  }
-  if (d_student) {
-    if (h) probabilities<S>(x.x, n, row.max_s, row.lse_h, Exponent<S>(1.0), h);
+  BackwardRow<S> row;
+  const Exponent<S> by_ts, by_tt;
+  const Scratch& scratch;
+  SlopeSums sums{};
+  char *d_student, *d_teacher;
+
+  RowGradients(const Backward& g, int64_t index, const Scratch& s, char* to_student, char* to_teacher)
+      : row(g, index, s),
+        by_ts(row.ts),
+        by_tt(row.tt),
+        scratch(s),
+        d_student(to_student),
+        d_teacher(to_teacher) {}
+
+  // d/dx of a block of transformed logits, in scratch.block_out.
+  T* student(const BlockSlopes<S>& b, const T* x, int64_t start, int64_t n) const {
+    const Problem& problem = row.g.problem;
+    T* out = static_cast<T*>(scratch.block_out);
+    const double soft = row.grad_soft * row.soft_scale / row.ts;
+    const double hard = row.grad_hard + row.grad_soft * row.slopes.unit;
     const double shift = row.grad_hard * problem.smoothing / static_cast<double>(problem.classes);
-    student_gradient<S>(q, p, h, n, row.grad_soft * row.soft_scale / row.ts, row.grad_hard, shift, out);
-    const int64_t at_label = row.label - start;
-    if (h && at_label >= 0 && at_label < n)
-      out[at_label] -= static_cast<T>(row.grad_hard * (1.0 - problem.smoothing));
-    emit<S>(problem.student, x.x, n, g.stream, out, d_student + start * dtype_size(problem.student.dtype));
+    T* h = problem.labels ? static_cast<T*>(scratch.exp_h) : nullptr;
+    if (h) probabilities<S>(x, n, row.max_s, row.lse_h, Exponent<S>(1.0), h);
+    student_gradient<S>(b.to_u, h, n, soft, hard, shift, out);
+    const int64_t label = row.label - start;
+    if (label < 0 || label >= n) return out;
+    if (row.apart) {
+      // softmax(x)_label - 1 = -rest
+      out[label] = static_cast<T>(times(soft, row.slopes.label) - times(hard, row.target.hard_student.rest) +
+                                  (row.grad_hard * problem.smoothing - shift));
+    } else if (h) {
+      out[label] = static_cast<T>(soft) * b.to_u[label] +
+                   (static_cast<T>(hard) * h[label] - static_cast<T>(hard * label_share(problem)));
+    }
+    return out;
   }
-  if (d_teacher || g.d_teacher_temperature) {
-    teacher_weights<S>(x.x, y.x, p, n, row, q);
-    if (g.d_teacher_temperature) sums->teacher += weighted_sum<S>(q, nullptr, y.x, n, row.max_t);
-    if (d_teacher) {
-      const typename S::V a = S::splat(static_cast<T>(row.grad_soft * row.soft_scale / row.tt));
-      for (int64_t i = 0; i < n; i += S::kWidth) S::store(out + i, a * S::load(q + i));
-      emit<S>(problem.teacher, y.x, n, g.stream, out, d_teacher + start * dtype_size(problem.teacher.dtype));
+
+  // d/dy of a block of transformed logits, in scratch.block_out.
+  T* teacher(const BlockSlopes<S>& b, const T* y, int64_t start, int64_t n) const {
+    T* out = static_cast<T*>(scratch.block_out);
+    const double soft = row.grad_soft * row.soft_scale / row.tt, unit = row.grad_soft * row.slopes.drive;
+    student_gradient<S>(b.to_v, nullptr, n, soft, 0.0, 0.0, out);
+    if (row.g.problem.divergence == Divergence::kNKD) {
+      T* h = static_cast<T*>(scratch.to_u);
+      probabilities<S>(y, n, row.max_t, row.lse_u, Exponent<S>(1.0), h);
+      student_gradient<S>(b.to_v, h, n, soft, -unit, 0.0, out);
+    }
+    const int64_t label = row.label - start;
+    if (row.apart && label >= 0 && label < n)
+      out[label] += static_cast<T>(times(-soft, row.slopes.pull) + times(unit, row.target.hard_teacher.rest));
+    return out;
+  }
+
+  void block(Pass pass, int64_t start, int64_t n) {
+    const Backward& g = row.g;
+    const Problem& problem = g.problem;
+    T* block_x = static_cast<T*>(scratch.block_x);
+    T* block_y = static_cast<T*>(scratch.block_y);
+    T* x = const_cast<T*>(load_block<S>(row.x, start, n, block_x).x);
+    T* y = const_cast<T*>(load_block<S>(row.y, start, n, block_y).x);
+    const BlockSlopes<S> b = block_slopes<S>(row, by_ts, by_tt, x, y, n, scratch);
+    if (pass == Pass::kMeans) {
+      sums.to_u += plain_sum<S>(b.to_u, n);
+      sums.to_v += plain_sum<S>(b.to_v, n);
+      return;
+    }
+    if (pass == Pass::kGradients && g.d_temperature) {
+      sums.u_x += weighted_sum<S>(b.to_u, x, n, row.max_s);
+      sums.to_u += plain_sum<S>(b.to_u, n);
+      sums.mean_x += weighted_sum<S>(b.q, x, n, row.max_s);
+    }
+    if (pass == Pass::kGradients && g.d_teacher_temperature)
+      sums.v_y += weighted_sum<S>(b.to_v, y, n, row.max_t);
+    const bool dots = pass == Pass::kDots;
+    if (d_student && (!dots || problem.student.standardize)) {
+      T* out = student(b, x, start, n);
+      if (dots) {
+        sums.x_dot += dot(out, x, row.label_x + row.max_s, start, n);
+      } else {
+        emit(row.x, x, row.label_x + row.max_s, sums.x_dot, start, n, out, d_student);
+      }
+    }
+    if (d_teacher && (!dots || problem.teacher.standardize)) {
+      T* out = teacher(b, y, start, n);
+      if (dots) {
+        sums.y_dot += dot(out, y, row.label_y + row.max_t, start, n);
+      } else {
+        emit(row.y, y, row.label_y + row.max_t, sums.y_dot, start, n, out, d_teacher);
+      }
     }
   }
-}
 
-// sum p*(r - K), which is 0 but for the rounding of K.
-template <class S>
-static double teacher_excess(const Backward& g, const BackwardRow<S>& row, const Exponent<S>& by_tt,
-                             int64_t x_offset, int64_t y_offset, const Scratch& scratch) {
-  typedef typename S::T T;
-  const Problem& problem = g.problem;
-  double excess = 0;
-  for (int64_t start = 0; start < problem.classes; start += kBlock) {
-    const int64_t n = problem.classes - start < kBlock ? problem.classes - start : kBlock;
-    const Block<S> x = load_block<S>(problem.student, x_offset, start, n, static_cast<T*>(scratch.block_x));
-    const Block<S> y = load_block<S>(problem.teacher, y_offset, start, n, static_cast<T*>(scratch.block_y));
-    T* p = static_cast<T*>(scratch.exp_t);
-    T* w = static_cast<T*>(scratch.exp_s);
-    probabilities<S>(y.x, n, row.max_t, row.lse_t, by_tt, p);
-    teacher_weights<S>(x.x, y.x, p, n, row, w);
-    excess += plain_sum<S>(w, n);
+  // The logit that was set apart takes its place again.
+  void restore(T* x, double label, int64_t start, int64_t n) const {
+    const int64_t at = row.label - start;
+    if (row.apart && at >= 0 && at < n) x[at] = static_cast<T>(label);
   }
-  return excess;
-}
+
+  double dot(const T* gradient, T* x, double label, int64_t start, int64_t n) const {
+    restore(x, label, start, n);
+    return weighted_sum<S>(gradient, x, n, 0.0);
+  }
+
+  // One side's gradient of a block, through the transform and into its dtype.
+  void emit(const View& view, T* x, double label, double x_dot, int64_t start, int64_t n, T* gradient,
+            char* out) const {
+    if (changes_gradient(*view.side)) {
+      restore(x, label, start, n);
+      transform_backward<S>(view, x, n, x_dot, gradient);
+    }
+    convert_out(gradient, n, view.side->dtype, row.g.stream, out + start * dtype_size(view.side->dtype));
+  }
+
+  void run(Pass pass) {
+    const int64_t classes = row.g.problem.classes;
+    for (int64_t start = 0; start < classes; start += kBlock)
+      block(pass, start, classes - start < kBlock ? classes - start : kBlock);
+  }
+
+  // Means that fit the slopes as this pass rounds them: both slopes sum to 0.
+  void settle_means() {
+    run(Pass::kMeans);
+    const Divergence d = row.g.problem.divergence;
+    if (is_pointwise(d) && __builtin_isfinite(sums.to_u)) row.mean_g += sums.to_u;
+    const double relation = row.apart ? row.slopes.relation : 1.0, pull = row.slopes.pull;
+    const double excess = relation == 0 ? 0.0 : (sums.to_v - pull) / relation;
+    if (__builtin_isfinite(excess)) row.mean_h += excess;
+    sums = {};
+  }
+};
 
 template <class S>
 static void backward_row(const Backward& g, int64_t index, const Scratch& scratch) {
   typedef typename S::T T;
   const Problem& problem = g.problem;
+  const int64_t classes = problem.classes;
   const int64_t x_size = dtype_size(problem.student.dtype), y_size = dtype_size(problem.teacher.dtype);
   char* d_student =
       g.d_student ? static_cast<char*>(g.d_student) + index * problem.student.width * x_size : nullptr;
@@ -185,35 +183,29 @@ static void backward_row(const Backward& g, int64_t index, const Scratch& scratc
     if (g.d_teacher_temperature) static_cast<T*>(g.d_teacher_temperature)[index] = T(0);
     return;
   }
-  BackwardRow<S> row(g, index);
-  const Exponent<S> by_ts(row.ts), by_tt(row.tt);
-  const int64_t x_offset = row_offset(problem.student, index), y_offset = row_offset(problem.teacher, index);
-  const int64_t classes = problem.classes;
-  const double divergence = row.k;
-  TemperatureSums sums{};
-  if (d_teacher || g.d_teacher_temperature) {
-    const double excess = teacher_excess<S>(g, row, by_tt, x_offset, y_offset, scratch);
-    if (__builtin_isfinite(excess)) row.k += excess;
-  }
-  for (int64_t start = 0; start < classes; start += kBlock) {
-    const int64_t n = classes - start < kBlock ? classes - start : kBlock;
-    const Block<S> x = load_block<S>(problem.student, x_offset, start, n, static_cast<T*>(scratch.block_x));
-    const Block<S> y = load_block<S>(problem.teacher, y_offset, start, n, static_cast<T*>(scratch.block_y));
-    backward_block<S>(g, row, by_ts, by_tt, x, y, start, n, d_student, d_teacher, scratch, &sums);
-  }
+  RowGradients<S> gradients(g, index, scratch, d_student, d_teacher);
+  const BackwardRow<S>& row = gradients.row;
+  const SlopeSums& sums = gradients.sums;
+  const bool exact_g = g.d_temperature && is_pointwise(problem.divergence);
+  if (d_teacher || g.d_teacher_temperature || exact_g) gradients.settle_means();
+  if ((d_student && problem.student.standardize) || (d_teacher && problem.teacher.standardize))
+    gradients.run(Pass::kDots);
+  gradients.run(Pass::kGradients);
   if (d_student) write_zeros(d_student + classes * x_size, (problem.student.width - classes) * x_size, false);
   if (d_teacher) write_zeros(d_teacher + classes * y_size, (problem.teacher.width - classes) * y_size, false);
-  // dK/dTs = -(E_q[x] - E_p[x])/Ts^2, dK/dTt = -(E_p[y r] - K E_p[y])/Tt^2; the factor Ts^2 has a derivative
-  // too.
+  // dD/dTs = -sum dD/du*x/Ts^2, dD/dTt = -sum dD/dv*y/Tt^2; the factor Ts^2 has a derivative too.
   const double scaled = row.grad_soft * row.soft_scale;
   if (g.d_temperature) {
-    const double own = problem.scale_by_temperature ? row.grad_soft * 2.0 * row.ts * divergence : 0.0;
-    const double difference = sums.excess == 0 ? sums.student : sums.student - sums.excess * sums.mean;
-    static_cast<T*>(g.d_temperature)[index] = static_cast<T>(own - scaled * difference / (row.ts * row.ts));
+    const double own = problem.scale_by_temperature ? row.grad_soft * 2.0 * row.ts * row.divergence : 0.0;
+    const double excess = sums.to_u + row.slopes.label;
+    double slope = sums.u_x + times(row.slopes.label, row.label_x);
+    if (excess != 0) slope -= excess * sums.mean_x;
+    static_cast<T*>(g.d_temperature)[index] = static_cast<T>(own - scaled * slope / (row.ts * row.ts));
   }
-  if (g.d_teacher_temperature)
-    static_cast<T*>(g.d_teacher_temperature)[index] =
-        static_cast<T>(-scaled * sums.teacher / (row.tt * row.tt));
+  if (g.d_teacher_temperature) {
+    const double slope = sums.v_y - times(row.slopes.pull, row.label_y);
+    static_cast<T*>(g.d_teacher_temperature)[index] = static_cast<T>(-scaled * slope / (row.tt * row.tt));
+  }
 }
 
 template <class S>

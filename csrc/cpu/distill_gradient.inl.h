@@ -26,51 +26,77 @@ MFD_INLINE typename S::V gradient_step(const typename S::T* es, const typename S
 template <class T>
 MFD_INLINE T gradient_at(int hard, bool soft, T e, T p, T own, const Factors<T>& f) {
   T g = soft ? e * f.a - p * f.b : T(0);
-  if (!hard) return g;
+  if (!hard) return g - f.shift;
   T power = hard == kOwnExp ? own : e;
   for (int k = 1; hard != kOwnExp && k < hard; ++k) power *= e;
   return g + (power * f.h - f.shift);
 }
 
+// The one class of a block that has a value of its own; -1 for none.
+template <class T>
+struct Exception {
+  int64_t at;
+  T value;
+};
+
 template <class S, bool kSoft, int kHard>
 static void block_gradient(const typename S::T* es, const typename S::T* et, const typename S::T* eh,
                            int64_t n, const Factors<typename S::T>& factors, bool stream,
-                           typename S::T* out) {
+                           const Exception<typename S::T>& label, typename S::T* out) {
   typedef typename S::T T;
+  typedef typename S::V V;
   constexpr int64_t W = S::kWidth;
-  const Factors<typename S::V> f = {S::splat(factors.a), S::splat(factors.b), S::splat(factors.h),
-                                    S::splat(factors.shift)};
+  const Factors<V> f = {S::splat(factors.a), S::splat(factors.b), S::splat(factors.h),
+                        S::splat(factors.shift)};
+  const auto step = [&](int64_t i) { return gradient_step<S, kSoft, kHard>(es + i, et + i, eh + i, f); };
+  // The label's value goes in before its vector is written: a line that has been streamed is far away.
+  const auto with_label = [&](int64_t i) {
+    const V g = step(i);
+    const int64_t lane = label.at - i;
+    if (lane < 0 || lane >= W) return g;
+    T lanes[W];
+    S::store(lanes, g);
+    lanes[lane] = label.value;
+    return S::load(lanes);
+  };
+  const auto write = [&](int64_t i, V g) { stream ? S::stream(out + i, g) : S::store(out + i, g); };
   int64_t i = 0;
   if (stream) {
     // Elements before the first aligned vector.
     const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) / sizeof(T)) & (W - 1);
     if (misaligned) {
       i = W - misaligned < n ? W - misaligned : n;
-      S::store_first(out, gradient_step<S, kSoft, kHard>(es, et, eh, f), i);
+      S::store_first(out, with_label(0), i);
     }
-    for (; i + W <= n; i += W) S::stream(out + i, gradient_step<S, kSoft, kHard>(es + i, et + i, eh + i, f));
-  } else {
-    for (; i + W <= n; i += W) S::store(out + i, gradient_step<S, kSoft, kHard>(es + i, et + i, eh + i, f));
   }
-  if (i < n) S::store_first(out + i, gradient_step<S, kSoft, kHard>(es + i, et + i, eh + i, f), n - i);
+  if (label.at >= i) {
+    const int64_t of_label = i + (label.at - i) / W * W;
+    for (; i < of_label; i += W) write(i, step(i));
+    if (i + W <= n) {
+      write(i, with_label(i));
+      i += W;
+    }
+  }
+  for (; i + W <= n; i += W) write(i, step(i));
+  if (i < n) S::store_first(out + i, with_label(i), n - i);
 }
 
 template <class S, bool kSoft>
 static void block_gradient_of(int hard, const typename S::T* es, const typename S::T* et,
                               const typename S::T* eh, int64_t n, const Factors<typename S::T>& f,
-                              bool stream, typename S::T* out) {
+                              bool stream, const Exception<typename S::T>& label, typename S::T* out) {
   switch (hard) {
     case 0:
-      return block_gradient<S, kSoft, 0>(es, et, eh, n, f, stream, out);
+      return block_gradient<S, kSoft, 0>(es, et, eh, n, f, stream, label, out);
     case 1:
-      return block_gradient<S, kSoft, 1>(es, et, eh, n, f, stream, out);
+      return block_gradient<S, kSoft, 1>(es, et, eh, n, f, stream, label, out);
     case 2:
-      return block_gradient<S, kSoft, 2>(es, et, eh, n, f, stream, out);
+      return block_gradient<S, kSoft, 2>(es, et, eh, n, f, stream, label, out);
     case 3:
-      return block_gradient<S, kSoft, 3>(es, et, eh, n, f, stream, out);
+      return block_gradient<S, kSoft, 3>(es, et, eh, n, f, stream, label, out);
     case 4:
-      return block_gradient<S, kSoft, 4>(es, et, eh, n, f, stream, out);
+      return block_gradient<S, kSoft, 4>(es, et, eh, n, f, stream, label, out);
     default:
-      return block_gradient<S, kSoft, kOwnExp>(es, et, eh, n, f, stream, out);
+      return block_gradient<S, kSoft, kOwnExp>(es, et, eh, n, f, stream, label, out);
   }
 }

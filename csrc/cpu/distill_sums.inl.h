@@ -4,19 +4,40 @@
 // temperature N = 1..4; computed.
 enum HardMode : int { kNoHard = 0, kOwnExp = 5 };
 
-template <class S>
-MFD_INLINE int hard_mode(const Forward& f, double temperature) {
-  if (!f.use_hard) return kNoHard;
-  if (!f.use_soft || temperature == 1.0) return 1;
-  return temperature == 2.0 ? 2 : temperature == 3.0 ? 3 : temperature == 4.0 ? 4 : kOwnExp;
+MFD_INLINE int hard_mode(double temperature) {
+  return temperature == 1.0   ? 1
+         : temperature == 2.0 ? 2
+         : temperature == 3.0 ? 3
+         : temperature == 4.0 ? 4
+                              : kOwnExp;
 }
 
 template <class S>
 struct Scales {
   Exponent<S> student, teacher, hard;
-  typename S::V ratio;  // Ts/Tt
-  Scales(double ts, double tt)
-      : student(ts), teacher(tt), hard(1.0), ratio(S::splat(static_cast<typename S::T>(ts / tt))) {}
+  typename S::V ratio;  // Ts/Tt; 0 where the cross-entropy is wanted instead of the divergence
+  Scales(double ts, double tt, bool cross_entropy)
+      : student(ts),
+        teacher(tt),
+        hard(1.0),
+        ratio(S::splat(static_cast<typename S::T>(cross_entropy ? 0.0 : ts / tt))) {}
+};
+
+// What the first pass keeps of both sides together: nothing (hard term only); the sum of p*(v - u); the
+// differences y - x themselves, for the second pass, from logits near each other or not.
+enum SoftMode : int { kNoSoft = 0, kCross = 1, kNear = 2, kFar = 3 };
+
+// Block maxima this close leave y - x with no larger error than the differences from the maxima have.
+constexpr double kNearMaxima = 8.0;
+MFD_INLINE bool are_near(double max_s, double max_t, double ratio) {
+  return ratio == 1.0 && max_t - max_s <= kNearMaxima && max_s - max_t <= kNearMaxima;
+}
+
+// Rows of scratch that the first pass fills, at the block's start.
+template <class T>
+struct Kept {
+  T *es, *et, *eh, *difference;
+  Kept after(int64_t i) const { return {es + i, et + i, eh + i, difference + i}; }
 };
 
 // Bytes ahead of the pass that should already be on their way from memory, per vector.
@@ -44,80 +65,64 @@ struct Accumulators {
   typename S::V s{}, t{}, h{}, cross{};
 };
 
-template <class S, bool kSoft, int kHard>
+template <class S, int kSoft, int kHard>
 MFD_INLINE void sums_step(typename S::V x, typename S::V y, typename S::V mx, typename S::V my,
-                          const Scales<S>& scales, typename S::T* es, typename S::T* et, typename S::T* eh,
-                          Accumulators<S>& acc) {
+                          const Scales<S>& scales, const Kept<typename S::T>& kept, Accumulators<S>& acc) {
   typedef typename S::V V;
   const V tx = x - mx;
   const V e = scales.student(tx);
-  S::store(es, e);
+  S::store(kept.es, e);
   acc.s = acc.s + e;
   if (kHard == kOwnExp) {
     const V h = scales.hard(tx);
-    S::store(eh, h);
+    S::store(kept.eh, h);
     acc.h = acc.h + h;
   } else if (kHard > 1) {
     acc.h = acc.h + power<S, kHard>(e);
   }
-  if (kSoft) {
-    const V ty = y - my;
-    const V p = scales.teacher(ty);
-    S::store(et, p);
-    acc.t = acc.t + p;
+  if (kSoft == kNoSoft) return;
+  const V ty = y - my;
+  const V p = scales.teacher(ty);
+  S::store(kept.et, p);
+  acc.t = acc.t + p;
+  if (kSoft == kCross) {
     // 0*log 0 = 0; the one rounding is exact where x is close to y and Ts = Tt.
     const V d = S::fma(ty, scales.ratio, -tx);
     acc.cross = acc.cross + S::select(scales.teacher.vanishes(ty), V{}, p * d);
+  } else {
+    S::store(kept.difference, kSoft == kNear ? y - x - (my - mx) : S::fma(ty, scales.ratio, -tx));
   }
 }
 
-template <class S, bool kSoft, int kHard>
+template <class S, int kSoft, int kHard>
 static void block_sums(const typename S::T* x, const typename S::T* y, int64_t n, const Scales<S>& scales,
-                       const Ahead& ahead, typename S::T* es, typename S::T* et, typename S::T* eh,
-                       BlockSums* out) {
+                       const Ahead& ahead, const Kept<typename S::T>& kept, BlockSums* out) {
   typedef typename S::T T;
   typedef typename S::V V;
   constexpr int64_t W = S::kWidth;
-  const T max_x = block_max<S>(x, n), max_y = kSoft ? block_max<S>(y, n) : T(0);
-  const V mx = S::splat(max_x), my = S::splat(max_y);
+  const V mx = S::splat(static_cast<T>(out->max_s)), my = S::splat(static_cast<T>(out->max_t));
   Accumulators<S> a, b;
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
     __builtin_prefetch(ahead.x + i * ahead.x_step);
+    if (!kSoft) __builtin_prefetch(ahead.x + (i + W) * ahead.x_step);
     if (kSoft) __builtin_prefetch(ahead.y + i * ahead.y_step);
-    sums_step<S, kSoft, kHard>(S::load(x + i), kSoft ? S::load(y + i) : V{}, mx, my, scales, es + i, et + i,
-                               eh + i, a);
+    sums_step<S, kSoft, kHard>(S::load(x + i), kSoft ? S::load(y + i) : V{}, mx, my, scales, kept.after(i),
+                               a);
     sums_step<S, kSoft, kHard>(S::load(x + i + W), kSoft ? S::load(y + i + W) : V{}, mx, my, scales,
-                               es + i + W, et + i + W, eh + i + W, b);
+                               kept.after(i + W), b);
   }
   // Lanes past the end are -inf: they add exactly 0.
   const T pad = static_cast<T>(-kInf);
   for (; i < n; i += W) {
     const int64_t left = n - i < W ? n - i : W;
     sums_step<S, kSoft, kHard>(S::load_first(x + i, left, pad), kSoft ? S::load_first(y + i, left, pad) : V{},
-                               mx, my, scales, es + i, et + i, eh + i, a);
+                               mx, my, scales, kept.after(i), a);
   }
-  out->max_s = max_x;
-  out->max_t = max_y;
   out->sum_s = S::sum(a.s + b.s);
   out->sum_h = kHard == 1 ? out->sum_s : kHard ? S::sum(a.h + b.h) : 0.0;
   out->sum_t = kSoft ? S::sum(a.t + b.t) : 0.0;
-  out->cross = kSoft ? S::sum(a.cross + b.cross) : 0.0;
-}
-
-// sum e*(x - max): for the entropies.
-template <class S>
-static double block_dot(const typename S::T* e, const typename S::T* x, int64_t n, double block_max) {
-  typedef typename S::T T;
-  typedef typename S::V V;
-  const V m = S::splat(static_cast<T>(block_max));
-  V acc{};
-  for (int64_t i = 0; i < n; i += S::kWidth) {
-    const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
-    const V w = S::load(e + i);
-    acc = acc + S::select(w == V{}, V{}, w * (S::load_first(x + i, left, T(0)) - m));
-  }
-  return S::sum(acc);
+  out->cross = kSoft == kCross ? S::sum(a.cross + b.cross) : 0.0;
 }
 
 // sum (x - max): for label smoothing.
@@ -134,22 +139,71 @@ static double block_shifted_sum(const typename S::T* x, int64_t n, double block_
   return S::sum(acc);
 }
 
-template <class S, bool kSoft>
+// sum exp(x - max), the N-th powers of the exponentials e at temperature N or computed.
+template <class S, int kHard>
+static double block_unit_sum(const typename S::T* e, const typename S::T* x, int64_t n, double block_max) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  const V m = S::splat(static_cast<T>(block_max));
+  const Exponent<S> exponent(1.0);
+  V acc{};
+  for (int64_t i = 0; i < n; i += S::kWidth) {
+    if (kHard == kOwnExp) {
+      const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
+      acc = acc + exponent(S::load_first(x + i, left, static_cast<T>(-kInf)) - m);
+    } else {
+      acc = acc + power<S, kHard>(S::load(e + i));
+    }
+  }
+  return S::sum(acc);
+}
+
+template <class S>
+static double block_unit_sum_of(int hard, const typename S::T* e, const typename S::T* x, int64_t n,
+                                double block_max) {
+  switch (hard) {
+    case 2:
+      return block_unit_sum<S, 2>(e, x, n, block_max);
+    case 3:
+      return block_unit_sum<S, 3>(e, x, n, block_max);
+    case 4:
+      return block_unit_sum<S, 4>(e, x, n, block_max);
+    default:
+      return block_unit_sum<S, kOwnExp>(e, x, n, block_max);
+  }
+}
+
+// sum w*(x - max) where w is not 0.
+template <class S>
+static double weighted_sum(const typename S::T* weights, const typename S::T* x, int64_t n, double max) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  const V m = S::splat(static_cast<T>(max));
+  V acc{};
+  for (int64_t i = 0; i < n; i += S::kWidth) {
+    const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
+    const V w = left < S::kWidth ? S::load_first(weights + i, left, T(0)) : S::load(weights + i);
+    acc = acc + S::select(w == V{}, V{}, w * (S::load_first(x + i, left, T(0)) - m));
+  }
+  return S::sum(acc);
+}
+
+template <class S, int kSoft>
 static void block_sums_of(int hard, const typename S::T* x, const typename S::T* y, int64_t n,
-                          const Scales<S>& scales, const Ahead& ahead, typename S::T* es, typename S::T* et,
-                          typename S::T* eh, BlockSums* out) {
+                          const Scales<S>& scales, const Ahead& ahead, const Kept<typename S::T>& kept,
+                          BlockSums* out) {
   switch (hard) {
     case 0:
-      return block_sums<S, kSoft, 0>(x, y, n, scales, ahead, es, et, eh, out);
+      return block_sums<S, kSoft, 0>(x, y, n, scales, ahead, kept, out);
     case 1:
-      return block_sums<S, kSoft, 1>(x, y, n, scales, ahead, es, et, eh, out);
+      return block_sums<S, kSoft, 1>(x, y, n, scales, ahead, kept, out);
     case 2:
-      return block_sums<S, kSoft, 2>(x, y, n, scales, ahead, es, et, eh, out);
+      return block_sums<S, kSoft, 2>(x, y, n, scales, ahead, kept, out);
     case 3:
-      return block_sums<S, kSoft, 3>(x, y, n, scales, ahead, es, et, eh, out);
+      return block_sums<S, kSoft, 3>(x, y, n, scales, ahead, kept, out);
     case 4:
-      return block_sums<S, kSoft, 4>(x, y, n, scales, ahead, es, et, eh, out);
+      return block_sums<S, kSoft, 4>(x, y, n, scales, ahead, kept, out);
     default:
-      return block_sums<S, kSoft, kOwnExp>(x, y, n, scales, ahead, es, et, eh, out);
+      return block_sums<S, kSoft, kOwnExp>(x, y, n, scales, ahead, kept, out);
   }
 }

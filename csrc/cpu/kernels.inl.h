@@ -6,7 +6,11 @@
 #pragma clang fp contract(off)
 #endif
 
+#include <type_traits>
+
+#include "common/fusion.h"
 #include "common/row_math.h"
+#include "common/target_math.h"
 #include "common/types.h"
 
 #if defined(__SSE2__)
@@ -20,11 +24,23 @@ namespace {
 // clang-format off: the order is that of use.
 #include "cpu/vec.inl.h"
 #include "cpu/exp.inl.h"
+#include "cpu/log.inl.h"
 #include "cpu/rows.inl.h"
 #include "cpu/distill_sums.inl.h"
+#include "cpu/distill_row.inl.h"
+#include "cpu/divergences.inl.h"
+#include "cpu/distill_points.inl.h"
 #include "cpu/distill_gradient.inl.h"
+#include "cpu/distill_values.inl.h"
 #include "cpu/distill_forward.inl.h"
+#include "cpu/distill_slopes.inl.h"
 #include "cpu/distill_backward.inl.h"
+#include "cpu/matrix_rows.inl.h"
+#include "cpu/feature.inl.h"
+#include "cpu/pool.inl.h"
+#include "cpu/topk_rest.inl.h"
+#include "cpu/topk_soft.inl.h"
+#include "cpu/topk_rows.inl.h"
 // clang-format on
 
 void forward_rows(const Forward& f, int64_t begin, int64_t end, const Scratch& s) {
@@ -36,6 +52,11 @@ void forward_sums(const Forward& f, int64_t row, int64_t begin, int64_t end, con
                       : forward_sums_of<F32>(f, row, begin, end, s);
 }
 
+void forward_points(const Forward& f, int64_t row, int64_t begin, int64_t end, const Scratch& s) {
+  f.problem.is_double ? forward_points_of<F64>(f, row, begin, end, s)
+                      : forward_points_of<F32>(f, row, begin, end, s);
+}
+
 void forward_outputs(const Forward& f, int64_t row, int64_t begin, int64_t end, const Scratch& s) {
   f.problem.is_double ? forward_outputs_of<F64>(f, row, begin, end, s)
                       : forward_outputs_of<F32>(f, row, begin, end, s);
@@ -45,6 +66,11 @@ void backward_rows(const Backward& g, int64_t begin, int64_t end, const Scratch&
   g.problem.is_double ? backward_rows_of<F64>(g, begin, end, s) : backward_rows_of<F32>(g, begin, end, s);
 }
 
+void topk_rows(const TopKPass& pass, int64_t begin, int64_t end, const Scratch& s) {
+  pass.forward.problem.is_double ? topk_rows_of<F64>(pass, begin, end, s)
+                                 : topk_rows_of<F32>(pass, begin, end, s);
+}
+
 // out = a + b past the caches; out is aligned to 64 bytes.
 void add(const float* a, const float* b, float* out, int64_t n) {
   int64_t i = 0;
@@ -52,8 +78,35 @@ void add(const float* a, const float* b, float* out, int64_t n) {
   for (; i < n; ++i) out[i] = a[i] + b[i];
 }
 
-constexpr Kernels kTable = {MFD_ISA_NAME,    kLanes,        forward_rows, forward_sums,
-                            forward_outputs, backward_rows, add};
+void pool_forward(const PoolForward& f, int64_t begin, int64_t end, const FusionScratch& s) {
+  f.pool->is_double ? pool_forward_of<F64>(f, begin, end, s) : pool_forward_of<F32>(f, begin, end, s);
+}
+
+void pool_backward(const PoolBackward& g, int64_t begin, int64_t end, const FusionScratch& s,
+                   PoolPartial& partial) {
+  g.pool->is_double ? pool_backward_of<F64>(g, begin, end, s, partial)
+                    : pool_backward_of<F32>(g, begin, end, s, partial);
+}
+
+void add_parts(const void* parts, int64_t chunks, int64_t stride, int64_t n, bool is_double, void* out) {
+  is_double ? add_parts_of(static_cast<const double*>(parts), chunks, stride, n, static_cast<double*>(out))
+            : add_parts_of(static_cast<const float*>(parts), chunks, stride, n, static_cast<float*>(out));
+}
+
+void tap_rows(const Tap& tap, FeatureKind kind, bool is_double, int64_t begin, int64_t end,
+              const FusionScratch& s, double* values) {
+  is_double ? tap_rows_of<F64>(tap, kind, begin, end, s, values)
+            : tap_rows_of<F32>(tap, kind, begin, end, s, values);
+}
+
+void predict(const Problem& p, int64_t begin, int64_t end, int64_t* out) {
+  p.is_double ? predict_rows_of<F64>(p, begin, end, out) : predict_rows_of<F32>(p, begin, end, out);
+}
+
+constexpr FusionKernels kFusion = {pool_forward, pool_backward, add_parts, tap_rows, predict};
+
+constexpr Kernels kTable = {MFD_ISA_NAME,    kLanes,        forward_rows, forward_sums, forward_points,
+                            forward_outputs, backward_rows, topk_rows,    add,          &kFusion};
 
 }  // namespace
 

@@ -65,27 +65,116 @@ static void transform(const Side& side, int64_t n, typename S::T* x) {
   }
 }
 
-// Transformed logits [start, start + n) of a row: in place when nothing changes them, else in `buffer`.
+// One row of one side.
+struct View {
+  const Side* side;
+  int64_t offset;
+  int64_t apart;  // the class that is set apart: it reads as -inf; -1 for none
+  Centre centre;
+};
+
+// (x - mean)*inverse
 template <class S>
-MFD_INLINE Block<S> load_block(const Side& side, int64_t offset, int64_t start, int64_t n,
-                               typename S::T* buffer) {
-  const char* raw = static_cast<const char*>(side.data) + (offset + start) * dtype_size(side.dtype);
+static void standardize(const Centre& centre, int64_t n, typename S::T* x) {
+  typedef typename S::T T;
+  const typename S::V mean = S::splat(static_cast<T>(centre.mean)),
+                      inverse = S::splat(static_cast<T>(centre.inverse));
+  for (int64_t i = 0; i < n; i += S::kWidth) S::store(x + i, (S::load(x + i) - mean) * inverse);
+}
+
+// Logits [start, start + n) of a row after scale and softcap: in place when nothing changes them, else in
+// `buffer`.
+template <class S>
+MFD_INLINE Block<S> load_unstandardized(const View& view, int64_t start, int64_t n, typename S::T* buffer) {
+  const Side& side = *view.side;
+  const char* raw = static_cast<const char*>(side.data) + (view.offset + start) * dtype_size(side.dtype);
   if (is_direct<S>(side)) return {reinterpret_cast<const typename S::T*>(raw), raw};
   convert_in(raw, side.dtype, n, buffer);
   if (side.scale != 1.0 || side.softcap > 0) transform<S>(side, n, buffer);
   return {buffer, raw};
 }
 
-// gradient *= scale*(1 - (x/softcap)^2), x the transformed logits.
+// Transformed logits [start, start + n) of a row.
 template <class S>
-static void transform_backward(const Side& side, const typename S::T* x, int64_t n, typename S::T* gradient) {
+MFD_INLINE Block<S> load_block(const View& view, int64_t start, int64_t n, typename S::T* buffer) {
+  Block<S> block = load_unstandardized<S>(view, start, n, buffer);
+  const int64_t apart = view.apart - start;
+  const bool holds_apart = apart >= 0 && apart < n;
+  if ((view.side->standardize || holds_apart) && block.x != buffer) {
+    int64_t i = 0;
+    for (; i + S::kWidth <= n; i += S::kWidth) S::store(buffer + i, S::load(block.x + i));
+    for (; i < n; ++i) buffer[i] = block.x[i];
+    block.x = buffer;
+  }
+  if (view.side->standardize) standardize<S>(view.centre, n, buffer);
+  if (holds_apart) buffer[apart] = static_cast<typename S::T>(-kInf);
+  return block;
+}
+
+// sum (x - shift)^kPower
+template <class S, int kPower>
+static double row_moment(const View& view, int64_t classes, double shift, typename S::T* buffer) {
   typedef typename S::T T;
-  const typename S::V scale = S::splat(static_cast<T>(side.scale));
-  const typename S::V cap = S::splat(static_cast<T>(side.softcap));
+  typedef typename S::V V;
+  const T pad = static_cast<T>(shift);
+  const V m = S::splat(pad);
+  double total = 0;
+  for (int64_t start = 0; start < classes; start += kBlock) {
+    const int64_t n = classes - start < kBlock ? classes - start : kBlock;
+    const T* x = load_unstandardized<S>(view, start, n, buffer).x;
+    V sum{};
+    for (int64_t i = 0; i < n; i += S::kWidth) {
+      const V d = S::load_first(x + i, n - i < S::kWidth ? n - i : S::kWidth, pad) - m;
+      sum = sum + (kPower == 2 ? d * d : d);
+    }
+    total += S::sum(sum);
+  }
+  return total;
+}
+
+// Mean and unbiased deviation of a row. Sun et al., arXiv:2403.01427.
+template <class S>
+static Centre row_centre(const View& view, int64_t classes, typename S::T* buffer) {
+  constexpr double kEpsilon = 1e-7;
+  typedef typename S::T T;
+  const double count = static_cast<double>(classes), degrees = classes > 1 ? count - 1 : 1.0;
+  const double first = load_unstandardized<S>(view, 0, 1, buffer).x[0];
+  const T mean = static_cast<T>(first + row_moment<S, 1>(view, classes, first, buffer) / count);
+  const double deviation = sqrt(row_moment<S, 2>(view, classes, mean, buffer) / degrees);
+  const double s = deviation + kEpsilon;
+  return {mean, 1.0 / s, deviation == 0 ? 0.0 : s / (deviation * degrees)};
+}
+
+// Whether the gradient of the raw logits differs from that of the transformed ones.
+MFD_INLINE bool changes_gradient(const Side& side) {
+  return side.scale != 1.0 || side.softcap > 0 || side.standardize;
+}
+
+// gradient -> gradient of the raw logits; z the transformed logits of the block, `dot` sum gradient*z over
+// the row.
+//   standardised: (g - mean g)/s - (sum g z)/s*(x - mean)/((C - 1)*deviation), mean g = 0 as no loss changes
+//   with a common shift;
+//   scale*(1 - (x/softcap)^2).
+template <class S>
+static void transform_backward(const View& view, const typename S::T* z, int64_t n, double dot,
+                               typename S::T* gradient) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  const Side& side = *view.side;
+  const V scale = S::splat(static_cast<T>(side.scale)), cap = S::splat(static_cast<T>(side.softcap));
+  const V inverse = S::splat(static_cast<T>(view.centre.inverse)),
+          mean = S::splat(static_cast<T>(view.centre.mean));
+  const V deviation = S::splat(static_cast<T>(1.0 / view.centre.inverse));
+  const V fold = S::splat(static_cast<T>(dot * view.centre.fold));
   for (int64_t i = 0; i < n; i += S::kWidth) {
-    typename S::V g = S::load(gradient + i) * scale;
+    V g = S::load(gradient + i), x = S::load_first(z + i, n - i < S::kWidth ? n - i : S::kWidth, T(0));
+    if (side.standardize) {
+      g = (g - fold * x) * inverse;
+      x = S::fma(x, deviation, mean);
+    }
+    g = g * scale;
     if (side.softcap > 0) {
-      const typename S::V tanh_x = S::load_first(x + i, n - i < S::kWidth ? n - i : S::kWidth, T(0)) / cap;
+      const V tanh_x = x / cap;
       g = g * ((S::splat(T(1)) - tanh_x) * (S::splat(T(1)) + tanh_x));
     }
     S::store(gradient + i, g);

@@ -1,10 +1,14 @@
-"""Row addressing: how a kernel walks ``[..., C]`` logits of any layout without a copy where possible."""
+"""Row addressing and saved statistics: how a kernel walks ``[..., C]`` logits of any layout."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from torch import Tensor
+
+#: Columns of the statistics that the per-row forward saves for its backward: kStats of csrc/common/types.h, which says
+#: what they hold; a backend leaves alone what it does not need.
+STATISTICS = 11
 
 
 class RowLayout(NamedTuple):

@@ -1,7 +1,7 @@
 """distill_loss and distill_terms: softened divergence and labels over rows of logits.
 
 Per counted row, with x, y the transformed student and teacher logits, q = softmax(x/T), p = softmax(y/T):
-    loss = weight · (soft_weight · T² KL(p‖q) + hard_weight · CE(x, label))
+    loss = weight · (soft_weight · T² D(p, q) + hard_weight · CE(x, label))
 Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
 
 A scalar loss computes its gradient in the forward pass: 3 passes over the logits (read student, read
@@ -10,6 +10,7 @@ teacher, write the gradient). Everything else keeps O(N) statistics and recomput
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from .. import contract
 from ..backends import choose, implementation
-from ..reference.distill_loss import combine, combine_rows, row_terms
+from ..divergences import Divergence, ForwardKL
+from ..reference.distill_loss import combine, combine_rows
+from ..reference.distill_loss import row_terms as reference_terms
 from ..rows import Rows
-from ..types import DistillTerms, Divergence, LogitTransform
+from ..types import DistillTerms, LogitTransform, TopK
 from . import distill_registered as registered
 
 # ---------------------------------------------------------------------------------------------- scalar loss
@@ -35,7 +38,7 @@ class _ScalarLoss(torch.autograd.Function):
         if needs_grad:
             ctx.gradient = gradient
             ctx.call = (rows, backend, options)
-            ctx.save_for_backward(student, rows.teacher)
+            ctx.save_for_backward(student, *rows.teachers)
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
@@ -45,10 +48,13 @@ class _ScalarLoss(torch.autograd.Function):
             return _differentiable_gradient(ctx, grad_output), None, None, None
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:  # a second backward: the buffer was given away, so the pass is run again
-            student, teacher = ctx.saved_tensors
-            again = rows.replace(student=student, teacher=teacher)
+            again = _with_logits(rows, *ctx.saved_tensors)
             gradient = implementation(backend, "distill_loss").scalar(again, needs_grad=True, **options)[1]
         return _scale(gradient, grad_output, backend), None, None, None
+
+
+def _with_logits(rows: Rows, student: Tensor, *teachers: Tensor) -> Rows:
+    return rows.replace(student=student, teacher=teachers[0], more_teachers=teachers[1:])
 
 
 def _scale(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
@@ -63,9 +69,9 @@ def _scale(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
 def _differentiable_gradient(ctx: Any, grad_output: Tensor) -> Tensor:
     """backward(create_graph=True): the same gradient as a differentiable expression, by the reference."""
     rows, _, options = ctx.call
-    student, teacher = (t.view_as(t) for t in ctx.saved_tensors)  # two roles, also where they are one tensor
+    student, *teachers = (t.view_as(t) for t in ctx.saved_tensors)  # several roles, also where they are one tensor
     loss = combine(
-        rows.replace(student=student, teacher=teacher),
+        _with_logits(rows, student, *teachers),
         options["weight"],
         options["soft_weight"],
         options["hard_weight"],
@@ -79,21 +85,12 @@ def _differentiable_gradient(ctx: Any, grad_output: Tensor) -> Tensor:
 
 
 class _RowTerms(torch.autograd.Function):
-    """soft [N] and hard [N], differentiable to both logits and both temperatures, by recomputation."""
+    """soft [N] and hard [N], differentiable to all that :func:`_leaves` lists, by recomputation."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        temperature: Tensor | None,
-        teacher_temperature: Tensor | None,
-        rows: Rows,
-        backend: str,
-        terms: bool,
-    ) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, rows: Rows, backend: str, terms: bool, *leaves: Tensor | None) -> tuple[Tensor | None, ...]:
         soft, hard, stats, extra = implementation(backend, "distill_loss").per_row(rows, terms=terms)
-        ctx.save_for_backward(student, teacher, temperature, teacher_temperature, stats)
+        ctx.save_for_backward(*leaves, stats)
         ctx.call = (rows, backend)
         ctx.set_materialize_grads(False)
         extra = extra or ()
@@ -102,53 +99,56 @@ class _RowTerms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_soft: Tensor | None, grad_hard: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        needs = tuple(ctx.needs_input_grad[3:])
         if grad_soft is None and grad_hard is None:
-            return (None,) * 7
+            return (None,) * (3 + len(needs))
         rows, backend = ctx.call
-        student, teacher, temperature, teacher_temperature, stats = ctx.saved_tensors
-        rows = rows.replace(student=student, teacher=teacher)
-        needs = tuple(ctx.needs_input_grad[:4])
+        *leaves, stats = ctx.saved_tensors
         if torch.is_grad_enabled():
-            leaves = (student, teacher, temperature, teacher_temperature)
-            return (
-                *_differentiable_row_gradients(rows, leaves, grad_soft, grad_hard, needs),
-                None,
-                None,
-                None,
-            )
+            return None, None, None, *_differentiable_row_gradients(rows, leaves, grad_soft, grad_hard, needs)
         zero = stats.new_zeros(()).expand(rows.n_rows)
         gradients = list(
             implementation(backend, "distill_loss").per_row_backward(
-                rows,
+                _with_logits(rows, leaves[0], leaves[1], *leaves[5:]),
                 stats,
                 zero if grad_soft is None else grad_soft,
                 zero if grad_hard is None else grad_hard,
-                needs,
+                needs if len(leaves) > 5 else needs[:4],
             )
         )
-        for k, value in ((2, temperature), (3, teacher_temperature)):
-            if gradients[k] is not None and value is not None and value.dim() == 0:
-                gradients[k] = gradients[k].sum()
-        return (*gradients, None, None, None)
+        gradients += [None] * (len(leaves) - len(gradients))
+        for k, dim in ((2, 0), (3, 0), (4, 1)):  # one value per row, of something that all rows share
+            gradient, leaf = gradients[k], leaves[k]
+            if gradient is not None and leaf is not None and leaf.dim() == dim:
+                gradients[k] = gradient.sum(0)
+        return None, None, None, *gradients
+
+
+def _leaves(rows: Rows) -> tuple[Tensor | None, ...]:
+    """student, teacher, temperature, teacher_temperature, teacher_weights, further teachers; None if a number."""
+    temperatures = (t if isinstance(t, Tensor) else None for t in (rows.temperature, rows.teacher_temperature))
+    return rows.student, rows.teacher, *temperatures, rows.teacher_weights, *rows.teachers[1:]
 
 
 def _differentiable_row_gradients(
     rows: Rows,
-    leaves: tuple[Tensor | None, ...],
+    leaves: Sequence[Tensor | None],
     grad_soft: Tensor | None,
     grad_hard: Tensor | None,
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """backward(create_graph=True) of the per-row terms, by the reference."""
     # One alias per role: a tensor that serves in two of them gets each role's gradient once.
-    leaves = tuple(None if leaf is None else leaf.view_as(leaf) for leaf in leaves)
-    student, teacher, temperature, teacher_temperature = leaves
-    values = row_terms(
+    leaves = [None if leaf is None else leaf.view_as(leaf) for leaf in leaves]
+    student, teacher, temperature, teacher_temperature, weights, *more = leaves
+    values = reference_terms(
         rows.replace(
             student=student,
             teacher=teacher,
             temperature=rows.temperature if temperature is None else temperature,
             teacher_temperature=rows.teacher_temperature if teacher_temperature is None else teacher_temperature,
+            teacher_weights=weights,
+            more_teachers=tuple(more),
         )
     )
     outputs, upstream = [], []
@@ -161,15 +161,12 @@ def _differentiable_row_gradients(
     return [next(found) if need else None for need in needs]
 
 
-def _row_terms(rows: Rows, backend: str, terms: bool, compiling: bool) -> tuple[Any, ...]:
+def row_terms(rows: Rows, backend: str, terms: bool, compiling: bool) -> tuple[Any, ...]:
     """soft, hard and, if asked, the by-products as ``[N]`` tensors."""
     if compiling:
         return registered.row_terms(rows, backend, terms)
     # A tensor that serves both sides receives the sum of both gradients from autograd.
-    temperature = rows.temperature if isinstance(rows.temperature, Tensor) else None
-    teacher_temperature = rows.teacher_temperature if isinstance(rows.teacher_temperature, Tensor) else None
-    call = (rows.student, rows.teacher, temperature, teacher_temperature, rows, backend, terms)
-    result: tuple[Any, ...] = _RowTerms.apply(*call)
+    result: tuple[Any, ...] = _RowTerms.apply(rows, backend, terms, *_leaves(rows))
     return result
 
 
@@ -183,7 +180,7 @@ def _requires_grad(*values: object) -> bool:
 def check_loss(
     op: str,
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopK | Sequence[Tensor],
     labels: Tensor | None,
     soft_weight: float | Tensor,
     hard_weight: float | Tensor,
@@ -205,9 +202,10 @@ def check_loss(
 
 def distill_loss(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopK | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
+    teacher_weights: Tensor | None = None,
     divergence: str | Divergence = "forward_kl",
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
@@ -226,11 +224,17 @@ def distill_loss(
 ) -> Tensor:
     """Distillation loss ``weight · (soft_weight·T²·D(p, q) + hard_weight·CE)`` over rows of logits.
 
+    p is the teacher and q the student, both softened; the divergences D are in :mod:`mfd_fast.divergences`.
+
     Args:
         student, teacher: ``[..., C]`` raw logits; float16, bfloat16, float32 or float64 (the two may
-            differ), any strides. Never written.
+            differ), any strides. Never written. ``teacher`` may also be a :class:`~mfd_fast.TopK` of which K
+            classes are known, or a sequence of tensors: then the teacher is the weighted mean of their
+            softened probabilities (not of their logits).
         labels: int64 ``[...]`` classes in [0, C), or ``ignore_index``: such rows count as masked.
-        divergence: a name or a :class:`~mfd_fast.types.Divergence`.
+        teacher_weights: of several teachers, floating ``[K]`` or ``[..., K]``, >= 0; divided by their sum (so that
+            only their ratios matter). None: equal.
+        divergence: a name or a :class:`~mfd_fast.Divergence`; some need ``labels``.
         temperature: number > 0, 0-d tensor, or one per row ``[...]``; may require grad.
         teacher_temperature: the same for the teacher's side; None uses ``temperature``.
         soft_weight, hard_weight: number or 0-d tensor. A term whose weight is the number 0 is not computed.
@@ -245,9 +249,9 @@ def distill_loss(
         backend: "reference", "cpu", "triton" or None for the fastest that can run.
 
     Returns:
-        float32 tensor (float64 if either side is float64), 0-d or ``[...]``. Differentiable to
-        ``student``, and to ``teacher``, the temperatures, ``weight``, ``soft_weight``, ``hard_weight`` and
-        ``normalizer`` where they require grad. Second derivatives are computed by the reference.
+        float32 tensor (float64 if either side is float64), 0-d or ``[...]``. Differentiable to ``student``, and to
+        ``teacher`` (the values of a TopK), ``teacher_weights``, the temperatures, ``weight``, ``soft_weight``,
+        ``hard_weight`` and ``normalizer`` where they require grad. Second derivatives are computed by the reference.
 
     Raises:
         TypeError, ValueError: an argument breaks the contract; raised before any work. Labels out of
@@ -261,7 +265,7 @@ def distill_loss(
     >>> loss = mfd.distill_loss(student, torch.tensor([[3.0, 2.0, 1.0]]), temperature=2.0)
     >>> loss.backward()
     >>> round(loss.item(), 4)
-    1.2798
+    1.2806
     """
     rows = check_loss(
         "distill_loss",
@@ -273,6 +277,7 @@ def distill_loss(
         weight,
         reduction,
         normalizer,
+        teacher_weights=teacher_weights,
         divergence=divergence,
         temperature=temperature,
         teacher_temperature=teacher_temperature,
@@ -287,7 +292,7 @@ def distill_loss(
         weight = contract.flat(weight.to(rows.dtype))
     compiling = torch.compiler.is_compiling()
     # Under torch.compile the registered op chooses when it runs: no choice is baked into the graph.
-    name = registered.backend_when_compiling(rows, backend) if compiling else choose("distill_loss", rows, backend)
+    name = backend or "" if compiling else choose("distill_loss", rows, backend)
     if name == "reference":
         return combine(rows, weight, soft_weight, hard_weight, reduction, normalizer)
 
@@ -295,16 +300,21 @@ def distill_loss(
         reduction == "none"
         # float16 gradients would underflow before a loss scale reaches them.
         or student.dtype == torch.float16
-        or _requires_grad(teacher, temperature, teacher_temperature, weight, soft_weight, hard_weight, normalizer)
+        or _requires_grad(*rows.teachers, teacher_weights, temperature, teacher_temperature, weight)
+        or _requires_grad(soft_weight, hard_weight, normalizer)
     )
     if recompute:
         if not isinstance(soft_weight, Tensor) and soft_weight == 0:  # the teacher has no part in the loss
             rows = rows.replace(
+                divergence=ForwardKL(),
                 teacher=student.detach(),
+                more_teachers=(),
+                teacher_weights=None,
+                topk=None,
                 teacher_transform=rows.student_transform,
                 teacher_temperature=rows.temperature,
             )
-        soft, hard, *_ = _row_terms(rows, name, False, compiling)
+        soft, hard, *_ = row_terms(rows, name, False, compiling)
         return combine_rows(rows, soft, hard, weight, soft_weight, hard_weight, reduction, normalizer)
     options = {
         "weight": weight,
@@ -321,9 +331,10 @@ def distill_loss(
 
 def distill_terms(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopK | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
+    teacher_weights: Tensor | None = None,
     divergence: str | Divergence = "forward_kl",
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
@@ -358,6 +369,7 @@ def distill_terms(
         student,
         teacher,
         labels,
+        teacher_weights=teacher_weights,
         divergence=divergence,
         temperature=temperature,
         teacher_temperature=teacher_temperature,
@@ -369,11 +381,10 @@ def distill_terms(
         scale_by_temperature=scale_by_temperature,
     )
     compiling = torch.compiler.is_compiling()
-    if compiling:
-        name = registered.backend_when_compiling(rows, backend)
-    else:
-        name = choose("distill_loss", rows, backend, "distill_terms")
-    values = list(row_terms(rows, "distill_terms") if name == "reference" else _row_terms(rows, name, True, compiling))
+    name = backend or "" if compiling else choose("distill_loss", rows, backend, "distill_terms")
+    values = list(
+        reference_terms(rows, "distill_terms") if name == "reference" else row_terms(rows, name, True, compiling)
+    )
     if labels is None:
         values[1] = values[4] = values[5] = None
     leading = student.shape[:-1]

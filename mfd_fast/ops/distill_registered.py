@@ -16,17 +16,22 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, implementation
-from ..rows import Rows
-from ..types import DIVERGENCES, LogitTransform
+from ..backends.layout import STATISTICS
+from ..divergences import divergence_from
+from ..rows import Rows, TopKRows
+from ..types import LogitTransform
 
-# The problem as an op schema knows it: nine tensors and numbers, then nine options.
+# The problem as an op schema knows it: nine tensors (or lists of them), then its options.
 _SCHEMA = (
-    "Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor temperature, "
-    "Tensor? teacher_temperature, SymInt classes, int ignore_index, float label_smoothing, "
-    "bool scale_by_temperature, float student_scale, float student_softcap, float teacher_scale, "
-    "float teacher_softcap, str divergence, str backend"
+    "Tensor student, Tensor teacher, Tensor temperature, Tensor? teacher_temperature, Tensor? teacher_weights, "
+    "Tensor[] more_teachers, Tensor? labels, Tensor? mask, Tensor? topk_indices, "
+    "SymInt classes, int ignore_index, float label_smoothing, bool scale_by_temperature, "
+    "float student_scale, float student_softcap, bool student_standardize, "
+    "float teacher_scale, float teacher_softcap, bool teacher_standardize, "
+    "str topk_tail, bool topk_logprobs, str divergence, float[] divergence_parameters, str backend"
 )
-_N = 16  # arguments in _SCHEMA
+_TENSORS = 9
+_N = 24  # arguments in _SCHEMA
 
 _library = torch.library.Library("mfd_fast", "DEF")
 _library.define(
@@ -35,42 +40,45 @@ _library.define(
 )
 _library.define(f"distill_rows({_SCHEMA}, bool terms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(
-    f"distill_rows_backward({_SCHEMA}, Tensor stats, Tensor grad_soft, Tensor grad_hard, bool[4] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    f"distill_rows_backward({_SCHEMA}, Tensor stats, Tensor grad_soft, Tensor grad_hard, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])"
 )
-
-
-def backend_when_compiling(rows: Rows, backend: str | None) -> str:
-    """Backend name for the op ("" to choose when it runs), or "reference" to let Inductor see plain PyTorch."""
-    if any(t is not None and t.standardize for t in (rows.student_transform, rows.teacher_transform)):
-        return choose("distill_loss", rows, backend)  # the schema does not carry it: only the reference has it
-    return backend or ""
 
 
 def _zero_dim(value: float | Tensor, dtype: torch.dtype) -> Tensor:
     # A CPU scalar on every device: reading it back at run time waits for nothing.
-    return value if isinstance(value, Tensor) else torch.full((), value, dtype=dtype)
+    # A product: torch.compile keeps a traced number symbolic in arithmetic, but bakes it into torch.full.
+    return value if isinstance(value, Tensor) else torch.ones((), dtype=dtype) * value
 
 
 def _pack(rows: Rows, backend: str) -> tuple[Any, ...]:
     student, teacher = rows.student_transform or LogitTransform(), rows.teacher_transform or LogitTransform()
     same = rows.teacher_temperature is rows.temperature
+    indices, tail, logprobs = rows.topk or (None, "", False)
     return (
         rows.student,
         rows.teacher,
-        rows.labels,
-        rows.mask,
         _zero_dim(rows.temperature, rows.dtype),
         None if same else _zero_dim(rows.teacher_temperature, rows.dtype),
+        rows.teacher_weights,
+        list(rows.teachers[1:]),
+        rows.labels,
+        rows.mask,
+        indices,
         rows.classes,
         rows.ignore_index,
         float(rows.label_smoothing),
         rows.scale_by_temperature,
         float(student.scale),
         float(student.softcap or 0.0),
+        student.standardize,
         float(teacher.scale),
         float(teacher.softcap or 0.0),
+        teacher.standardize,
+        tail,
+        logprobs,
         rows.divergence.name,
+        list(rows.divergence.parameters),
         backend,
     )
 
@@ -80,14 +88,15 @@ def _number(value: Tensor | None) -> float | Tensor | None:
     return value.item() if value is not None and value.dim() == 0 and value.device.type == "cpu" else value
 
 
-def _transform(scale: float, softcap: float) -> LogitTransform | None:
-    return None if scale == 1.0 and softcap == 0.0 else LogitTransform(scale=scale, softcap=softcap or None)
+def _transform(scale: float, softcap: float, standardize: bool) -> LogitTransform | None:
+    transform = LogitTransform(scale=scale, softcap=softcap or None, standardize=standardize)
+    return transform if transform.changes_values else None
 
 
 def _unpack(*args: Any) -> tuple[Rows, str]:
-    (student, teacher, labels, mask, temperature, teacher_temperature, classes, ignore_index, smoothing) = args[:9]
-    scaled, student_scale, student_softcap, teacher_scale, teacher_softcap, divergence, backend = args[9:]
-    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    student, teacher, temperature, teacher_temperature, weights, more, labels, mask, indices = args[:_TENSORS]
+    classes, ignore_index, smoothing, scaled = args[_TENSORS : _TENSORS + 4]
+    tail, logprobs, divergence, parameters, backend = args[_N - 5 : _N]
     first = _number(temperature)
     rows = Rows(
         student.detach(),
@@ -96,21 +105,25 @@ def _unpack(*args: Any) -> tuple[Rows, str]:
         mask,
         first,  # type: ignore[arg-type]
         first if teacher_temperature is None else _number(teacher_temperature),  # type: ignore[arg-type]
-        DIVERGENCES[divergence],
+        divergence_from(divergence, tuple(parameters)),
         smoothing,
         ignore_index,
-        _transform(student_scale, student_softcap),
-        _transform(teacher_scale, teacher_softcap),
+        _transform(*args[_TENSORS + 4 : _TENSORS + 7]),
+        _transform(*args[_TENSORS + 7 : _TENSORS + 10]),
         scaled,
         student.shape[:-1].numel(),
         classes,
-        dtype,
+        _loss_dtype(*args),
+        topk=None if indices is None else TopKRows(indices, tail, logprobs),
+        more_teachers=tuple(t.detach() for t in more),
+        teacher_weights=weights,
     )
     return rows, choose("distill_loss", rows, backend or None)
 
 
-def _loss_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+def _loss_dtype(*args: Any) -> torch.dtype:
+    """Of the arithmetic, from the arguments of an op."""
+    return torch.float64 if torch.float64 in (t.dtype for t in (args[0], args[1], *args[5])) else torch.float32
 
 
 # ------------------------------------------------------------------------------------------------- scalar op
@@ -133,7 +146,7 @@ def _loss_impl(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _loss_fake(*args: Any) -> tuple[Tensor, Tensor]:
     student, needs_grad = args[0], args[-1]
-    loss = student.new_empty((), dtype=_loss_dtype(*args[:2]))
+    loss = student.new_empty((), dtype=_loss_dtype(*args))
     return loss, student.new_empty(student.shape if needs_grad else (0,))
 
 
@@ -141,7 +154,7 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
-    ctx.arguments = len(inputs)
+    ctx.more, ctx.arguments = len(inputs[5]), len(inputs)
 
 
 def _loss_backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
@@ -152,7 +165,7 @@ def _loss_backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tupl
         )
     (gradient,) = ctx.saved_tensors
     student = None if grad_loss is None else gradient * grad_loss.to(gradient.dtype)
-    return student, *(None,) * (ctx.arguments - 1)
+    return student, None, None, None, None, [None] * ctx.more, *(None,) * (ctx.arguments - 6)
 
 
 # -------------------------------------------------------------------------------------------------- per row
@@ -170,12 +183,12 @@ def _rows_impl(*args: Any) -> tuple[Tensor, ...]:
 
 def _rows_fake(*args: Any) -> tuple[Tensor, ...]:
     student, terms = args[0], args[_N]
-    n, dtype = student.shape[:-1].numel(), _loss_dtype(*args[:2])
+    n, dtype = student.shape[:-1].numel(), _loss_dtype(*args)
     extra = n if terms else 0
     return (
         student.new_empty(n, dtype=dtype),
         student.new_empty(n, dtype=dtype),
-        student.new_empty(n, 8, dtype=dtype),
+        student.new_empty(n, STATISTICS, dtype=dtype),
         student.new_empty(4, extra, dtype=dtype),
         student.new_empty(extra, dtype=torch.bool),
     )
@@ -184,47 +197,54 @@ def _rows_fake(*args: Any) -> tuple[Tensor, ...]:
 def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*inputs[:6], output[2])
-    ctx.options = inputs[6:_N]
+    ctx.save_for_backward(*inputs[:5], *inputs[6:_TENSORS], output[2], *inputs[5])
+    ctx.options = inputs[_TENSORS:_N]
 
 
 def _rows_backward(ctx: Any, grad_soft: Tensor | None, grad_hard: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    *tensors, stats = ctx.saved_tensors
-    n = stats.shape[0]
-    zero = stats.new_zeros(n)
-    student, teacher, temperature, teacher_temperature = ctx.needs_input_grad[0:2] + ctx.needs_input_grad[4:6]
+    student, teacher, temperature, teacher_temperature, weights, labels, mask, indices, stats, *more = ctx.saved_tensors
+    zero = stats.new_zeros(stats.shape[0])
+    first, second, *shared, of_weights, of_more = ctx.needs_input_grad[:6]
     # One temperature on both sides: its gradient is the sum of both sides'.
-    one = tensors[5] is None
-    needs = [student, teacher, temperature, temperature if one else teacher_temperature]
-    found = torch.ops.mfd_fast.distill_rows_backward(
-        *tensors,
+    one = teacher_temperature is None
+    needs = [first, second, shared[0], shared[0] if one else shared[1]]
+    if more:
+        needs += [of_weights, *(of_more if isinstance(of_more, (list, tuple)) else [of_more] * len(more))]
+    *found, d_more = torch.ops.mfd_fast.distill_rows_backward(
+        *(student, teacher, temperature, teacher_temperature, weights, more, labels, mask, indices),
         *ctx.options,
         stats,
         zero if grad_soft is None else grad_soft,
         zero if grad_hard is None else grad_hard,
         needs,
     )
-    out: list[Tensor | None] = [g if need else None for g, need in zip(found, needs, strict=True)]
+    out: list[Tensor | None] = [g if need else None for g, need in zip(found, [*needs, False][:5], strict=True)]
     if one and out[2] is not None and out[3] is not None:
         out[2], out[3] = out[2] + out[3], None
-    for k, value in ((2, tensors[4]), (3, tensors[5])):
+    for k, value, dim in ((2, temperature, 0), (3, teacher_temperature, 0), (4, weights, 1)):
         gradient = out[k]
-        if gradient is not None and value.dim() == 0:
-            out[k] = gradient.sum().to(value.device)
-    return out[0], out[1], None, None, out[2], out[3], *(None,) * (_N + 1 - 6)
+        if gradient is not None and value.dim() == dim:
+            out[k] = gradient.sum(0).to(value.device)
+    of_list = [g if need else None for g, need in zip(d_more, needs[5:], strict=True)]
+    return *out, of_list, *(None,) * (_N + 1 - 6)
 
 
-def _rows_backward_impl(*args: Any) -> tuple[Tensor, ...]:
+def _rows_backward_impl(*args: Any) -> tuple[Any, ...]:
     rows, backend = _unpack(*args[:_N])
     stats, grad_soft, grad_hard, needs = args[_N:]
     found = implementation(backend, "distill_loss").per_row_backward(rows, stats, grad_soft, grad_hard, tuple(needs))
-    return tuple(stats.new_empty(0) if g is None else g for g in found)
+    filled = [stats.new_empty(0) if g is None else g for g in found]
+    filled += [stats.new_empty(0)] * (5 - len(filled))
+    return *filled[:5], filled[5:]
 
 
-def _rows_backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    student, teacher, stats, needs = args[0], args[1], args[_N], args[-1]
-    like = (student, teacher, stats[:, 0], stats[:, 0])
-    return tuple(t.new_empty(t.shape) if need else stats.new_empty(0) for t, need in zip(like, needs, strict=True))
+def _rows_backward_fake(*args: Any) -> tuple[Any, ...]:
+    student, teacher, more, stats, needs = args[0], args[1], args[5], args[_N], args[-1]
+    per_row = stats[:, 0]
+    like = (student, teacher, per_row, per_row, stats.new_empty(stats.shape[0], 1 + len(more)), *more)
+    needs = [*needs, False] if len(needs) == 4 else needs
+    out = [t.new_empty(t.shape) if need else stats.new_empty(0) for t, need in zip(like, needs, strict=True)]
+    return *out[:5], out[5:]
 
 
 for _name, _impl, _fake in (

@@ -1,21 +1,25 @@
 """distill_loss in plain PyTorch: oracle, fallback, documentation and benchmark baseline.
 
 Notation per row: x, y student and teacher logits after their transform; u = x/T, v = y/T;
-q = softmax(u), p = softmax(v).
-    soft = T² KL(p‖q),  hard = (1−ε)(−log softmax(x)_label) + ε·mean_j(−log softmax(x)_j)
-Hinton, Vinyals, Dean, arXiv:1503.02531 (soft, T²); Szegedy et al., arXiv:1512.00567 (smoothing ε).
+q = softmax(u), p = softmax(v), or Σ_k w_k softmax(v_k) for several teachers.
+    soft = T² D(p, q),  hard = (1−ε)(−log softmax(x)_label) + ε·mean_j(−log softmax(x)_j)
+Hinton, Vinyals, Dean, arXiv:1503.02531 (soft, T²); Szegedy et al., arXiv:1512.00567 (smoothing ε). The
+divergences D are in :mod:`mfd_fast.reference.divergences`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..contract import check_labels_in_range
-from ..rows import Rows
+from ..contract import check_indices, check_labels_in_range
+from ..divergences import DKD, NKD
+from ..rows import Rows, TopKRows
 from ..types import LogitTransform
+from .divergences import decoupled, label_entropy, log_sum_exp, other_entropy, pointwise
 
 STANDARDIZE_EPS = 1e-7
 
@@ -65,16 +69,6 @@ def soften(logits: Tensor, temperature: float | Tensor) -> Tensor:
     return torch.log_softmax(scaled, -1)
 
 
-def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p‖q) per row with 0·log 0 = 0, never negative."""
-    p = log_p.exp()
-    zero = p == 0
-    ratio = torch.where(zero, torch.zeros_like(p), log_p) - torch.where(zero, torch.zeros_like(p), log_q)
-    kl = (p * ratio).sum(-1)
-    # Rounding below zero is cut from the value only; the gradient stays q − p.
-    return torch.where(kl < 0, kl - kl.detach(), kl)
-
-
 def entropy(log_p: Tensor) -> Tensor:
     """−Σ p log p per row with 0·log 0 = 0."""
     p = log_p.exp()
@@ -90,45 +84,181 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Ten
     return loss
 
 
+def mix(log_probs: list[Tensor], weights: Tensor | None) -> Tensor:
+    """log Σ_k w_k p_k of several teachers ``[N, C]``; ``weights`` [K] or [N, K] sum to 1, None: equal."""
+    if len(log_probs) == 1:
+        return log_probs[0]
+    stacked = torch.stack(log_probs)  # [K, N, C]
+    if weights is None:
+        w = stacked.new_full((len(log_probs), 1, 1), 1 / len(log_probs))
+    else:
+        w = (weights.T if weights.dim() == 2 else weights[:, None])[:, :, None]
+    heard = torch.where(w > 0, stacked.detach(), -torch.inf)
+    top = heard.amax(0)
+    top = torch.where(top == -torch.inf, torch.zeros_like(top), top)
+    # The bound keeps a teacher of weight 0 from overflowing; it is far above what the others can reach.
+    total = (w * (stacked - top).clamp_max(80.0).exp()).sum(0)
+    nothing = total == 0
+    return torch.where(nothing, -torch.inf, torch.where(nothing, torch.ones_like(total), total).log() + top)
+
+
+def mass_left(log_p: Tensor) -> Tensor:
+    """1 − Σ exp of ``[N, K]`` log-probabilities, >= 0, ``[N, 1]``; expm1 keeps the digits where one is near 1."""
+    top = log_p.detach().argmax(-1, keepdim=True)
+    others = log_p.scatter(-1, top, -torch.inf).exp().sum(-1, keepdim=True)
+    return (-torch.expm1(log_p.gather(-1, top)) - others).clamp_min(0)
+
+
+def sparse_teacher(values: Tensor, topk: TopKRows, temperature: float | Tensor) -> Tensor:
+    """log p of the K listed classes and, last, of the rest ``[N, K + 1]``; −inf where nothing is left."""
+    return soften(torch.cat((values, log_rest(values, topk)), -1), temperature)
+
+
+def log_rest(values: Tensor, topk: TopKRows) -> Tensor:
+    """log of what the values leave to the other classes, ``[N, 1]``."""
+    nothing = torch.full_like(values[:, :1], -torch.inf)
+    if not topk.logprobs or topk.tail == "renormalize":
+        return nothing
+    left = mass_left(values)
+    empty = left == 0
+    return torch.where(empty, nothing, torch.where(empty, torch.ones_like(left), left).log())
+
+
+def sparse_pair(
+    x: Tensor, values: Tensor, indices: Tensor, topk: TopKRows, t: float | Tensor, teacher_t: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """log p and log q over the classes that the tail leaves: K, K + 1, or C; see :class:`mfd_fast.TopK`."""
+    log_p = sparse_teacher(values, topk, teacher_t)
+    if topk.tail == "renormalize":
+        return log_p[:, :-1], soften(x.gather(-1, indices), t)
+    log_q = soften(x, t)
+    if topk.tail == "zero":
+        return torch.full_like(log_q, -torch.inf).scatter(-1, indices, log_p[:, :-1]), log_q
+    return log_p, torch.cat((log_q.gather(-1, indices), log_sum_exp(log_q.scatter(-1, indices, -torch.inf))), -1)
+
+
+class Sides(NamedTuple):
+    """Both sides' transformed logits, each ``[N, C]`` (a TopK's values ``[N, K]``), and where the label is.
+
+    ``labels`` and ``indices`` are in range; ``label`` is the label's column among the classes compared.
+    """
+
+    x: Tensor
+    ys: list[Tensor]
+    labels: Tensor | None
+    label: Tensor | None
+    indices: Tensor | None
+
+
+def raw_logits(rows: Rows) -> tuple[Tensor, list[Tensor]]:
+    """The used columns of student and teachers as ``[N, C]`` of the arithmetic's dtype; uniform in rows that do not
+    exist, so that every divergence is finite there.
+    """
+    n, c, counted = rows.n_rows, rows.classes, rows.counted()
+
+    def used(side: Tensor, width: int, uniform: float) -> Tensor:
+        values = side.reshape(n, side.shape[-1])[:, :width].to(rows.dtype)
+        return values if counted is None else torch.where(counted[:, None], values, torch.full_like(values, uniform))
+
+    if rows.topk is not None:
+        return used(rows.student, c, 0.0), [used(rows.teacher, rows.teacher.shape[-1], -math.log(c))]
+    return used(rows.student, c, 0.0), [used(t, c, 0.0) for t in rows.teachers]
+
+
+def both_sides(rows: Rows, op: str) -> Sides:
+    """Checks labels and indices where that is free, and transforms; a row of a bad one is NaN elsewhere."""
+    check_labels_in_range(op, rows)
+    check_indices(op, rows)
+    x, ys = raw_logits(rows)
+    labels, indices = rows.labels, None if rows.topk is None else rows.topk.indices
+    bad = x.new_zeros(rows.n_rows, dtype=torch.bool)
+    if labels is not None:
+        bad = (labels < 0) | (labels >= rows.classes)
+        labels = labels.masked_fill(bad, 0)
+    if indices is not None:
+        outside = (indices < 0) | (indices >= rows.classes)
+        indices = indices.masked_fill(outside, 0)
+        bad = bad | outside.any(-1)
+    label = labels
+    if labels is not None and indices is not None and rows.divergence.needs_labels:
+        listed = indices == labels[:, None]
+        bad = bad | ~listed.any(-1)
+        label = listed.to(torch.int8).argmax(-1)
+    x = transform_logits(x, rows.student_transform)
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        x = torch.where(bad[:, None], torch.full_like(x, torch.nan), x)
+    return Sides(x, [transform_logits(y, rows.teacher_transform) for y in ys], labels, label, indices)
+
+
+def compared(rows: Rows, sides: Sides, t: float | Tensor, teacher_t: float | Tensor) -> tuple[Tensor, Tensor]:
+    """log p and log q at the given temperatures, over the classes that are compared."""
+    if rows.topk is not None and sides.indices is not None:
+        return sparse_pair(sides.x, sides.ys[0], sides.indices, rows.topk, t, teacher_t)
+    return mix([soften(y, teacher_t) for y in sides.ys], rows.teacher_weights), soften(sides.x, t)
+
+
+def divergence_value(rows: Rows, log_p: Tensor, log_q: Tensor, label: Tensor | None) -> Tensor:
+    """The part of D(p, q) that carries T², per row; all of it but for NKD."""
+    divergence = rows.divergence
+    if isinstance(divergence, (DKD, NKD)):
+        assert label is not None
+        if isinstance(divergence, DKD):
+            return decoupled(divergence, log_p, log_q, label)
+        if divergence.gamma == 0:
+            return torch.zeros_like(log_q[:, 0])
+        return divergence.gamma * other_entropy(log_p, log_q, label)
+    return pointwise(divergence, log_p, log_q, complete=rows.topk is None or rows.topk.tail != "zero")
+
+
+def soft_value(rows: Rows, sides: Sides) -> Tensor:
+    """T²·D(p, q) per row."""
+    log_p, log_q = compared(rows, sides, rows.temperature, rows.teacher_temperature)
+    value = divergence_value(rows, log_p, log_q, sides.label)
+    if rows.scale_by_temperature:
+        value = value * rows.temperature**2
+    if isinstance(rows.divergence, NKD):
+        assert sides.label is not None
+        value = value + label_entropy(*compared(rows, sides, 1.0, 1.0), sides.label)
+    return value
+
+
 def row_terms(rows: Rows, op: str = "distill_loss", *, soft: bool = True, hard: bool = True) -> RowTerms:
     """All per-row terms; a term that is not wanted is zeros and costs nothing."""
-    check_labels_in_range(op, rows)
-    n, c = rows.n_rows, rows.classes
-    x = rows.student.reshape(n, rows.student.shape[-1])[:, :c].to(rows.dtype)
-    y = rows.teacher.reshape(n, rows.teacher.shape[-1])[:, :c].to(rows.dtype)
-    labels = rows.labels
-    out_of_range = None
-    if labels is not None:
-        out_of_range = (labels < 0) | (labels >= c)
-        labels = labels.masked_fill(out_of_range, 0)
-    counted = rows.counted()
-    if counted is not None:  # a row that does not exist is replaced before anything is computed from it
-        x = torch.where(counted[:, None], x, torch.zeros_like(x))
-        y = torch.where(counted[:, None], y, torch.zeros_like(y))
-    x = transform_logits(x, rows.student_transform)
-    y = transform_logits(y, rows.teacher_transform)
-    if out_of_range is not None and (rows.device.type != "cpu" or torch.compiler.is_compiling()):
-        x = torch.where(out_of_range[:, None], torch.full_like(x, torch.nan), x)
-
-    log_q = soften(x, rows.temperature)
-    log_p = soften(y, rows.teacher_temperature)
-    soft_term = hard_term = x.new_zeros(n)
+    sides = both_sides(rows, op)
+    soft_term = hard_term = sides.x.new_zeros(rows.n_rows)
     if soft:
-        soft_term = forward_kl(log_p, log_q)
-        if rows.scale_by_temperature:
-            soft_term = soft_term * rows.temperature**2
-    if hard and labels is not None:
-        hard_term = cross_entropy(x, labels, rows.label_smoothing)
+        soft_term = soft_value(rows, sides)
+    if hard and sides.labels is not None:
+        hard_term = cross_entropy(sides.x, sides.labels, rows.label_smoothing)
     with torch.no_grad():
-        q_label = p_label = None
-        if labels is not None:
-            q_label, p_label = (s.gather(-1, labels[:, None]).squeeze(-1).exp() for s in (log_q, log_p))
-        has_nan = (x != x).any(-1) | (y != y).any(-1)
-        agreement = (x.argmax(-1) == y.argmax(-1)) & ~has_nan
-        terms = RowTerms(soft_term, hard_term, entropy(log_q), entropy(log_p), q_label, p_label, agreement)
+        terms = RowTerms(soft_term, hard_term, *_by_products(rows, *sides))
+    counted = rows.counted()
     if counted is None:
         return terms
     return RowTerms(*(None if t is None else torch.where(counted, t, torch.zeros_like(t)) for t in terms))  # type: ignore[arg-type]
+
+
+def _by_products(
+    rows: Rows, x: Tensor, ys: list[Tensor], labels: Tensor | None, _: Tensor | None, indices: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Entropies, label probabilities and agreement, of all C classes of the student and what the teacher has."""
+    log_q = soften(x, rows.temperature)
+    if rows.topk is None or indices is None:
+        log_p = mix([soften(y, rows.teacher_temperature) for y in ys], rows.teacher_weights)
+        choice = log_p.argmax(-1) if len(ys) > 1 else ys[0].argmax(-1)
+        of_label = log_p
+    else:
+        log_p = sparse_teacher(ys[0], rows.topk, rows.teacher_temperature)
+        choice = indices.gather(-1, ys[0].argmax(-1, keepdim=True)).squeeze(-1)
+        of_label = torch.full_like(log_q, -torch.inf).scatter(-1, indices, log_p[:, :-1])
+    q_label = p_label = None
+    if labels is not None:
+        q_label, p_label = (s.gather(-1, labels[:, None]).squeeze(-1).exp() for s in (log_q, of_label))
+    has_nan = (x != x).any(-1)
+    for y in ys:
+        has_nan = has_nan | (y != y).any(-1)
+    agreement = (x.argmax(-1) == choice) & ~has_nan
+    return entropy(log_q), entropy(log_p), q_label, p_label, agreement
 
 
 def reduce_rows(
@@ -182,6 +312,9 @@ def combine_rows(
         per_row = per_row + soft_weight * soft
     if _is_used(hard_weight):
         per_row = per_row + hard_weight * hard
+    if not (_is_used(soft_weight) or _is_used(hard_weight)):
+        # An empty slice of the student: a loss without terms can still be differentiated.
+        per_row = per_row + rows.student[..., :0].sum()
     return reduce_rows(per_row, rows, weight, reduction, normalizer)
 
 

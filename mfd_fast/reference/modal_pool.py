@@ -10,6 +10,20 @@ import torch
 from torch import Tensor
 
 
+def modal_weights(logits: Tensor, temperature: float | Tensor, present: Tensor | None) -> Tensor:
+    """Softmax of ``logits / temperature`` over the present modalities: ``[..., M]``.
+
+    Logits of absent modalities are finite. A row with nothing present gives zeros and zero gradients.
+    """
+    logits = logits / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
+    if present is None:
+        return logits.softmax(-1)
+    # A row with nothing present keeps finite logits, so that zeroing its weights zeroes its gradients.
+    keep = present | ~present.any(-1, keepdim=True)
+    weights = logits.masked_fill(~keep, -torch.inf).softmax(-1)
+    return torch.where(present, weights, torch.zeros_like(weights))
+
+
 def modal_pool(
     features: list[Tensor],
     query: Tensor | None,
@@ -35,13 +49,7 @@ def modal_pool(
         logits = xs[0].new_zeros(*xs[0].shape[:-1], len(xs))
     if bias is not None:
         logits = logits + bias.to(dtype)
-    logits = logits / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
-    if present is None:
-        weights = logits.softmax(-1)
-    else:
-        # A row with nothing present keeps finite logits, so that zeroing its weights zeroes its gradients.
-        keep = present | ~present.any(-1, keepdim=True)
-        weights = torch.where(present, logits.masked_fill(~keep, -torch.inf).softmax(-1), zero)
+    weights = modal_weights(logits, temperature, present)
     pooled = torch.zeros_like(xs[0])
     for m, x in enumerate(xs):
         pooled = pooled + weights[..., m, None] * x

@@ -7,15 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contract import label_error
+from ...contract import check_indices, label_error
 from ...rows import Rows
-from ...types import ForwardKL, LogitTransform
+from ...types import LogitTransform
 from .. import allocate
-from ..layout import row_layout
+from ..layout import STATISTICS, row_layout
 from . import native
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_STATS = 8
+#: Numbers of the divergences in csrc/common/types.h.
+_DIVERGENCES = {
+    "forward_kl": 0,
+    "reverse_kl": 1,
+    "jsd": 2,
+    "skew_kl": 3,
+    "skew_reverse_kl": 4,
+    "tvd": 5,
+    "alpha_beta": 6,
+    "dkd": 7,
+    "nkd": 8,
+}
+
+#: Numbers of the tails.
+_TAILS = {"bucket": 0, "renormalize": 1, "zero": 2}
 
 #: Gradients of at least this many bytes are written past the caches.
 STREAM_BYTES = 4 << 20
@@ -27,11 +41,8 @@ def can_run(rows: Rows) -> str | None:
     """Why the native kernels cannot take this call, None if they can."""
     if rows.student.device.type != "cpu":
         return f"the tensors are on {rows.student.device}"
-    if type(rows.divergence) is not ForwardKL:
-        return f"{rows.divergence.name} has no native kernel yet"
-    for transform in (rows.student_transform, rows.teacher_transform):
-        if transform is not None and transform.standardize:
-            return "LogitTransform(standardize=True) has no native kernel yet"
+    if len(rows.teachers) > 1:
+        return "no native kernel for several teachers yet"
     return None
 
 
@@ -39,9 +50,9 @@ def _side(module: Any, logits: Tensor, transform: LogitTransform | None, keep: l
     tensor, inner, outer_stride, row_stride = row_layout(logits)
     keep.append(tensor)
     scale, softcap = (1.0, 0.0) if transform is None else (transform.scale, transform.softcap or 0.0)
-    return module.Side(
-        tensor.data_ptr(), _DTYPES[tensor.dtype], inner, outer_stride, row_stride, tensor.shape[-1], scale, softcap
-    )
+    standardize = transform is not None and transform.standardize
+    width, dtype = tensor.shape[-1], _DTYPES[tensor.dtype]
+    return module.Side(tensor.data_ptr(), dtype, inner, outer_stride, row_stride, width, scale, softcap, standardize)
 
 
 def _temperature(value: float | Tensor) -> tuple[float, int, int]:
@@ -53,7 +64,7 @@ def _temperature(value: float | Tensor) -> tuple[float, int, int]:
     return 1.0, value.data_ptr(), value.stride(0)
 
 
-def _problem(module: Any, rows: Rows, labels: Tensor | None, keep: list[Tensor]) -> Any:
+def native_problem(module: Any, rows: Rows, labels: Tensor | None, keep: list[Tensor]) -> Any:
     """The native description of ``rows``; tensors it points into are appended to ``keep``."""
     same = rows.teacher_temperature is rows.temperature
     temperature = _temperature(rows.temperature)
@@ -70,10 +81,26 @@ def _problem(module: Any, rows: Rows, labels: Tensor | None, keep: list[Tensor])
         rows.ignore_index,
         rows.label_smoothing,
         rows.scale_by_temperature,
+        _DIVERGENCES[rows.divergence.name],
+        *rows.divergence.parameters,
     )
 
 
-def _count(module: Any, rows: Rows, problem: Any) -> int:
+def _topk(module: Any, rows: Rows) -> Any:
+    """The native description of a sparse teacher, None for a teacher of all classes."""
+    if rows.topk is None:
+        return None
+    indices = rows.topk.indices
+    return module.TopK(indices.data_ptr(), indices.shape[-1], _TAILS[rows.topk.tail], rows.topk.logprobs)
+
+
+def _check_lists(module: Any, rows: Rows, problem: Any, topk: Any) -> None:
+    """Raises ValueError for a sparse teacher's indices that are out of range, repeated, or lack a label they need."""
+    if topk is not None and not module.lists_are_valid(problem, topk, torch.get_num_threads()):
+        check_indices(rows.op, rows)
+
+
+def count(module: Any, rows: Rows, problem: Any) -> int:
     """Number of counted rows; raises ValueError for a label out of range in one of them."""
     if rows.labels is None and rows.mask is None:
         return rows.n_rows
@@ -104,8 +131,10 @@ def scalar(
     keep: list[Tensor] = []
     use_soft = isinstance(soft_weight, Tensor) or soft_weight != 0
     use_hard = rows.labels is not None and (isinstance(hard_weight, Tensor) or hard_weight != 0)
-    problem = _problem(module, rows, rows.labels, keep)
-    counted = _count(module, rows, problem)
+    problem = native_problem(module, rows, rows.labels, keep)
+    counted = count(module, rows, problem)
+    topk = _topk(module, rows)
+    _check_lists(module, rows, problem, topk)
     soft_factor, hard_factor = float(soft_weight), float(hard_weight)
     if mean:
         divisor = max(counted, 1) if normalizer is None else float(normalizer)
@@ -118,6 +147,7 @@ def scalar(
         return loss, None if gradient is None else gradient.zero_()
     module.scalar(
         problem,
+        topk if use_soft else None,
         use_soft,
         use_hard,
         0 if weight is None else weight.data_ptr(),
@@ -139,18 +169,22 @@ def _divide(factor: float, divisor: float) -> float:
 
 
 def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProducts | None]:
-    """soft [N], hard [N], statistics [N, 8] for the backward, and the by-products if ``terms``."""
+    """soft [N], hard [N], statistics [N, STATISTICS] for the backward, and the by-products if ``terms``."""
     module = native()
     keep: list[Tensor] = []
     n, device = rows.n_rows, rows.student.device
-    problem = _problem(module, rows, rows.labels, keep)
-    _count(module, rows, problem)
+    problem = native_problem(module, rows, rows.labels, keep)
+    count(module, rows, problem)
+    topk = _topk(module, rows)
+    _check_lists(module, rows, problem, topk)
 
     def column() -> Tensor:
         return allocate.empty((n,), rows.dtype, device)
 
     soft, hard = column(), column()
-    stats = allocate.empty((n, _STATS), rows.dtype, device)
+    stats = allocate.empty((n, STATISTICS), rows.dtype, device)
+    if topk is not None:  # its backward starts again from the logits
+        stats.zero_()
     extra: ByProducts | None = None
     addresses = [0] * 5
     if terms:
@@ -158,7 +192,9 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProdu
         extra = (column(), column(), *label_probs, allocate.empty((n,), torch.bool, device))
         addresses = [0 if t is None else t.data_ptr() for t in extra]
     if n:
-        module.per_row(problem, soft.data_ptr(), hard.data_ptr(), stats.data_ptr(), *addresses, torch.get_num_threads())
+        module.per_row(
+            problem, topk, soft.data_ptr(), hard.data_ptr(), stats.data_ptr(), *addresses, torch.get_num_threads()
+        )
     return soft, hard, stats, extra
 
 
@@ -168,7 +204,7 @@ def per_row_backward(
     """Gradients of ``sum(grad_soft*soft + grad_hard*hard)`` to both logits and, per row, both temperatures."""
     module = native()
     keep: list[Tensor] = []
-    problem = _problem(module, rows, rows.labels, keep)
+    problem = native_problem(module, rows, rows.labels, keep)
     grad_soft, grad_hard, stats = grad_soft.to(rows.dtype), grad_hard.to(rows.dtype), stats.contiguous()
     d_student = allocate.empty_gradient(rows.student) if needs[0] else None
     d_teacher = allocate.empty_gradient(rows.teacher) if needs[1] else None
@@ -179,6 +215,7 @@ def per_row_backward(
     if rows.n_rows:
         module.per_row_backward(
             problem,
+            _topk(module, rows),
             stats.data_ptr(),
             grad_soft.data_ptr(),
             grad_soft.stride(0),

@@ -1,20 +1,43 @@
-"""The row-loss entry points in plain PyTorch, with the gradients of ``numerics`` written out.
+"""The row-loss entry points in plain PyTorch, with the gradients written out in ``gradients``.
 
 The public functions with ``backend="reference"`` run the differentiable composition of
 :mod:`mfd_fast.reference.distill_loss` directly; these entry points serve the registered ops, inside which
-autograd does not record.
+autograd does not record. Every backend has the same four: ``can_run``, ``scalar``, ``per_row``, ``per_row_backward``.
+
+``needs`` of the last, and the gradients it returns, are (student, teacher, temperature, teacher_temperature), and with
+several teachers also (teacher_weights, second teacher, third teacher, …); the gradients of the temperatures are ``[N]``
+and of the weights ``[N, teachers]``, one value per row, of weights that already sum to 1. With a TopK teacher the
+gradient of the teacher is that of its values ``[..., K]``.
+The statistics ``[N, STATISTICS]`` are: max x, log Σexp((x−max)/T), max y, log Σexp((y−max)/T), log Σexp(x−max), and
+others that the backend chooses; only its own backward reads those.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ...reference.distill_loss import RowTerms, combine, row_terms, soften, transform_logits
+from ...divergences import NKD
+from ...reference.distill_loss import (
+    RowTerms,
+    Sides,
+    both_sides,
+    combine,
+    compared,
+    divergence_value,
+    log_rest,
+    raw_logits,
+    row_terms,
+    soften,
+    sparse_teacher,
+)
 from ...rows import Rows
-from ...types import LogitTransform
+from ..layout import STATISTICS
+from .gradients import label_slopes, project, slopes, temperature_slope, through_transform
 
-Needs = tuple[bool, bool, bool, bool]
+Needs = tuple[bool, ...]
 
 
 def can_run(rows: Rows) -> str | None:  # noqa: ARG001
@@ -42,11 +65,12 @@ def scalar(
     elif mean:
         counted = rows.counted()
         factor = factor / (max(rows.n_rows, 1) if counted is None else counted.sum().clamp_min(1))
-    return loss, _student_gradient(rows, soft_weight, hard_weight, factor)
+    soft, hard = (factor * w if isinstance(w, Tensor) or w != 0 else None for w in (soft_weight, hard_weight))
+    return loss, _gradients(rows, soft, hard).student
 
 
 def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...] | None]:
-    """``soft``, ``hard``, the statistics that any backend's backward understands, and the by-products."""
+    """``soft``, ``hard``, the statistics and the by-products."""
     values = row_terms(rows)
     return values.soft.clone(), values.hard.clone(), _statistics(rows, values), tuple(values[2:]) if terms else None
 
@@ -57,102 +81,165 @@ def per_row_backward(
     grad_soft: Tensor,
     grad_hard: Tensor,
     needs: Needs,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients to student, teacher and, per row, to the two temperatures."""
-    student = _student_gradient(rows, grad_soft[:, None], grad_hard[:, None]) if needs[0] else None
-    if not any(needs[1:]):
-        return student, None, None, None
-    x, y, log_q, log_p = _sides(rows)
-    p, q = log_p.exp(), log_q.exp()
-    ratio = torch.where(p == 0, torch.zeros_like(p), log_p - log_q)  # r, with 0·r = 0
-    kl = (p * ratio).sum(-1, keepdim=True)
-    factor = _soft_factor(rows)
-    teacher = None
-    if needs[1]:
-        gradient = grad_soft[:, None] * factor * p * (ratio - kl) / _column(rows.teacher_temperature)
-        teacher = _through_transform(rows, rows.teacher, gradient, y, rows.teacher_transform)
-    expect = lambda weights, values: (weights * torch.where(weights == 0, torch.zeros_like(values), values)).sum(-1)  # noqa: E731
-    temperature = teacher_temperature = None
-    if needs[2]:  # dK/dT = −(E_q[x] − E_p[x])/T², and T² itself depends on T
-        t = rows.temperature
-        temperature = (expect(p, x) - expect(q, x)) / t**2
-        temperature = t**2 * temperature + 2 * t * kl.squeeze(-1) if rows.scale_by_temperature else temperature
-        temperature = _only_counted(rows, grad_soft * temperature)
-    if needs[3]:  # dK/dT_teacher = −(E_p[y r] − K E_p[y])/T_teacher²
-        slope = expect(p, y * ratio) - kl.squeeze(-1) * expect(p, y)
-        slope = -slope / rows.teacher_temperature**2 * factor.squeeze(-1)
-        teacher_temperature = _only_counted(rows, grad_soft * slope)
-    return student, teacher, temperature, teacher_temperature
+) -> tuple[Tensor | None, ...]:
+    """Gradients of Σ grad_soft·soft + grad_hard·hard, one per entry of ``needs``."""
+    found = _gradients(rows, grad_soft, grad_hard)
+    every = (found.student, found.teachers[0], *found[2:], *found.teachers[1:])
+    return tuple(g if need else None for g, need in zip(every, needs, strict=False))
+
+
+class _Gradients(NamedTuple):
+    student: Tensor
+    teachers: list[Tensor]
+    temperature: Tensor
+    teacher_temperature: Tensor
+    teacher_weights: Tensor
+
+
+def _gradients(rows: Rows, grad_soft: Tensor | None, grad_hard: Tensor | None) -> _Gradients:
+    """All of them; a term whose upstream gradient is None has no part."""
+    sides = both_sides(rows, rows.op)
+    x, ys = sides.x, sides.ys
+    none = x.new_zeros(rows.n_rows)
+    total = _Gradients(
+        torch.zeros_like(x), [torch.zeros_like(y) for y in ys], none, none, x.new_zeros(rows.n_rows, len(ys))
+    )
+    if grad_soft is not None:
+        total = _of_soft_term(rows, sides, grad_soft.to(rows.dtype), total)
+    dx = total.student
+    if grad_hard is not None and sides.labels is not None:
+        smoothing = rows.label_smoothing
+        target = torch.full_like(x, smoothing / rows.classes)
+        target.scatter_add_(-1, sides.labels[:, None], torch.full_like(x[:, :1], 1 - smoothing))
+        dx = dx + grad_hard.to(rows.dtype)[:, None] * (x.softmax(-1) - target)
+    raw_x, raw_ys = raw_logits(rows)
+    counted = rows.counted()
+
+    def existing(values: Tensor) -> Tensor:
+        if counted is None:
+            return values
+        return torch.where(counted.reshape(-1, *(1,) * (values.dim() - 1)), values, torch.zeros_like(values))
+
+    def whole(side: Tensor, gradient: Tensor) -> Tensor:
+        """In the side's shape and dtype; columns that are not used get 0."""
+        full = gradient.new_zeros(rows.n_rows, side.shape[-1])
+        full[:, : gradient.shape[-1]] = existing(gradient)
+        return full.to(side.dtype).reshape(side.shape)
+
+    return _Gradients(
+        whole(rows.student, through_transform(dx, raw_x, rows.student_transform)),
+        [
+            whole(t, through_transform(dy, raw, rows.teacher_transform))
+            for t, dy, raw in zip(rows.teachers, total.teachers, raw_ys, strict=True)
+        ],
+        existing(total.temperature),
+        existing(total.teacher_temperature),
+        existing(total.teacher_weights),
+    )
+
+
+def _of_soft_term(rows: Rows, sides: Sides, upstream: Tensor, zero: _Gradients) -> _Gradients:
+    """Of Σ upstream·soft, with respect to the transformed logits, the temperatures and the weights."""
+    t, teacher_t, divergence = rows.temperature, rows.teacher_temperature, rows.divergence
+    log_p, log_q = compared(rows, sides, t, teacher_t)
+    value = divergence_value(rows, log_p, log_q, sides.label)
+    factor = upstream * t**2 if rows.scale_by_temperature else upstream
+    a, b = slopes(divergence, log_p, log_q, sides.label)
+    scale = factor * divergence.gamma if isinstance(divergence, NKD) else factor
+    total = _add(zero, _chain(rows, sides, (log_p, log_q), (a, b), t, teacher_t), scale)
+    if rows.scale_by_temperature:
+        total = total._replace(temperature=total.temperature + 2 * t * upstream * value)
+    if isinstance(divergence, NKD):  # its first term is one of temperature 1 and has no factor
+        assert sides.label is not None
+        logs = compared(rows, sides, 1.0, 1.0)
+        first = _chain(rows, sides, logs, label_slopes(*logs, sides.label), 1.0, 1.0)
+        none = torch.zeros_like(upstream)
+        total = _add(total, first._replace(temperature=none, teacher_temperature=none), upstream)
+    return total
+
+
+def _add(total: _Gradients, more: _Gradients, scale: Tensor) -> _Gradients:
+    column = scale[:, None]
+    return _Gradients(
+        total.student + column * more.student,
+        [a + column * b for a, b in zip(total.teachers, more.teachers, strict=True)],
+        total.temperature + scale * more.temperature,
+        total.teacher_temperature + scale * more.teacher_temperature,
+        total.teacher_weights + column * more.teacher_weights,
+    )
 
 
 def _column(value: float | Tensor) -> float | Tensor:
     return value.reshape(-1, 1) if isinstance(value, Tensor) else value
 
 
-def _soft_factor(rows: Rows) -> Tensor:
-    """T² where the soft term carries it, else 1, as a column."""
-    one = torch.ones(1, 1, dtype=rows.dtype, device=rows.device)
-    factor = _column(rows.temperature)
-    return one * factor * factor if rows.scale_by_temperature else one
+def _chain(
+    rows: Rows,
+    sides: Sides,
+    logs: tuple[Tensor, Tensor],
+    ab: tuple[Tensor, Tensor],
+    t: float | Tensor,
+    teacher_t: float | Tensor,
+) -> _Gradients:
+    """From the slopes a, b of the classes compared to the gradients of D, without its factor T²."""
+    (log_p, log_q), (a, b), (x, ys) = logs, ab, (sides.x, sides.ys)
+    du, p = project(a, log_q.exp()), log_p.exp()
+    weights = x.new_zeros(rows.n_rows, len(ys))
+    if rows.topk is not None and sides.indices is not None:
+        tail, indices = rows.topk.tail, sides.indices
+        width = indices.shape[-1]
+        if tail != "zero":
+            # A rest is the log-sum-exp of its classes: each takes its share q_j / q_rest.
+            spread = torch.zeros_like(x)
+            if tail == "bucket":
+                others = soften(x, t).scatter(-1, indices, -torch.inf) - log_q[:, -1:]
+                spread = torch.where(log_q[:, -1:] == -torch.inf, spread, du[:, -1:] * others.exp())
+            du = spread.scatter_add(-1, indices, du[:, :width])
+        dy, slope = _sparse_teacher_gradient(rows, ys[0], b, indices, teacher_t)
+        teachers, teacher_slope = [dy], slope
+    else:
+        teachers, teacher_slope = [], torch.zeros_like(weights[:, 0])
+        for k, y in enumerate(ys):
+            if len(ys) == 1:
+                dv = project(b, p)
+            else:
+                log_p_k = soften(y, teacher_t)
+                share = torch.where(log_p == -torch.inf, torch.zeros_like(b), (log_p_k - log_p).exp() * b)
+                weights[:, k] = share.sum(-1)
+                weight = 1 / len(ys) if rows.teacher_weights is None else rows.teacher_weights[..., k, None]
+                dv = weight * project(share, log_p_k.exp())
+            teacher_slope = teacher_slope + temperature_slope(dv, y, teacher_t)
+            teachers.append(dv / _column(teacher_t))
+    return _Gradients(du / _column(t), teachers, temperature_slope(du, x, t), teacher_slope, weights)
 
 
-def _sides(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Transformed logits x, y and log q, log p, each ``[N, C]``."""
-    x, y = (
-        transform_logits(side.reshape(rows.n_rows, side.shape[-1])[:, : rows.classes].to(rows.dtype), transform)
-        for side, transform in ((rows.student, rows.student_transform), (rows.teacher, rows.teacher_transform))
-    )
-    return x, y, soften(x, rows.temperature), soften(y, rows.teacher_temperature)
-
-
-def _student_gradient(
-    rows: Rows, soft_weight: float | Tensor, hard_weight: float | Tensor, factor: Tensor | None = None
-) -> Tensor:
-    """Σ factor·(soft_weight·f(q−p)/T + hard_weight·(softmax(x) − (1−ε)e_label − ε/C)), through the transform."""
-    x, _, log_q, log_p = _sides(rows)
-    gradient = torch.zeros_like(x)
-    if isinstance(soft_weight, Tensor) or soft_weight != 0:
-        scale = _soft_factor(rows) / _column(rows.temperature)
-        gradient = gradient + soft_weight * scale * (log_q.exp() - log_p.exp())
-    if rows.labels is not None and (isinstance(hard_weight, Tensor) or hard_weight != 0):
-        smoothing = rows.label_smoothing
-        target = torch.full_like(x, smoothing / rows.classes)
-        label = rows.labels.clamp(0, rows.classes - 1)[:, None]
-        target.scatter_add_(-1, label, torch.full_like(x[:, :1], 1 - smoothing))
-        gradient = gradient + hard_weight * (x.softmax(-1) - target)
-    if factor is not None:
-        gradient = factor[:, None] * gradient
-    return _through_transform(rows, rows.student, gradient, x, rows.student_transform)
-
-
-def _through_transform(
-    rows: Rows, side: Tensor, gradient: Tensor, transformed: Tensor, transform: LogitTransform | None
-) -> Tensor:
-    """Gradient of the raw logits, in their shape and dtype; unused columns and uncounted rows get 0."""
-    if transform is not None:
-        if transform.softcap is not None:
-            gradient = gradient * (1 - (transformed / transform.softcap).square())
-        gradient = gradient * transform.scale
-    full = gradient.new_zeros(rows.n_rows, side.shape[-1])
-    full[:, : rows.classes] = _only_counted(rows, gradient)
-    return full.to(side.dtype).reshape(side.shape)
-
-
-def _only_counted(rows: Rows, values: Tensor) -> Tensor:
-    counted = rows.counted()
-    if counted is None:
-        return values
-    return torch.where(counted.reshape(-1, *(1,) * (values.dim() - 1)), values, torch.zeros_like(values))
+def _sparse_teacher_gradient(
+    rows: Rows, values: Tensor, b: Tensor, indices: Tensor, teacher_t: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """To the K values, and −Σ dv·v/T_t of the temperature; v = [values, log of the rest]/T_t."""
+    assert rows.topk is not None
+    if rows.topk.tail == "zero":
+        b = b.gather(-1, indices)
+    if b.shape[-1] == values.shape[-1]:
+        b = torch.cat((b, torch.zeros_like(b[:, :1])), -1)
+    dv = project(b, sparse_teacher(values, rows.topk, teacher_t).exp())
+    rest = log_rest(values, rows.topk)
+    # d log(1 − Σ e^y)/dy = −e^y / (1 − Σ e^y)
+    share = torch.where(rest == -torch.inf, torch.zeros_like(values), (values - rest).exp())
+    dy = dv[:, :-1] - dv[:, -1:] * share
+    return dy / _column(teacher_t), temperature_slope(dv, torch.cat((values, rest), -1), teacher_t)
 
 
 def _statistics(rows: Rows, values: RowTerms) -> Tensor:
-    """``[N, 8]``: max x, log Σexp((x−max)/T), max y, log Σexp((y−max)/T), log Σexp(x−max), KL, 0, 0."""
-    x, y, log_q, log_p = _sides(rows)
-    out = x.new_zeros(rows.n_rows, 8)
+    """Those that all backends share and KL; of several teachers, or a TopK, those of the first one's values."""
+    sides = both_sides(rows, rows.op)
+    x, y = sides.x, sides.ys[0]
+    out = x.new_zeros(rows.n_rows, STATISTICS)
     # log Σexp((x−max)/T) is minus the largest log-probability.
-    out[:, 0], out[:, 2] = x.amax(-1), y.amax(-1)
-    out[:, 1], out[:, 3] = -log_q.amax(-1), -log_p.amax(-1)
+    out[:, 0], out[:, 1] = x.amax(-1), -soften(x, rows.temperature).amax(-1)
+    out[:, 2], out[:, 3] = y.amax(-1), -soften(y, rows.teacher_temperature).amax(-1)
     if rows.labels is not None:
         out[:, 4] = -torch.log_softmax(x, -1).amax(-1)
     out[:, 5] = values.soft / rows.temperature**2 if rows.scale_by_temperature else values.soft
-    return _only_counted(rows, out)
+    counted = rows.counted()
+    return out if counted is None else torch.where(counted[:, None], out, torch.zeros_like(out))

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 MAX_UNIT = 16  # elements; 16 bytes of the smallest dtype are 8
 VECTOR_BYTES = 16  # widest load of one thread
-MAX_HELD = 8192  # elements of 4 bytes or less of the longest row that a program holds in registers
+THREAD_BYTES = 32  # of each side in the registers of one thread
+LONG = 65536  # columns; longer rows take more warps
+HELD_WARPS = 8  # of the program that holds the longest row that is read once
 
 
 class Blocks(NamedTuple):
@@ -27,25 +29,27 @@ class Blocks(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_blocks(columns: int, widest: int, unit: int) -> Blocks:
+def choose_blocks(columns: int, widest: int, unit: int, heavy: bool = False) -> Blocks:
     """Blocks for rows of ``columns`` columns whose larger dtype has ``widest`` bytes, aligned to ``unit`` elements.
 
-    At most 32 elements of each side per thread (16 of 8 bytes, 16 where a lane carries running sums): more spills.
+    A thread holds 32 bytes of each side, half of it for a ``heavy`` kernel: more spills.
     """
     vector = min(VECTOR_BYTES // widest, unit)
-    wide = max(widest // 4, 1)  # registers per element
+    wide_enough = vector * widest >= 8
+    per_thread = THREAD_BYTES // widest // (2 if heavy else 1)
     size = _power_of_two(columns)
-    if size <= MAX_HELD // wide:
-        per_warp = 1024 // wide
+    if size <= HELD_WARPS * 32 * per_thread:
+        per_warp = 32 * per_thread
         warps = max(size // per_warp, 1)
-        vec = min(vector, size) if vector * widest >= 8 else max(size // (32 * warps), 1)
+        vec = min(vector, size) if wide_enough else max(size // (32 * warps), 1)
         lanes = size // vec
         # Four rows per thread: what is known of a row is held by every thread that works on it.
         rows = max(min(per_warp // size, 4 * 32 // lanes), 1)
-        return Blocks(rows, lanes, vec, vector * widest >= 8, False, warps)
-    warps, per_thread = (32, 8 // wide) if columns > 65536 else (8, 16 // wide)
+        return Blocks(rows, lanes, vec, wide_enough, False, warps)
+    # Of the longest rows one per processor is in flight, so that a second read finds them in the L2 cache.
+    warps = 16 if columns > LONG else 8
     if vector * widest < VECTOR_BYTES:
-        return Blocks(1, 32 * warps, min(per_thread, 8), False, True, warps)
+        return Blocks(1, 32 * warps, per_thread, False, True, warps)
     return Blocks(1, 32 * warps * per_thread // vector, vector, True, True, warps)
 
 

@@ -8,31 +8,52 @@ import torch
 from torch import Tensor
 
 from ...contract import check_labels_in_range
+from ...divergences import JSD, AlphaBeta, Divergence, SkewKL, SkewReverseKL
 from ...rows import Rows
-from ...types import ForwardKL, LogitTransform
+from ...types import LogitTransform
 from .. import allocate
-from ..layout import row_layout
+from ..layout import STATISTICS, row_layout
 from . import interpreting
-from .blocks import Blocks, choose_blocks, common_unit
+from .blocks import LONG, Blocks, choose_blocks, common_unit
 from .launch import finish, gradient, kernels, launch, number
 from .scale import scale_gradient_
+from .teachers import mixture_backward
 
 __all__ = ["can_run", "per_row", "per_row_backward", "scalar", "scale_gradient_"]
 
 COUNT_BLOCK = 1024
 MAX_COUNTS = 128
 REDUCE_BLOCK = 1024
+# The names of the divergences in kernels/triton/divergences.py.
+KINDS = {
+    "forward_kl": "FORWARD",
+    "reverse_kl": "REVERSE",
+    "jsd": "JSD",
+    "skew_kl": "SKEW",
+    "skew_reverse_kl": "SKEW_REVERSE",
+    "tvd": "TVD",
+    "alpha_beta": "ALPHA_BETA",
+    "dkd": "DKD",
+    "nkd": "NKD",
+}
+MAX_TEACHERS = 8  # the kernels are unrolled over them
 MAX_COLUMNS = 2**31 - 2**16  # column numbers of a tile are int32
 
 
 def can_run(rows: Rows) -> str | None:
     """None if the kernels cover this call, else the reason."""
-    if not isinstance(rows.divergence, ForwardKL):
-        return f"no kernel for {rows.divergence} yet"
-    for transform in (rows.student_transform, rows.teacher_transform):
-        if transform is not None and transform.standardize:
-            return "no kernel for LogitTransform(standardize=True) yet"
-    if max(rows.student.shape[-1], rows.teacher.shape[-1]) > MAX_COLUMNS:
+    if rows.divergence.name not in KINDS:
+        return f"no kernel for {rows.divergence}"
+    if rows.topk is not None:
+        return "no kernel for a TopK teacher yet"
+    if len(rows.teachers) > 1:
+        if len(rows.teachers) > MAX_TEACHERS:
+            return f"at most {MAX_TEACHERS} teachers"
+        if rows.divergence.name == "nkd":
+            return "no kernel for NKD of several teachers"
+        if _standardized(rows.teacher_transform):
+            return "no kernel for several standardized teachers"
+    if max(logits.shape[-1] for logits in (rows.student, *rows.teachers)) > MAX_COLUMNS:
         return f"at most {MAX_COLUMNS} columns"
     if interpreting():
         return None if rows.device.type == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
@@ -67,10 +88,9 @@ def scalar(
         normalizer = 1.0
     common, blocks = _common(rows, (rows.student.shape[-1],))
     programs = -(-rows.n_rows // blocks.rows)
-    partial = allocate.empty((programs,), rows.dtype, rows.device)
+    partial = allocate.empty((programs,), torch.float64, rows.device)
     divisor, divisor_ptr = number(normalizer, rows.student)
     arguments = scalar_arguments(rows, common, blocks, weight, soft_weight, hard_weight, soft, hard)
-    module = kernels("distill_loss")
     by = {
         "normalizer_ptr": divisor_ptr,
         "counts_ptr": counts,
@@ -79,9 +99,9 @@ def scalar(
         "COUNTS": MAX_COUNTS,
     }
     arguments |= by | {"grad_ptr": written, "partial_ptr": partial}
-    launch(module.distill_scalar, programs, rows.device, blocks.warps, arguments)
+    launch(kernels("distill_loss").distill_scalar, programs, rows.device, blocks.warps, arguments)
     launch(
-        module.reduce_loss,
+        kernels("reduce").reduce_loss,
         1,
         rows.device,
         4,
@@ -117,7 +137,7 @@ def scalar_arguments(
         "soft_weight": soft_number,
         "hard_weight": hard_number,
         "width": rows.student.shape[-1] // common["UNIT"],
-        "SOFT": soft,
+        "KIND": common["KIND"] if soft else _kind("NONE"),
         "HARD": hard,
         "SMOOTH": hard and rows.label_smoothing != 0,
         "LOOP": blocks.loop,
@@ -125,18 +145,18 @@ def scalar_arguments(
 
 
 def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...] | None]:
-    """soft [N], hard [N], stats [N, 8] and, if asked, the by-products."""
+    """soft [N], hard [N], stats [N, STATISTICS] and, if asked, the by-products."""
     check_labels_in_range(rows.op, rows)
     n, dtype, device = rows.n_rows, rows.dtype, rows.device
     soft, hard = allocate.empty((n,), dtype, device), allocate.empty((n,), dtype, device)
-    stats = allocate.empty((n, 8), dtype, device)
+    stats = allocate.empty((n, STATISTICS), dtype, device)
     extra: list[Tensor | None] = [None] * 5
     if terms:
         of_labels = 4 if rows.labels is not None else 2
         extra[:of_labels] = [allocate.empty((n,), dtype, device) for _ in range(of_labels)]
         extra[4] = allocate.empty((n,), torch.bool, device)
     if n:
-        common, blocks = _common(rows, ())
+        common, blocks = _common(rows, (), heavy=terms)
         arguments = common | {
             "soft_ptr": soft,
             "hard_ptr": hard,
@@ -151,46 +171,73 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[T
             "TERMS": terms,
             "LOOP": blocks.loop,
         }
-        kernel = kernels("distill_loss").distill_rows
+        kernel = kernels("distill_rows").distill_rows
         launch(kernel, -(-n // blocks.rows), device, blocks.warps, arguments)
     return soft, hard, stats, tuple(extra) if terms else None
 
 
 def per_row_backward(
-    rows: Rows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: tuple[bool, bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of Σ grad_soft·soft + grad_hard·hard to student, teacher and, per row, both temperatures."""
-    n = rows.n_rows
+    rows: Rows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of Σ grad_soft·soft + grad_hard·hard to student, teacher and, per row, both temperatures.
+
+    With several teachers also to the weights [N, K] and to each further teacher.
+    """
+    n, several = rows.n_rows, len(rows.teachers) > 1
+    of_teachers = (needs[1], *needs[5:])
     student, d_student = gradient(rows.student) if needs[0] else (None, None)
-    teacher, d_teacher = gradient(rows.teacher) if needs[1] else (None, None)
-    per_side = [allocate.empty((n,), rows.dtype, rows.device) if need else None for need in needs[2:]]
+    teacher, d_teacher = gradient(rows.teacher) if needs[1] and not several else (None, None)
+    mixed = None
+    if several and (any(of_teachers) or any(needs[3:5])):
+        mixed = allocate.empty((n, rows.classes), rows.dtype, rows.device)
+    per_side = [allocate.empty((n,), rows.dtype, rows.device) if need else None for need in needs[2:4]]
+    common: dict[str, Any] = {}
+    blocks = None
     if n and any(needs):
-        widths = (rows.student.shape[-1], rows.teacher.shape[-1])
+        widths = (rows.student.shape[-1], *(logits.shape[-1] for logits in rows.teachers))
         common, blocks = _common(rows, widths)
         arguments = common | {
             "d_student_ptr": student,
-            "d_teacher_ptr": teacher,
+            "d_teacher_ptr": teacher if mixed is None else mixed,
             "d_temperature_ptr": per_side[0],
-            "d_teacher_temperature_ptr": per_side[1],
+            "d_teacher_temperature_ptr": None if several else per_side[1],
             "stats_ptr": stats.contiguous(),
             "grad_soft_ptr": grad_soft,
             "grad_hard_ptr": grad_hard,
             "grad_soft_stride": grad_soft.stride(0),
             "grad_hard_stride": grad_hard.stride(0),
             "s_width": widths[0] // common["UNIT"],
-            "t_width": widths[1] // common["UNIT"],
+            "t_width": (rows.classes if several else widths[1]) // common["UNIT"],
             "HARD": rows.labels is not None,
             "SMOOTH": rows.labels is not None and rows.label_smoothing != 0,
             "LOOP": blocks.loop,
         }
         kernel = kernels("distill_loss_backward").distill_rows_backward
         launch(kernel, -(-n // blocks.rows), rows.device, blocks.warps, arguments)
+    first = None if student is None or d_student is None else finish(student, d_student)
+    if several:
+        found = mixture_backward(rows, common, blocks, mixed, (*needs[3:5], *of_teachers))
+        return first, found.teachers[0], per_side[0], found.temperature, found.weights, *found.teachers[1:]
     return (
-        None if student is None or d_student is None else finish(student, d_student),
+        first,
         None if teacher is None or d_teacher is None else finish(teacher, d_teacher),
-        per_side[0],
-        per_side[1],
+        *per_side,
     )
+
+
+def _kind(name: str) -> int:
+    """KIND of the kernels; from REVERSE on the divergences are pointwise, which takes more registers."""
+    return int(getattr(kernels("divergences"), name).value)
+
+
+def _parameters(divergence: Divergence) -> tuple[float, float]:
+    """a and b of the kernels: of a mixture the shares of the teacher and of the student."""
+    first, second = divergence.parameters
+    if isinstance(divergence, (JSD, SkewKL)):
+        return first, 1.0 - first
+    if isinstance(divergence, SkewReverseKL):
+        return 1.0 - first, first
+    return first, second
 
 
 def _count(rows: Rows) -> tuple[Tensor, int]:
@@ -205,30 +252,44 @@ def _count(rows: Rows) -> tuple[Tensor, int]:
         "ignore_index": rows.ignore_index,
         "BLOCK": COUNT_BLOCK,
     }
-    launch(kernels("distill_loss").count_rows, programs, rows.device, 4, arguments)
+    launch(kernels("reduce").count_rows, programs, rows.device, 4, arguments)
     return counts, programs
 
 
-def _common(rows: Rows, widths: tuple[int, ...]) -> tuple[dict[str, Any], Blocks]:
+def _common(rows: Rows, widths: tuple[int, ...], heavy: bool = False) -> tuple[dict[str, Any], Blocks]:
     """Arguments that all row kernels share. ``widths``: row lengths of the gradients to be written."""
     student, s_inner, s_outer, s_row = row_layout(rows.student)
-    teacher, t_inner, t_outer, t_row = row_layout(rows.teacher)
+    (teacher, t_inner, t_outer, t_row), *more = [row_layout(logits) for logits in rows.teachers]
     # Within one level the outer stride plays no part.
     s_flat, t_flat = s_inner >= rows.n_rows, t_inner >= rows.n_rows
     s_outer, t_outer = 0 if s_flat else s_outer, 0 if t_flat else t_outer
-    unit = common_unit(rows.classes, s_outer, s_row, t_outer, t_row, *widths)
+    strides = [stride for _, _, *outer_and_row in more for stride in outer_and_row]
+    unit = common_unit(rows.classes, s_outer, s_row, t_outer, t_row, *strides, *widths)
+    kind = _kind(KINDS[rows.divergence.name])
     aligned = unit
-    if student.data_ptr() % 16 or teacher.data_ptr() % 16:
+    every = [student, teacher, *(logits for logits, *_ in more)]
+    if any(logits.data_ptr() % 16 for logits in every):
         aligned = 1
-    blocks = choose_blocks(rows.classes, max(student.element_size(), teacher.element_size()), aligned)
+    standardized = _standardized(rows.student_transform), _standardized(rows.teacher_transform)
+    heavy |= isinstance(rows.divergence, AlphaBeta) or bool(more)
+    heavy |= rows.classes > LONG and (kind >= _kind("REVERSE") or any(standardized))
+    widest = max(logits.element_size() for logits in every)
+    blocks = choose_blocks(max((rows.classes, *widths)), widest, aligned, heavy)
     tl = kernels("distill_loss").tl
     temperature, temperature_ptr = number(rows.temperature, student)
     teacher_temperature, teacher_temperature_ptr = number(rows.teacher_temperature, student)
+    parameters = _parameters(rows.divergence)
     s_scale, s_softcap, s_scaled, s_capped = _transform(rows.student_transform)
     t_scale, t_softcap, t_scaled, t_capped = _transform(rows.teacher_transform)
     arguments = {
         "student_ptr": student,
         "teacher_ptr": teacher,
+        "more_ptrs": tuple(logits for logits, *_ in more) or None,
+        "more_inner": tuple(inner for _, inner, _, _ in more) or None,
+        "more_outer": tuple(outer // unit for _, _, outer, _ in more) or None,
+        "more_row": tuple(row // unit for _, _, _, row in more) or None,
+        "weights_ptr": rows.teacher_weights,
+        "WEIGHTS_PER_ROW": rows.teacher_weights is not None and rows.teacher_weights.dim() == 2,
         "labels_ptr": rows.labels,
         "mask_ptr": rows.mask,
         "temperature_ptr": temperature_ptr,
@@ -257,17 +318,26 @@ def _common(rows: Rows, widths: tuple[int, ...]) -> tuple[dict[str, Any], Blocks
         "SQUARED": rows.scale_by_temperature,
         "S_SCALED": s_scaled,
         "S_CAPPED": s_capped,
+        "KIND": kind,
+        "a": parameters[0],
+        "b": parameters[1],
+        "S_STANDARD": standardized[0],
+        "T_STANDARD": standardized[1],
         "T_SCALED": t_scaled,
         "T_CAPPED": t_capped,
         "DTYPE": tl.float64 if rows.dtype == torch.float64 else tl.float32,
         # 16-bit logits do not deserve the slower exponentials; float64 has its own.
-        "EXACT": torch.float32 in (student.dtype, teacher.dtype) or rows.dtype == torch.float64,
+        "EXACT": any(logits.dtype == torch.float32 for logits in every) or rows.dtype == torch.float64,
         "CONTIGUOUS": blocks.contiguous,
         "ROWS": blocks.rows,
         "LANES": blocks.lanes,
         "VEC": blocks.vec,
     }
     return arguments, blocks
+
+
+def _standardized(transform: LogitTransform | None) -> bool:
+    return transform is not None and transform.standardize
 
 
 def _transform(transform: LogitTransform | None) -> tuple[float, float, bool, bool]:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from . import types
-from .ops.distill_loss import distill_loss
-from .ops.feature_loss import feature_loss
-from .ops.mfd_loss import mfd_loss
-from .ops.modal_pool import modal_pool
+from .. import types
+from ..ops.distill_loss import distill_loss
+from ..ops.feature_loss import feature_loss
+from ..ops.mfd_loss import mfd_loss
+from ..ops.modal_pool import modal_pool
 
 __all__ = ["DistillationLoss", "FeatureLoss", "MFDLoss", "ModalPool"]
 
@@ -133,7 +133,19 @@ class ModalPool(nn.Module):
 
 
 class MFDLoss(_Loss):
-    """Module of :func:`mfd_fast.mfd_loss`; ``options`` are its weights, temperatures and kinds."""
+    """Module of :func:`mfd_fast.mfd_loss`; ``options`` are its weights, temperatures and kinds.
+
+    With ``pool_weight`` and, per call, ``teacher_pool_weights [..., M]``, the student's modality weights learn from a
+    teacher's: those that :class:`ModalPool` or :class:`~mfd_fast.nn.ModalFusion` return.
+
+    >>> import torch, mfd_fast as mfd
+    >>> criterion = mfd.nn.MFDLoss(soft_weight=0.0, pool_weight=1.0)
+    >>> image, text = torch.randn(4, 8), torch.randn(4, 8)
+    >>> equal = torch.full((4, 2), 0.5)
+    >>> out = criterion([image, text], None, torch.randn(5, 8), None, torch.randn(4, 5), teacher_pool_weights=equal)
+    >>> out.loss.item()
+    0.0
+    """
 
     _TENSORS = ("teacher_features", "present", "bias", "teacher_pool_weights", "mask", "weight", "normalizer")
 

@@ -1,0 +1,201 @@
+// Slopes of the soft term to the softened logits u = x/Ts and v = y/Tt of one block, from the saved
+// statistics.
+
+template <class S>
+struct BackwardRow {
+  typedef typename S::T T;
+  const Backward& g;
+  View x, y;
+  double max_s, lse_s, max_t, lse_t, lse_h, lse_u, divergence, ts, tt, soft_scale, grad_soft, grad_hard;
+  double mean_g, mean_h;    // E_q[df/dq], E_p[df/dp]
+  double label_x, label_y;  // minus the maxima
+  int64_t label;
+  bool apart;
+  Target target;
+  TargetSlopes slopes;
+
+  BackwardRow(const Backward& backward, int64_t row, const Scratch& scratch) : g(backward) {
+    const Problem& p = g.problem;
+    const T* s = static_cast<const T*>(g.stats) + row * kStats;
+    max_s = s[kStudentMax];
+    lse_s = static_cast<double>(s[kStudentLse]) + s[kStudentLseLow];
+    max_t = s[kTeacherMax];
+    lse_t = static_cast<double>(s[kTeacherLse]) + s[kTeacherLseLow];
+    lse_h = s[kHardLse];
+    lse_u = s[kTeacherHardLse];
+    divergence = s[kDivergence];
+    mean_g = s[kStudentMean];
+    mean_h = p.divergence == Divergence::kForwardKL ? divergence : s[kTeacherMean];
+    ts = at<T>(p.student_temperature, row);
+    tt = at<T>(p.teacher_temperature, row);
+    soft_scale = p.scale_by_temperature ? ts * ts : 1.0;
+    grad_soft = at<T>(g.grad_soft, row);
+    grad_hard = p.labels ? at<T>(g.grad_hard, row) : 0.0;
+    label = p.labels ? p.labels[row] : -1;
+    apart = sets_label_apart(p.divergence);
+    x = {&p.student, row_offset(p.student, row), apart ? label : -1, {}};
+    y = {&p.teacher, row_offset(p.teacher, row), x.apart, {}};
+    if (p.student.standardize) x.centre = row_centre<S>(x, p.classes, static_cast<T*>(scratch.block_x));
+    if (p.teacher.standardize) y.centre = row_centre<S>(y, p.classes, static_cast<T*>(scratch.block_y));
+    label_x = label_y = 0;
+    target = {};
+    slopes = {};
+    if (!apart) return;
+    label_x = logit_at<S>(x, label, scratch) - max_s;
+    label_y = logit_at<S>(y, label, scratch) - max_t;
+    target = {odds_of(label_x, ts, lse_s), odds_of(label_y, tt, lse_t), odds_of(label_x, 1.0, lse_h),
+              odds_of(label_y, 1.0, lse_u)};
+    slopes = target_slopes(p, target);
+    lse_h = whole_lse(target.hard_student, label_x, lse_h);
+    lse_u = whole_lse(target.hard_teacher, label_y, lse_u);
+  }
+};
+
+// out = exp((x - max)/T)*exp(-lse), padded with zeros to a whole vector; all 0 beside a label that has
+// everything.
+template <class S>
+static void probabilities(const typename S::T* x, int64_t n, double max, double lse,
+                          const Exponent<S>& exponent, typename S::T* out) {
+  typedef typename S::T T;
+  const typename S::V m = S::splat(static_cast<T>(max)),
+                      factor = S::splat(static_cast<T>(lse == -kInf ? 0.0 : exp(-lse)));
+  for (int64_t i = 0; i < n; i += S::kWidth) {
+    const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
+    S::store(out + i, exponent(S::load_first(x + i, left, static_cast<T>(-kInf)) - m) * factor);
+  }
+}
+
+// Logarithms of the softened probabilities from the logits of one block:
+//   log q = (x - mx)/Ts + shift, log p likewise, r = log p - log q = (y - my)/Tt - (x - mx)/Ts + shift.
+// `close`: at one temperature and close maxima r = ((y - x) - (my - mx))/T + shift, exact where the teacher
+// is near.
+template <class S>
+struct Logs {
+  typedef typename S::V V;
+  typedef typename S::T T;
+  bool close;
+  V mx, my, gap, ratio, inverse_s, inverse_t, shift, shift_s, shift_t;
+
+  Logs(const LogScale& student, const LogScale& teacher) {
+    close = are_near(student.block_max, teacher.block_max, teacher.inverse / student.inverse);
+    mx = S::splat(static_cast<T>(student.block_max));
+    my = S::splat(static_cast<T>(teacher.block_max));
+    gap = my - mx;
+    ratio = S::splat(static_cast<T>(teacher.inverse / student.inverse));
+    inverse_s = S::splat(static_cast<T>(student.inverse));
+    inverse_t = S::splat(static_cast<T>(teacher.inverse));
+    shift_s = S::splat(static_cast<T>(student.shift));
+    shift_t = S::splat(static_cast<T>(teacher.shift));
+    shift = S::splat(static_cast<T>(teacher.shift - student.shift));
+  }
+
+  template <bool kClose>
+  __attribute__((always_inline)) inline V r(V x, V y) const {
+    const V d = kClose ? y - x - gap : S::fma(y - my, ratio, mx - x);
+    return S::fma(d, inverse_s, shift);
+  }
+  __attribute__((always_inline)) inline V log_q(V x) const { return S::fma(x - mx, inverse_s, shift_s); }
+  __attribute__((always_inline)) inline V log_p(V y) const { return S::fma(y - my, inverse_t, shift_t); }
+};
+
+// The divergence at one vector of logits and probabilities.
+template <class S, bool kClose, class D>
+MFD_INLINE Point<S> point_at(const D& divergence, const Logs<S>& logs, typename S::V x, typename S::V y,
+                             typename S::V q, typename S::V p) {
+  typedef typename S::V V;
+  return divergence(q, p, logs.template r<kClose>(x, y), D::kTakesLogs ? logs.log_q(x) : V{},
+                    D::kTakesLogs ? logs.log_p(y) : V{});
+}
+
+// Forward KL and the divergences that set the label apart:
+//   to_u = student*q - teacher*p,  to_v = p*(relation*(t - mean) + pull), t = r or -log q; 0 where p is 0,
+//   NaN throughout where the row's mean is.
+struct LinearSlopes {
+  double student, teacher, relation, mean, pull;
+  bool of_student;  // t = -log q
+};
+
+// The block's q, p and slopes without the label's class where it is set apart; each array is one of scratch's
+// blocks.
+template <class S>
+struct BlockSlopes {
+  typename S::T *q, *p, *to_u, *to_v;
+};
+
+// Calls act(x, y, i) for every vector; lanes past the end are NaN.
+template <class S, class Act>
+MFD_INLINE void over_vectors(const typename S::T* x, const typename S::T* y, int64_t n, const Act& act) {
+  const typename S::T pad = static_cast<typename S::T>(kNan);
+  int64_t i = 0;
+  for (; i + S::kWidth <= n; i += S::kWidth) act(S::load(x + i), S::load(y + i), i);
+  if (i < n) act(S::load_first(x + i, n - i, pad), S::load_first(y + i, n - i, pad), i);
+}
+
+template <class S, bool kClose>
+static void linear_slopes(const LinearSlopes& s, const Logs<S>& logs, const typename S::T* x,
+                          const typename S::T* y, int64_t n, const BlockSlopes<S>& b) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  const V student = S::splat(static_cast<T>(s.student)), teacher = S::splat(static_cast<T>(s.teacher));
+  const V relation = S::splat(static_cast<T>(s.relation)), mean = S::splat(static_cast<T>(s.mean));
+  const V pull = S::splat(static_cast<T>(s.pull)),
+          zero = S::splat(static_cast<T>(s.mean != s.mean ? kNan : 0.0));
+  over_vectors<S>(x, y, n, [&](V logit_x, V logit_y, int64_t i) {
+    const V p = S::load(b.p + i);
+    const V t = s.of_student ? -logs.log_q(logit_x) : logs.template r<kClose>(logit_x, logit_y);
+    S::store(b.to_u + i, student * S::load(b.q + i) - teacher * p);
+    S::store(b.to_v + i, S::select(p == V{}, zero, p * (relation * (t - mean) + pull)));
+  });
+}
+
+// Pointwise divergences: to_u = g - q*sum g, to_v = h - p*sum h.
+template <class S, bool kClose, class D>
+static void pointwise_slopes(const D& divergence, const Logs<S>& logs, const typename S::T* x,
+                             const typename S::T* y, int64_t n, double sum_g, double sum_h,
+                             const BlockSlopes<S>& b) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  const V cq = S::splat(static_cast<T>(sum_g)), cp = S::splat(static_cast<T>(sum_h));
+  over_vectors<S>(x, y, n, [&](V logit_x, V logit_y, int64_t i) {
+    const V q = S::load(b.q + i), p = S::load(b.p + i);
+    const Point<S> point = point_at<S, kClose>(divergence, logs, logit_x, logit_y, q, p);
+    S::store(b.to_u + i, point.g - q * cq);
+    S::store(b.to_v + i, point.h - p * cp);
+  });
+}
+
+template <class S, bool kClose>
+static void slopes_of(const BackwardRow<S>& row, const Logs<S>& logs, const typename S::T* x,
+                      const typename S::T* y, int64_t n, const BlockSlopes<S>& b) {
+  const Problem& problem = row.g.problem;
+  if (is_pointwise(problem.divergence)) {
+    with_divergence<S>(problem, [&](const auto& divergence) {
+      pointwise_slopes<S, kClose>(divergence, logs, x, y, n, row.mean_g, row.mean_h, b);
+    });
+    return;
+  }
+  LinearSlopes s = {1.0, 1.0, 1.0, row.mean_h, 0.0, false};
+  if (row.apart)
+    s = {row.slopes.student, row.slopes.teacher, row.slopes.relation,
+         row.mean_h,         row.slopes.pull,    problem.divergence == Divergence::kNKD};
+  linear_slopes<S, kClose>(s, logs, x, y, n, b);
+}
+
+template <class S>
+static BlockSlopes<S> block_slopes(const BackwardRow<S>& row, const Exponent<S>& by_ts,
+                                   const Exponent<S>& by_tt, const typename S::T* x, const typename S::T* y,
+                                   int64_t n, const Scratch& scratch) {
+  typedef typename S::T T;
+  const BlockSlopes<S> b = {static_cast<T*>(scratch.exp_s), static_cast<T*>(scratch.exp_t),
+                            static_cast<T*>(scratch.to_u), static_cast<T*>(scratch.to_v)};
+  probabilities<S>(x, n, row.max_s, row.lse_s, by_ts, b.q);
+  probabilities<S>(y, n, row.max_t, row.lse_t, by_tt, b.p);
+  const Logs<S> logs(LogScale(row.max_s, row.max_s, row.ts, row.lse_s),
+                     LogScale(row.max_t, row.max_t, row.tt, row.lse_t));
+  if (logs.close) {
+    slopes_of<S, true>(row, logs, x, y, n, b);
+  } else {
+    slopes_of<S, false>(row, logs, x, y, n, b);
+  }
+  return b;
+}

@@ -1,0 +1,336 @@
+// Rows with a sparse teacher: one pass over the student's logits, and one over its exponentials for the
+// gradient, which is proportional to them besides the listed classes.
+
+// Of all the student's classes besides a label set apart, where they matter.
+struct AllClasses {
+  double max;
+  RestSums rest;
+  double label;    // logit
+  double lse_h;    // log sum exp(x - max) of all
+  Odds hard_odds;  // of a label set apart, at temperature 1
+};
+
+// What the gradient's two passes need: d loss/dx_j = soft*to_u + at_one*softmax(x)_j - shift, with the
+// label's own.
+struct TopKSlopes {
+  double soft, hard, unit, at_one, shift;
+  double rest, powers;  // factors of e_s and e_s^degree of the classes not listed
+};
+
+template <class S>
+static void write_topk_by_products(const TopKRow<S>& c) {
+  typedef typename S::T T;
+  const Forward& f = c.f;
+  const Listed<S>& l = c.listed;
+  const double rest_y = load_values<S>(c);
+  const double max = max_with<S>(l.x, l.count, rest_max<S>(c)), max_t = max_with<S>(l.y, l.count, rest_y);
+  const RestSums rest = merge_rest<S>(c, max);
+  const double listed_s = exponential_sum<S>(l.x, l.count, max, Exponent<S>(c.ts), l.q);
+  const double sum = listed_s + rest.sum_s, dot = weighted_sum<S>(l.q, l.x, l.count, max) + rest.dot_s;
+  const double listed_t = exponential_sum<S>(l.y, l.count, max_t, Exponent<S>(c.tt), l.p);
+  const double beside = rest_y == -kInf ? 0.0 : exp((rest_y - max_t) / c.tt);
+  const double sum_t = listed_t + beside;
+  const double dot_t = weighted_sum<S>(l.p, l.y, l.count, max_t) + times(beside, rest_y - max_t);
+  put<T>(f.student_entropy, c.row, sum == 0 ? kNan : log(sum) - dot / (c.ts * sum));
+  put<T>(f.teacher_entropy, c.row, sum_t == 0 ? kNan : log(sum_t) - dot_t / (c.tt * sum_t));
+  if (f.student_label_prob) {
+    const double logit = logit_at<S>(c.x, c.label, c.scratch);
+    const double teacher = l.label < 0 ? 0.0 : exp((l.y[l.label] - max_t) / c.tt) / sum_t;
+    put<T>(f.student_label_prob, c.row, exp((logit - max) / c.ts) / sum);
+    put<T>(f.teacher_label_prob, c.row, teacher);
+  }
+  const View y = {&c.p.teacher, row_offset(c.p.teacher, c.row), -1, {}};
+  const int64_t best = first_argmax<S>(c.x, c.p.classes, c.scratch);
+  const int64_t choice = first_argmax<S>(y, l.count, c.scratch);
+  f.agreement[c.row] = best >= 0 && choice >= 0 && best == l.indices[choice];
+}
+
+// The sums over all classes, after the pass over them.
+template <class S>
+static AllClasses all_classes(const TopKRow<S>& c, double label) {
+  const Listed<S>& l = c.listed;
+  AllClasses all{};
+  all.label = label;
+  if (!c.all_classes) return all;
+  all.max = max_with<S>(l.x, l.count, rest_max<S>(c));
+  all.rest = merge_rest<S>(c, all.max);
+  if (!c.hard) return all;
+  const double sum_h = all.rest.sum_h + exponential_sum<S>(l.x, l.count, all.max, Exponent<S>(1.0));
+  all.lse_h = log(c.apart || sum_h != 0 ? sum_h : kNan);
+  if (c.apart) {
+    all.hard_odds = odds_of(label - all.max, 1.0, all.lse_h);
+    all.lse_h = whole_lse(all.hard_odds, label - all.max, all.lse_h);
+  }
+  return all;
+}
+
+template <class S>
+static double hard_term(const TopKRow<S>& c, const AllClasses& all) {
+  RowSums sums{};
+  sums.mean_x = all.rest.sum_x / static_cast<double>(c.p.classes) - all.max;
+  return cross_entropy(sums, all.lse_h, all.label - all.max, c.p.smoothing);
+}
+
+template <class S>
+static TopKSlopes topk_slopes(const TopKRow<S>& c, const AllClasses& all, const SoftTerm& s) {
+  typedef typename S::T T;
+  const double w = at<T>(c.f.weight, c.row);
+  const double factor = w * c.f.soft_factor * at<T>(c.pass.grad_soft, c.row);
+  TopKSlopes out{};
+  out.soft = factor * (c.p.scale_by_temperature ? c.ts : 1.0 / c.ts);
+  if (c.f.use_hard) out.hard = w * c.f.hard_factor * at<T>(c.pass.grad_hard, c.row);
+  out.unit = factor * s.slopes.unit;
+  out.at_one = out.hard + (c.renormalized ? 0.0 : out.unit);
+  out.shift = out.hard * c.p.smoothing / static_cast<double>(c.p.classes);
+  if (c.renormalized) return out;
+  out.rest = c.powers ? -out.soft * s.mean_g / s.sum_s : ratio_or_zero(out.soft * s.rest_u, all.rest.sum_s);
+  if (c.powers) out.powers = -out.soft * exp(-c.degree() * s.lse_s) / c.p.first;
+  return out;
+}
+
+// d loss/dx of the listed classes, in Listed::out.
+template <class S>
+static void listed_gradient(const TopKRow<S>& c, const AllClasses& all, const SoftTerm& s,
+                            const TopKSlopes& slopes) {
+  typedef typename S::T T;
+  const Listed<S>& l = c.listed;
+  const Exponent<S> at_one(1.0);
+  T* h = c.hard ? l.q : nullptr;  // q is not needed any more
+  if (h) probabilities<S>(l.x, l.count, all.max, all.lse_h, at_one, h);
+  student_gradient<S>(l.to_u, h, l.count, slopes.soft, slopes.at_one, slopes.shift, l.out);
+  if (c.unit && c.renormalized) {
+    const double lse = whole_lse(s.target.hard_student, s.label_x, log(s.sum_h));
+    probabilities<S>(l.x, l.count, s.max_s, lse, at_one, l.to_u);
+    for (int64_t k = 0; k < l.count; ++k) l.out[k] += static_cast<T>(slopes.unit) * l.to_u[k];
+  }
+  if (l.label < 0) return;
+  T& label = l.out[l.label];
+  if (c.apart) {
+    label =
+        static_cast<T>(times(slopes.soft, s.slopes.label) - times(slopes.unit, s.target.hard_student.rest) -
+                       times(slopes.hard, all.hard_odds.rest) + (slopes.hard * c.p.smoothing - slopes.shift));
+  } else if (c.f.use_hard) {
+    label = static_cast<T>(slopes.soft) * l.to_u[l.label] +
+            (static_cast<T>(slopes.hard) * h[l.label] - static_cast<T>(slopes.hard * label_share(c.p)));
+  }
+}
+
+// d loss/dx of one block of transformed logits.
+template <class S>
+static void topk_block(const TopKRow<S>& c, const AllClasses& all, const TopKSlopes& slopes, int64_t b,
+                       typename S::T* out) {
+  typedef typename S::T T;
+  const Scratch& scratch = c.scratch;
+  const int64_t start = b * kBlock, n = c.block_size(b);
+  const double max = scratch.sums[b].max_s;
+  Factors<T> factors{};
+  double a = slopes.rest * block_weight(max, all.max, c.pass_t), h = 0;
+  if (c.hard) h = slopes.at_one * exp(-all.lse_h) * block_weight(max, all.max, 1.0);
+  if (c.powers) factors.b = static_cast<T>(slopes.powers * block_weight(max, all.max, c.ts / c.degree()));
+  factors.shift = static_cast<T>(slopes.shift);
+  const T* es = static_cast<const T*>(scratch.exp_s) + start;
+  const T* et = c.powers ? static_cast<const T*>(scratch.exp_t) + start : es;
+  const T* eh = scratch.exp_h ? static_cast<const T*>(scratch.exp_h) + start : es;
+  const bool one_factor = !c.powers && c.hard <= 1;
+  factors.a = static_cast<T>(one_factor ? 0.0 : a);
+  factors.h = static_cast<T>(one_factor ? a + h : h);
+  Exception<T> own = {-1, T(0)};
+  const int64_t label = c.label - start;
+  if (c.f.use_hard && label >= 0 && label < n) {
+    Factors<T> at_label = factors;
+    at_label.shift = static_cast<T>(slopes.hard * label_share(c.p));
+    own = {label,
+           gradient_at<T>(one_factor ? 1 : c.hard, !one_factor, es[label], et[label], eh[label], at_label)};
+  }
+  if (one_factor) {
+    block_gradient<S, false, 1>(es, es, es, n, factors, false, own, out);
+  } else {
+    block_gradient_of<S, true>(c.hard, es, et, eh, n, factors, false, own, out);
+  }
+  for (int64_t m = scratch.first[b]; m < scratch.first[b + 1]; ++m)
+    out[scratch.columns[m] - start] = c.listed.out[scratch.slots[m]];
+}
+
+template <class S>
+static void write_topk_gradient(const TopKRow<S>& c, const AllClasses& all, const TopKSlopes& slopes) {
+  typedef typename S::T T;
+  const Problem& p = c.p;
+  const Scratch& scratch = c.scratch;
+  const int64_t size = dtype_size(p.student.dtype);
+  char* out = static_cast<char*>(c.f.grad) + c.row * p.student.width * size;
+  T* buffer = static_cast<T*>(scratch.block_out);
+  const T* capped = static_cast<const T*>(scratch.capped);
+  double dot = 0;
+  for (int64_t b = 0; p.student.standardize && b < c.blocks; ++b) {
+    topk_block<S>(c, all, slopes, b, buffer);
+    dot += weighted_sum<S>(buffer, capped + b * kBlock, c.block_size(b), 0.0);
+  }
+  for (int64_t b = 0; b < c.blocks; ++b) {
+    const int64_t start = b * kBlock, n = c.block_size(b);
+    topk_block<S>(c, all, slopes, b, buffer);
+    if (changes_gradient(p.student))
+      transform_backward<S>(c.x, capped ? capped + start : buffer, n, dot, buffer);
+    convert_out(buffer, n, p.student.dtype, c.f.stream, out + start * size);
+  }
+  write_zeros(out + p.classes * size, (p.student.width - p.classes) * size, c.f.stream);
+}
+
+// The gradient of a row whose classes besides the listed ones have none.
+template <class S>
+static void scatter_gradient(const TopKRow<S>& c, double label) {
+  typedef typename S::T T;
+  const Problem& p = c.p;
+  const Listed<S>& l = c.listed;
+  const int64_t size = dtype_size(p.student.dtype);
+  char* out = static_cast<char*>(c.f.grad) + c.row * p.student.width * size;
+  if (c.apart) l.x[l.label] = static_cast<T>(label);
+  const double dot = p.student.standardize ? weighted_sum<S>(l.out, l.x, l.count, 0.0) : 0.0;
+  if (p.student.standardize) {
+    T* x_buffer = static_cast<T*>(c.scratch.block_x);
+    T* buffer = static_cast<T*>(c.scratch.block_out);
+    for (int64_t b = 0; b < c.blocks; ++b) {
+      const int64_t start = b * kBlock, n = c.block_size(b);
+      const T* x = load_block<S>(c.x, start, n, x_buffer).x;
+      for (int64_t i = 0; i < kBlock; ++i) buffer[i] = T(0);
+      for (int64_t m = c.scratch.first[b]; m < c.scratch.first[b + 1]; ++m)
+        buffer[c.scratch.columns[m] - start] = l.out[c.scratch.slots[m]];
+      transform_backward<S>(c.x, x, n, dot, buffer);
+      convert_out(buffer, n, p.student.dtype, c.f.stream, out + start * size);
+    }
+    write_zeros(out + p.classes * size, (p.student.width - p.classes) * size, c.f.stream);
+    return;
+  }
+  write_zeros(out, p.student.width * size, c.f.stream);
+  if (changes_gradient(p.student)) transform_backward<S>(c.x, l.x, l.count, 0.0, l.out);
+  for (int64_t k = 0; k < l.count; ++k)
+    convert_out(l.out + k, 1, p.student.dtype, false, out + l.indices[k] * size);
+}
+
+// dD/dTs and dD/dTt: -sum dD/du*x/Ts^2 and the like, less what rounding left of sum dD/du = 0.
+template <class S>
+static void temperature_gradients(const TopKRow<S>& c, const AllClasses& all, const SoftTerm& s) {
+  typedef typename S::T T;
+  const Listed<S>& l = c.listed;
+  const double factor = at<T>(c.f.weight, c.row) * c.f.soft_factor * at<T>(c.pass.grad_soft, c.row);
+  const double scaled = factor * (c.p.scale_by_temperature ? c.ts * c.ts : 1.0);
+  if (c.pass.d_temperature) {
+    double slope = weighted_sum<S>(l.to_u, l.x, l.count, s.max_s) + times(s.slopes.label, s.label_x);
+    double excess = plain_sum<S>(l.to_u, l.count) + s.slopes.label;
+    double mean_x = weighted_sum<S>(l.q, l.x, l.count, s.max_s);
+    if (!c.renormalized) {
+      const double rest_x = ratio_or_zero(all.rest.dot_s, all.rest.sum_s);
+      mean_x += s.q * rest_x;
+      excess += s.rest_u;
+      slope += c.powers
+                   ? all.rest.dot_powers * exp(-c.degree() * s.lse_s) / c.p.first - s.mean_g * s.q * rest_x
+                   : s.rest_u * rest_x;
+    }
+    if (excess != 0) slope -= excess * mean_x;
+    const double own = c.p.scale_by_temperature ? factor * 2.0 * c.ts * s.value : 0.0;
+    static_cast<T*>(c.pass.d_temperature)[c.row] = static_cast<T>(own - scaled * slope / (c.ts * c.ts));
+  }
+  if (c.pass.d_teacher_temperature) {
+    double slope = weighted_sum<S>(l.to_v, l.y, l.count, s.max_t) - times(s.slopes.pull, s.label_y);
+    double excess = plain_sum<S>(l.to_v, l.count) - s.slopes.pull;
+    double mean_y = weighted_sum<S>(l.p, l.y, l.count, s.max_t);
+    if (s.rest != -kInf) {
+      slope += s.rest_v * (s.rest - s.max_t);
+      excess += s.rest_v;
+      mean_y += s.p * (s.rest - s.max_t);
+    }
+    if (excess != 0) slope -= excess * mean_y;
+    static_cast<T*>(c.pass.d_teacher_temperature)[c.row] = static_cast<T>(-scaled * slope / (c.tt * c.tt));
+  }
+}
+
+// d loss/dy of the listed values; the rest r = log(1 - sum exp(y)) hands its own on: dr/dy_k = -exp(y_k - r).
+template <class S>
+static void write_values_gradient(const TopKRow<S>& c, const SoftTerm& s) {
+  typedef typename S::T T;
+  const Listed<S>& l = c.listed;
+  const Side& side = c.p.teacher;
+  const double factor = at<T>(c.f.weight, c.row) * c.f.soft_factor * at<T>(c.pass.grad_soft, c.row);
+  const double soft = factor * (c.p.scale_by_temperature ? c.ts * c.ts : 1.0) / c.tt;
+  const double drive = factor * s.slopes.drive;
+  const double lse_u = c.unit ? whole_lse(s.target.hard_teacher, s.label_y, log(s.sum_u)) : 0.0;
+  double rest = 0;
+  if (s.rest != -kInf) rest = soft * s.rest_v - (c.unit ? drive * exp(s.rest - s.max_t - lse_u) : 0.0);
+  if (c.apart) l.y[l.label] = static_cast<T>(s.label_y + s.max_t);
+  for (int64_t k = 0; k < l.count; ++k) {
+    const double y = l.y[k];
+    double g;
+    if (c.apart && k == l.label) {
+      g = times(-soft, s.slopes.pull) + times(drive, s.target.hard_teacher.rest);
+    } else {
+      g = soft * l.to_v[k] - (c.unit ? drive * exp(y - s.max_t - lse_u) : 0.0);
+    }
+    if (rest != 0) g -= rest * exp(y - s.rest);
+    l.out[k] = static_cast<T>(g);
+  }
+  convert_out(l.out, l.count, side.dtype, false,
+              static_cast<char*>(c.pass.d_values) + c.row * side.width * dtype_size(side.dtype));
+}
+
+template <class S>
+static void topk_row(const TopKPass& pass, int64_t row, const Scratch& scratch) {
+  typedef typename S::T T;
+  const TopKRow<S> c(pass, row, scratch);
+  const Forward& f = pass.forward;
+  const Listed<S>& l = c.listed;
+  if (c.all_classes || c.p.student.standardize) group_by_block<S>(c);
+  if (c.all_classes) {
+    const Scales<S> scales(c.pass_t, 1.0, false);
+    for (int64_t b = 0; b < c.blocks; ++b) rest_block<S>(c, scales, b);
+  } else {
+    for (int64_t k = 0; k < l.count; ++k) l.x[k] = static_cast<T>(logit_at<S>(c.x, l.indices[k], scratch));
+  }
+  if (c.entropies) write_topk_by_products<S>(c);
+  const double label = c.label >= 0 ? logit_at<S>(c.x, c.label, scratch) : 0.0;
+  if (c.apart) l.x[l.label] = static_cast<T>(-kInf);
+  const AllClasses all = all_classes<S>(c, label);
+  const SoftTerm s = soft_term<S>(c, all.max, all.rest, label);
+  const double soft =
+      (c.p.scale_by_temperature ? c.ts * c.ts : 1.0) * s.value + (c.unit ? s.slopes.drive : 0.0);
+  const double hard = f.use_hard ? hard_term<S>(c, all) : 0.0;
+  if (f.row_loss)
+    f.row_loss[row] =
+        at<T>(f.weight, row) * (f.soft_factor * soft + (f.use_hard ? f.hard_factor * hard : 0.0));
+  put<T>(f.soft, row, soft);
+  put<T>(f.hard, row, hard);
+  if (!(f.grad || pass.d_values || pass.d_temperature || pass.d_teacher_temperature)) return;
+  listed_slopes<S>(c, s);
+  temperature_gradients<S>(c, all, s);
+  if (f.grad) {
+    const TopKSlopes slopes = topk_slopes<S>(c, all, s);
+    listed_gradient<S>(c, all, s, slopes);
+    if (c.all_classes) {
+      write_topk_gradient<S>(c, all, slopes);
+    } else {
+      scatter_gradient<S>(c, label);
+    }
+  }
+  if (pass.d_values) write_values_gradient<S>(c, s);
+}
+
+// Zeros for a row that is not counted.
+template <class S>
+static void skip_topk_row(const TopKPass& pass, int64_t row) {
+  typedef typename S::T T;
+  skip_row<S>(pass.forward, row);
+  put<T>(pass.d_temperature, row, 0.0);
+  put<T>(pass.d_teacher_temperature, row, 0.0);
+  const Side& side = pass.forward.problem.teacher;
+  const int64_t bytes = side.width * dtype_size(side.dtype);
+  if (pass.d_values) write_zeros(static_cast<char*>(pass.d_values) + row * bytes, bytes, false);
+}
+
+template <class S>
+static void topk_rows_of(const TopKPass& pass, int64_t begin, int64_t end, const Scratch& scratch) {
+  for (int64_t row = begin; row < end; ++row) {
+    if (is_counted(pass.forward.problem, row)) {
+      topk_row<S>(pass, row, scratch);
+    } else {
+      skip_topk_row<S>(pass, row);
+    }
+  }
+}

@@ -1,0 +1,56 @@
+"""Sums over rows in two stages and a fixed order, and what they are divided by."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def divisor(value, ptr, counts_ptr, n_counts, COUNTS: tl.constexpr, DTYPE: tl.constexpr):
+    """[1]: what the sum over rows is divided by: the counted rows (at least 1), a 0-d tensor or a number."""
+    if counts_ptr is not None:
+        k = tl.arange(0, COUNTS)
+        counted = tl.sum(tl.load(counts_ptr + k, mask=k < n_counts, other=0), 0)
+        return tl.full([1], tl.maximum(counted, 1), DTYPE)
+    elif ptr is not None:
+        return tl.full([1], tl.load(ptr), DTYPE)
+    else:
+        return tl.full([1], value, DTYPE)
+
+
+@triton.jit(do_not_specialize=["n_rows", "ignore_index"])
+def count_rows(labels_ptr, mask_ptr, counts_ptr, n_rows: tl.int64, ignore_index: tl.int64, BLOCK: tl.constexpr):
+    """counts[program] = counted rows among every num_programs-th block of rows."""
+    pid = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.int64)
+    for first in range(pid * BLOCK, n_rows, tl.num_programs(0).to(tl.int64) * BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        exists = row < n_rows
+        counted = exists
+        if mask_ptr is not None:
+            counted = counted & (tl.load(mask_ptr + row, mask=exists, other=0) != 0)
+        if labels_ptr is not None:
+            counted = counted & (tl.load(labels_ptr + row, mask=exists, other=0) != ignore_index)
+        total += counted.to(tl.int64)
+    tl.store(counts_ptr + pid, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["n_partials", "n_counts"])
+def reduce_loss(
+    partial_ptr,
+    loss_ptr,
+    normalizer_ptr,
+    counts_ptr,
+    normalizer: tl.float64,
+    n_partials: tl.int64,
+    n_counts: tl.int64,
+    COUNTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """loss = sum of the partial losses, in a fixed order, over the divisor."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, n_partials, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        total += tl.load(partial_ptr + k, mask=k < n_partials, other=0.0).to(tl.float64)
+    by = divisor(normalizer, normalizer_ptr, counts_ptr, n_counts, COUNTS, tl.float64)
+    tl.store(loss_ptr + tl.arange(0, 1), (tl.sum(total, 0) / by).to(DTYPE))

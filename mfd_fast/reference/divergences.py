@@ -1,0 +1,173 @@
+"""The value of every divergence in plain PyTorch, from the log-probabilities of both sides.
+
+Everything works on logarithms ``log_p``, ``log_q`` ``[N, C]``, so that nothing underflows before it must, and what
+vanishes at p ≈ q is computed from the log-ratio r = log p − log q, which keeps its digits there. A class that
+contributes a constant or nothing is replaced *before* the arithmetic, so that no gradient is 0·inf.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..divergences import DKD, JSD, TVD, AlphaBeta, Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
+
+#: Exponents of AlphaBeta below this are treated like their limit: by differences, never by quotients of them.
+SMALL_EXPONENT = 1e-3
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor, *, complete: bool = True) -> Tensor:
+    """KL(p‖q) per row with 0·log 0 = 0, never negative if p is a ``complete`` distribution."""
+    p = log_p.exp()
+    zero = p == 0
+    ratio = torch.where(zero, torch.zeros_like(p), log_p) - torch.where(zero, torch.zeros_like(p), log_q)
+    kl = (p * ratio).sum(-1)
+    return not_negative(kl) if complete else kl
+
+
+def not_negative(value: Tensor) -> Tensor:
+    """Rounding below zero is cut from the value only; the gradient stays as it is."""
+    return torch.where(value < 0, value - value.detach(), value)
+
+
+def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor, complete: bool) -> Tensor:
+    """Σ f(p, q) per row. ``complete``: p sums to 1 (a sparse teacher's may not)."""
+    if isinstance(divergence, ForwardKL):
+        return forward_kl(log_p, log_q, complete=complete)
+    if isinstance(divergence, ReverseKL):
+        return forward_kl(log_q, log_p, complete=complete)
+    p, q = log_p.exp(), log_q.exp()
+    if isinstance(divergence, TVD):
+        return 0.5 * (p - q).abs().sum(-1)
+    if isinstance(divergence, AlphaBeta):
+        return _alpha_beta(log_p, log_q, *divergence.parameters)
+    log_p_over_m, log_q_over_m = over_mixture(divergence, log_p, log_q)
+    if isinstance(divergence, JSD):
+        beta = divergence.beta
+        value = (beta * p * log_p_over_m + (1 - beta) * q * log_q_over_m).sum(-1)
+    elif isinstance(divergence, SkewKL):
+        value = (p * log_p_over_m).sum(-1)
+    else:
+        value = (q * log_q_over_m).sum(-1)
+    return not_negative(value) if complete else value
+
+
+def _teacher_share(divergence: Divergence) -> float:
+    """w in the mixture m = w p + (1−w) q."""
+    if isinstance(divergence, JSD):
+        return divergence.beta
+    if isinstance(divergence, SkewKL):
+        return divergence.lam
+    assert isinstance(divergence, SkewReverseKL)
+    return 1 - divergence.lam
+
+
+def over_mixture(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """log(p/m) and log(q/m), m = w p + (1−w) q; 0 where p, or q, is 0 and the other factor makes it 0 anyhow.
+
+    From r: log(q/m) = −log1p(w expm1(r)) if r <= 0, log(p/m) = −log1p((1−w) expm1(−r)) else, and the other of
+    the two differs from it by r.
+    """
+    share = _teacher_share(divergence)
+    p_zero, q_zero = log_p.exp() == 0, log_q.exp() == 0
+    none = p_zero | q_zero
+    zero = torch.zeros_like(log_p)
+    r = torch.where(none, zero, log_p) - torch.where(none, zero, log_q)
+    above = r > 0
+    log_q_over_m = -torch.log1p(share * torch.expm1(torch.where(above, zero, r)))
+    log_p_over_m = -torch.log1p((1 - share) * torch.expm1(-torch.where(above, r, zero)))
+    p_side = torch.where(above, log_p_over_m, log_q_over_m + r)
+    q_side = torch.where(above, log_p_over_m - r, log_q_over_m)
+    # Where one side is 0 the mixture is the other side times its share.
+    p_side = torch.where(q_zero & ~p_zero, torch.full_like(r, -math.log(share)), p_side)
+    q_side = torch.where(p_zero & ~q_zero, torch.full_like(r, -math.log1p(-share)), q_side)
+    return p_side, q_side
+
+
+def _alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
+    """Σ (D_{α+β} − q^β D_α)/β with D_s = (p^s − q^s)/s; β = 0 by its own limit."""
+    p_zero, q_zero = log_p == -torch.inf, log_q == -torch.inf
+    none, zero = p_zero | q_zero, torch.zeros_like(log_p)
+    a, b = torch.where(none, zero, log_p), torch.where(none, zero, log_q)
+    total, r = alpha + beta, a - b
+    if beta != 0:
+        value = difference(total * a, total * b, total, r) - difference(alpha * a + beta * b, total * b, alpha, r)
+        value = value / beta
+        if min(abs(alpha), abs(beta), abs(total)) > SMALL_EXPONENT:
+            # The same sum as it is usually written has the better conditioned derivative, if the mixed term
+            # shares its rounding with the power from which the smaller exponent's quotient subtracts it.
+            mixed = total * a - beta * r if abs(beta) <= abs(alpha) else total * b + alpha * r
+            plain = mixed.exp() - (alpha * (total * a).exp() + beta * (total * b).exp()) / total
+            plain = -plain / (alpha * beta)
+            value = plain + (value - plain).detach()
+    elif alpha != 0:  # (p^α log(p^α/q^α) − p^α + q^α)/α²
+        value = ((alpha * a).exp() * r - difference(alpha * a, alpha * b, alpha, r)) / alpha
+    else:
+        value = 0.5 * r.square()
+    value = torch.where(none, zero, value)
+    for absent, other, exponent in ((p_zero, log_q, alpha), (q_zero, log_p, beta)):
+        alone = absent & ~(p_zero & q_zero)
+        if exponent > 0 and total > 0:
+            limit = (total * torch.where(alone, other, zero)).exp() / (exponent * total)
+        else:
+            limit = torch.full_like(zero, torch.inf)
+        value = torch.where(alone, limit, value)
+    return not_negative(value.sum(-1))
+
+
+def difference(high: Tensor, low: Tensor, s: float, r: Tensor) -> Tensor:
+    """(e^high − e^low)/s with high − low = s·r, without cancellation; its limit e^low·r at s = 0."""
+    if s == 0:
+        return low.exp() * r
+    rising, zero = s * r > 0, torch.zeros_like(r)
+    falling_part = torch.where(rising, zero, low).exp() * torch.expm1(torch.where(rising, zero, s * r))
+    rising_part = torch.where(rising, high, zero).exp() * -torch.expm1(-torch.where(rising, s * r, zero))
+    return torch.where(rising, rising_part, falling_part) / s
+
+
+def log_sum_exp(logs: Tensor) -> Tensor:
+    """log Σ exp over the last dimension, kept; −inf, with a zero gradient, where all are −inf."""
+    top = logs.detach().amax(-1, keepdim=True)
+    top = torch.where(top == -torch.inf, torch.zeros_like(top), top)
+    total = (logs - top).exp().sum(-1, keepdim=True)
+    empty = total == 0
+    return torch.where(empty, -torch.inf, torch.where(empty, torch.ones_like(total), total).log() + top)
+
+
+def without_label(log_p: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """log(1 − p_y) ``[N, 1]``, the log-sum-exp of the others, and log p̂ ``[N, C]``, −inf at the label."""
+    others = log_p.scatter(-1, label[:, None], -torch.inf)
+    rest = log_sum_exp(others)
+    nothing = (others == -torch.inf) | (rest == -torch.inf)
+    log_hat = torch.where(nothing, -torch.inf, others - torch.where(rest == -torch.inf, torch.zeros_like(rest), rest))
+    return rest, log_hat
+
+
+def decoupled(divergence: DKD, log_p: Tensor, log_q: Tensor, label: Tensor) -> Tensor:
+    """α KL of (label, rest) + β KL(p̂‖q̂) per row."""
+    (p_rest, p_hat), (q_rest, q_hat) = without_label(log_p, label), without_label(log_q, label)
+    value = torch.zeros_like(p_rest[:, 0])
+    if divergence.alpha != 0:
+        value = value + divergence.alpha * forward_kl(_pair(log_p, p_rest, label), _pair(log_q, q_rest, label))
+    if divergence.beta != 0:
+        value = value + divergence.beta * forward_kl(p_hat, q_hat)
+    return value
+
+
+def _pair(log_p: Tensor, rest: Tensor, label: Tensor) -> Tensor:
+    return torch.cat((log_p.gather(-1, label[:, None]), rest), -1)
+
+
+def label_entropy(log_p: Tensor, log_q: Tensor, label: Tensor) -> Tensor:
+    """First term of NKD, −p_y log q_y per row."""
+    p = log_p.gather(-1, label[:, None]).exp()
+    log_q_label = log_q.gather(-1, label[:, None])
+    return -(p * torch.where(p == 0, torch.zeros_like(p), log_q_label)).squeeze(-1)
+
+
+def other_entropy(log_p: Tensor, log_q: Tensor, label: Tensor) -> Tensor:
+    """Second term of NKD without its factor, −Σ_{j≠y} p̂_j log q̂_j per row."""
+    p_hat, q_hat = without_label(log_p, label)[1].exp(), without_label(log_q, label)[1]
+    return -(p_hat * torch.where(p_hat == 0, torch.zeros_like(p_hat), q_hat)).sum(-1)
