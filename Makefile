@@ -43,8 +43,9 @@ format: $(VENV)/packages-test
 	$(BIN)/ruff format --quiet .
 	$(if $(CPP_FILES),$(BIN)/clang-format -i $(CPP_FILES))
 
+# Times are those of PyTorch's own settings: OpenMP threads may spin here.
 bench: $(VENV)/packages-test $(VENV)/native
-	$(BIN)/python -m benchmarks $(ARGS)
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks --growth $(ARGS)
 
 wheel: $(VENV)/packages-test
 	echo "wheel and sdist: dist/"

@@ -37,6 +37,15 @@ SMALL = {
 }
 
 
+@pytest.fixture
+def one_thread():
+    """Without barriers between threads, a busy machine slows every contestant alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def settings(*against, **more):
     return Settings(CPU, against=against or ("eager",), seconds=0.0, least=3, **more)
 
@@ -162,22 +171,21 @@ def test_a_rival_is_charged_for_its_softmaxes(divergence, monkeypatch):
         assert Gate(workload, built).check(rivals._liger_logits(workload)).red is None
 
 
-def test_a_planted_slowdown_is_reported_as_one(monkeypatch):
-    workload = Workload("distill_loss", {"rows": 512, "classes": 2000})
-    before = measure(workload, dataclasses.replace(settings(), least=9))
-    record = OPS["distill_loss"]
-
-    def call(options, backend):
-        once = record.call(options, backend)
-        if backend == "reference":
-            return once
-        return lambda **arguments: 0.5 * (once(**arguments) + once(**arguments))
-
-    monkeypatch.setitem(OPS, "distill_loss", dataclasses.replace(record, call=call))
-    after = measure(workload, dataclasses.replace(settings(), least=9))
+def test_a_planted_slowdown_is_reported_as_one(one_thread):
+    """The kernel runs twice per call; the comparison of two result files sees it in eager's units."""
+    own = OPS["distill_loss"].call({"temperature": 2.0}, "cpu")
+    planted = contestant("planted", lambda _: lambda **arguments: 0.5 * (own(**arguments) + own(**arguments)))
+    workload = Workload("distill_loss", {"rows": 128, "classes": 4000})
+    before = measure(workload, dataclasses.replace(settings("eager", "planted"), least=25), planted)
+    assert (
+        1 / 3
+        < results.entry(before, before["primary"])["median"] / results.entry(before, "planted")["median"]
+        < 1 / 1.5
+    )
+    after = {**before, "primary": "planted"}
     (change,) = compare.changes({"results": [before]}, {"results": [after]})
     assert change.yardstick == "eager"
-    assert 1.5 < change.factor < 5
+    assert 1.5 < change.factor < 3
     assert change.is_slower
     assert "SLOWER" in str(change)
     (same,) = compare.changes({"results": [after]}, {"results": [after]})

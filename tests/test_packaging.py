@@ -208,8 +208,6 @@ def test_env_describes_the_machine(facts: dict[str, Any], installed: Path) -> No
 
 
 def test_commands_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench"]) == 0
-    assert "python -m benchmarks" in capsys.readouterr().out
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda _: None)
     assert cli.main(["demo"]) == 1
     assert "pip install 'mfd-fast[demo]'" in capsys.readouterr().err
@@ -217,6 +215,21 @@ def test_commands_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "backend reference" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["env", "--nonsense"])
+
+
+def test_the_benchmark_runs_from_the_installed_wheel(installed: Path, elsewhere: Path) -> None:
+    sizes = "'--rows', '16', '--classes', '40', '--seconds', '0.01', '--against', 'eager'"
+    code = f"""
+import mfd_fast.bench.ceilings as ceilings
+ceilings.MEBIBYTE = 1 << 10
+from mfd_fast.cli import main
+assert main(['bench', 'distill_loss', {sizes}]) == 0
+import mfd_fast
+print(mfd_fast.__file__)
+"""
+    said = python(installed, elsewhere, code)
+    assert "mfd_fast (cpu) takes" in said
+    assert str(installed) in said
 
 
 def test_importing_needs_no_triton(facts: dict[str, Any], installed: Path, elsewhere: Path) -> None:
