@@ -303,6 +303,8 @@ def combine_rows(
 ) -> Tensor:
     """The loss from the per-row terms ``[N]``; a term whose weight is the number 0 has no part in it."""
     per_row = torch.zeros_like(soft)
+    if not (_is_used(soft_weight) or _is_used(hard_weight)):  # 0, with a gradient of 0
+        per_row = soft.masked_fill(torch.ones_like(soft, dtype=torch.bool), 0.0)
     if _is_used(soft_weight):
         per_row = per_row + soft_weight * soft
     if _is_used(hard_weight):
