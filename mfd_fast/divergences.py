@@ -3,7 +3,8 @@
 A pointwise divergence is a sum Σ_j f(p_j, q_j) over the classes. With g = ∂f/∂q and h = ∂f/∂p its gradients
 with respect to the softened logits u = x/T and v = y/T are, for every one of them,
     dD/du_j = q_j (g_j − E_q[g]),    dD/dv_j = p_j (h_j − E_p[h])
-(a constant added to g or h changes nothing). DKD and NKD depend on the label as well and are written out.
+(a constant added to g or h changes nothing, unless p sums to less than 1: a TopK with the tail "zero").
+DKD and NKD depend on the label as well and are written out.
 The soft term of the losses is T²·D, except where a docstring says otherwise.
 
 Special values common to all: classes that are −inf on both sides contribute 0 and receive a zero gradient;
@@ -70,7 +71,7 @@ class ForwardKL(Divergence):
 
     Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
 
-    g = −p/q, h = log(p/q). p = 0 contributes 0; q = 0 < p gives +inf with the finite gradient q − p.
+    g = −p/q, h = log(p/q) + 1. p = 0 contributes 0; q = 0 < p gives +inf with the finite gradient q − p.
     """
 
     name = "forward_kl"
@@ -119,7 +120,7 @@ class SkewKL(Divergence):
 
     Ko et al.: DistiLLM, arXiv:2402.03898.
 
-    g = −(1−λ) p/m, h = log(p/m) − λ p/m. For λ > 0 always finite: p = 0 contributes 0, q = 0 < p contributes
+    g = −(1−λ) p/m, h = log(p/m) + 1 − λ p/m. For λ > 0 always finite: p = 0 contributes 0, q = 0 < p contributes
     −p log λ.
 
     Args:
@@ -181,7 +182,8 @@ class AlphaBeta(Divergence):
         α = −β:  1/α² Σ (log(q^α/p^α) + p^α/q^α − 1)
         α = β = 0:  ½ Σ (log p − log q)².
     All of them are f = (D_{α+β} − q^β D_α)/β with D_s the difference quotient above
-    (D_{α+β} = (p^(α+β) − q^(α+β))/(α+β), q^β D_α = (p^α q^β − q^(α+β))/α), free of cancellation by expm1.
+    (D_{α+β} = (p^(α+β) − q^(α+β))/(α+β), q^β D_α = (p^α q^β − q^(α+β))/α), free of cancellation by expm1 where β is
+    the larger exponent; α and β may be exchanged together with p and q.
     It has no name by itself: two exponents without a customary default. Cichocki, Cruces, Amari: Generalized
     Alpha-Beta Divergences, Entropy 13 (2011); Wang et al.: ABKD, arXiv:2505.04560.
 

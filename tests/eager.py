@@ -1,18 +1,40 @@
 """What a user writes today, in the dtype of the inputs: the yardstick of the tolerance rule and nothing else."""
 
+import eager_divergences as divergences
 import torch
 import torch.nn.functional as F
+
+import mfd_fast as mfd
+from mfd_fast.divergences import DIVERGENCES
 
 
 def _transform(logits, transform):
     if transform is None:
         return logits
     logits = logits[..., : transform.classes] * transform.scale
-    return logits if transform.softcap is None else transform.softcap * torch.tanh(logits / transform.softcap)
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    if transform.standardize:
+        logits = (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
+    return logits
 
 
 def _per_row(temperature):
     return temperature.unsqueeze(-1) if isinstance(temperature, torch.Tensor) and temperature.dim() else temperature
+
+
+def _compared(x, teacher, transform, teacher_weights, temperature, teacher_temperature):
+    """log p and log q over the classes that are compared."""
+    t, tt = _per_row(temperature), _per_row(teacher_temperature)
+    if isinstance(teacher, mfd.TopK):
+        return divergences.sparse_pair(x, teacher, t, tt)
+    log_q = F.log_softmax(x / t, -1)
+    if isinstance(teacher, torch.Tensor):
+        return F.log_softmax(_transform(teacher, transform) / tt, -1), log_q
+    probs = torch.stack([F.softmax(_transform(y, transform) / tt, -1) for y in teacher], -1)
+    weights = torch.ones(len(teacher)) if teacher_weights is None else teacher_weights
+    weights = (weights / weights.sum(-1, keepdim=True)).to(probs.dtype)
+    return (probs * weights.unsqueeze(-2)).sum(-1).log(), log_q
 
 
 def _rows(
@@ -20,6 +42,8 @@ def _rows(
     teacher,
     labels=None,
     *,
+    teacher_weights=None,
+    divergence="forward_kl",
     temperature=1.0,
     teacher_temperature=None,
     label_smoothing=0.0,
@@ -29,14 +53,24 @@ def _rows(
     teacher_transform=None,
     scale_by_temperature=True,
 ):
-    x, y = _transform(student, student_transform), _transform(teacher, teacher_transform)
+    if isinstance(divergence, str):
+        divergence = DIVERGENCES[divergence]
+    x = _transform(student, student_transform)
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    log_q = F.log_softmax(x / _per_row(temperature), -1)
-    log_p = F.log_softmax(y / _per_row(teacher_temperature), -1)
-    soft = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    of_teacher = (teacher, teacher_transform, teacher_weights)
+    log_p, log_q = _compared(x, *of_teacher, temperature, teacher_temperature)
+    keep = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask
+    label = None
+    if labels is not None:
+        keep = keep & (labels != ignore_index)
+        label = torch.where(keep, labels, 0)
+        if isinstance(teacher, mfd.TopK) and teacher.tail != "zero":
+            label = (teacher.indices == label.unsqueeze(-1)).int().argmax(-1)
+    soft = divergences.divergence(divergence, log_p, log_q, label)
     if scale_by_temperature:
         soft = soft * temperature**2
-    keep = torch.ones(soft.shape, dtype=torch.bool) if mask is None else mask
+    if divergence.name == "nkd":
+        soft = soft + divergences.of_label(*_compared(x, *of_teacher, 1.0, 1.0), label)
     hard = torch.zeros_like(soft)
     if labels is not None:
         hard = F.cross_entropy(
@@ -46,7 +80,7 @@ def _rows(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
         ).reshape(labels.shape)
-        keep = keep & (labels != ignore_index)
+    log_q = F.log_softmax(x / _per_row(temperature), -1)
     return torch.where(keep, soft, 0), torch.where(keep, hard, 0), keep, log_q, log_p
 
 
@@ -78,11 +112,18 @@ def distill_loss(
 
 def distill_terms(student, teacher, labels=None, **options):
     soft, hard, keep, log_q, log_p = _rows(student, teacher, labels, **options)
+    if isinstance(teacher, mfd.TopK):
+        tt = options.get("teacher_temperature", options.get("temperature", 1.0))
+        own = divergences.sparse_teacher(teacher, _per_row(tt))
+        log_p = divergences.dense(own[..., : teacher.values.shape[-1]], teacher.indices, student.shape[-1])
+        teacher_entropy = -(own.exp() * own).sum(-1)
+    else:
+        teacher_entropy = -(log_p.exp() * log_p).sum(-1)
     q, p = log_q.exp(), log_p.exp()
     out = {
         "soft": soft,
         "student_entropy": torch.where(keep, -(q * log_q).sum(-1), 0),
-        "teacher_entropy": torch.where(keep, -(p * log_p).sum(-1), 0),
+        "teacher_entropy": torch.where(keep, teacher_entropy, 0),
     }
     if labels is not None:
         index = torch.where(keep, labels, 0).unsqueeze(-1)

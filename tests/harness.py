@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,9 +56,11 @@ class Result:
 
 
 def map_tensors(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    """``f`` of every tensor in a tree of dicts, lists and tuples."""
+    """``f`` of every tensor in a tree of dicts, lists, tuples and TopK teachers."""
     if isinstance(value, Tensor):
         return f(value)
+    if isinstance(value, mfd.TopK):
+        return dataclasses.replace(value, values=f(value.values), indices=f(value.indices))
     if isinstance(value, dict):
         return {k: map_tensors(v, f) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -71,6 +74,8 @@ def named_tensors(arguments: Arguments) -> dict[str, Tensor]:
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             found[name] = value
+        elif isinstance(value, mfd.TopK):
+            found.update({f"{name}.values": value.values, f"{name}.indices": value.indices})
         elif isinstance(value, (list, tuple)):
             found.update({f"{name}[{i}]": v for i, v in enumerate(value) if isinstance(v, Tensor)})
     return found

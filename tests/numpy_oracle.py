@@ -1,34 +1,50 @@
 """Second oracle: values and analytic gradients in float64 NumPy, from formulas and not from the reference.
 
 Sources: Hinton et al. arXiv:1503.02531 (soft term, T²); Szegedy et al. arXiv:1512.00567 (label smoothing).
-Per row: x, y student and teacher logits after their transform; u = x/Ts, v = y/Tt; q, p their softmax;
-r = log p − log q; K = KL(p‖q).
+Per row: x, y student and teacher logits after their transform; u = x/Ts, v = y/Tt; q, p their softmax. The
+divergences are in numpy_oracle_divergences.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy_oracle_divergences import Pair, TopK, back_to_student, back_to_teachers, compare, evaluate, first_of_nkd
+
+from mfd_fast.divergences import DIVERGENCES, Divergence
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Transform:
-    """x -> scale*x -> softcap*tanh(x/softcap) -> the first ``classes`` columns."""
+    """x -> scale*x -> softcap*tanh(x/softcap) -> standardise -> the first ``classes`` columns."""
 
     scale: float = 1.0
     softcap: float | None = None
     classes: int | None = None
+    standardize: bool = False
 
-    def forward(self, z: Array) -> Array:
+    def capped(self, z: Array) -> Array:
         x = self.scale * z[..., : self.classes]
         return x if self.softcap is None else self.softcap * np.tanh(x / self.softcap)
 
+    def forward(self, z: Array) -> Array:
+        x = self.capped(z)
+        if self.standardize:
+            x = (x - x.mean(-1, keepdims=True)) / (x.std(-1, ddof=1, keepdims=True) + 1e-7)
+        return x
+
     def backward(self, z: Array, dx: Array) -> Array:
+        x = self.capped(z)
+        if self.standardize:
+            sigma = x.std(-1, ddof=1, keepdims=True)
+            s, centred, degrees = sigma + 1e-7, x - x.mean(-1, keepdims=True), x.shape[-1] - 1
+            dot = (dx * centred / s).sum(-1, keepdims=True)
+            dx = (dx - dx.mean(-1, keepdims=True)) / s - dot / s * centred / (degrees * sigma)
         slope = np.full_like(dx, self.scale)
         if self.softcap is not None:
             slope *= 1 - np.tanh(self.scale * z[..., : self.classes] / self.softcap) ** 2
@@ -53,28 +69,36 @@ def _p_log_p(p: Array) -> Array:
 
 @dataclass(frozen=True)
 class Rows:
-    """Everything the gradients need, per row."""
+    """Everything the gradients need, per row. ``soft`` and ``hard`` are 0 in rows that are not counted."""
 
     z: Array
-    t: Array
+    teachers: list[Array]
     x: Array
-    y: Array
-    q: Array
-    p: Array
-    r: Array
-    kl: Array
+    ys: list[Array]
+    weights: Array
     ts: Array
     tt: Array
     keep: Array
+    label: Array | None
     soft: Array
     hard: Array
+    topk: TopK | None
+
+    def pair(self, ts: Array, tt: Array) -> Pair:
+        return compare(self.x, self.ys, ts, tt, self.weights, self.topk, self.label)
+
+
+def named(divergence: str | Divergence) -> Any:
+    return DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
 
 
 def distill_rows(
     student: Array,
-    teacher: Array,
+    teacher: Array | TopK | list[Array],
     labels: Array | None = None,
     *,
+    teacher_weights: Array | None = None,
+    divergence: str | Divergence = "forward_kl",
     temperature: float | Array = 1.0,
     teacher_temperature: float | Array | None = None,
     label_smoothing: float = 0.0,
@@ -84,12 +108,16 @@ def distill_rows(
     teacher_transform: Transform = Transform(),
     scale_by_temperature: bool = True,
 ) -> Rows:
+    divergence = named(divergence)
     lead = student.shape[:-1]
-    z, t = (
-        student.reshape(-1, student.shape[-1]).astype(np.float64),
-        teacher.reshape(-1, teacher.shape[-1]).astype(np.float64),
-    )
-    n = len(z)
+    topk = teacher if isinstance(teacher, TopK) else None
+    given = [topk.values] if topk else teacher if isinstance(teacher, list) else [teacher]
+    z, *ts_ = (t.reshape(-1, t.shape[-1]).astype(np.float64) for t in (student, *given))
+    n, count = len(z), len(given)
+    weights = np.full((n, count), 1 / count)
+    if teacher_weights is not None:
+        weights = np.broadcast_to(teacher_weights, (*lead, count)).reshape(n, count)
+        weights = weights / weights.sum(-1, keepdims=True)
     ts = np.broadcast_to(np.asarray(temperature, np.float64), lead).reshape(-1)
     tt = (
         ts
@@ -97,48 +125,55 @@ def distill_rows(
         else np.broadcast_to(np.asarray(teacher_temperature, np.float64), lead).reshape(-1)
     )
     keep = np.ones(n, bool) if mask is None else mask.reshape(-1).copy()
+    label = None
     if labels is not None:
         keep &= labels.reshape(-1) != ignore_index
-    z, t = np.where(keep[:, None], z, 0.0), np.where(keep[:, None], t, 0.0)
-    x, y = student_transform.forward(z), teacher_transform.forward(t)
-    u, v = x / ts[:, None], y / tt[:, None]
-    lu, lv = log_sum_exp(u), log_sum_exp(v)
-    q, p = softmax(u), softmax(v)
-    r = (v - lv[:, None]) - (u - lu[:, None])
-    kl = (p * r).sum(-1)
-    soft = kl * (ts**2 if scale_by_temperature else 1.0)
-    hard = np.zeros(n)
-    if labels is not None:
         label = np.where(keep, labels.reshape(-1), 0)
+    z = np.where(keep[:, None], z, np.arange(z.shape[-1]))
+    teachers = [t if topk else np.where(keep[:, None], t, np.arange(t.shape[-1])) for t in ts_]
+    x, ys = student_transform.forward(z), [teacher_transform.forward(t) for t in teachers]
+    rows = Rows(z, teachers, x, ys, weights, ts, tt, keep, label, np.zeros(n), np.zeros(n), topk)
+    pair = rows.pair(ts, tt)
+    soft = evaluate(divergence, pair.p, pair.q, pair.label)[0] * (ts**2 if scale_by_temperature else 1.0)
+    if divergence.name == "nkd":
+        ones = np.ones(n)
+        pair = rows.pair(ones, ones)
+        soft = divergence.gamma * soft + first_of_nkd(pair.p, pair.q, pair.label)[0]
+    hard = np.zeros(n)
+    if label is not None:
         eps = label_smoothing
         hard = log_sum_exp(x) - (1 - eps) * x[np.arange(n), label] - eps * x.mean(-1)
-    return Rows(z, t, x, y, q, p, r, kl, ts, tt, keep, np.where(keep, soft, 0.0), np.where(keep, hard, 0.0))
+    return replace(rows, soft=np.where(keep, soft, 0.0), hard=np.where(keep, hard, 0.0))
 
 
-def distill_terms(
-    student: Array, teacher: Array, labels: Array | None = None, **options: Any
-) -> dict[str, Array | None]:
+def distill_terms(student: Array, teacher: Any, labels: Array | None = None, **options: Any) -> dict[str, Array | None]:
     """The fields of DistillTerms."""
     rows = distill_rows(student, teacher, labels, **options)
     lead, keep = student.shape[:-1], rows.keep
+    pair = rows.pair(rows.ts, rows.tt)
 
     def shaped(value: Array) -> Array:
         return np.where(keep, value, np.zeros((), value.dtype)).reshape(lead)
 
+    # What the teacher says of all classes: of a sparse one the listed classes, and its rest for the entropy.
+    dense, own = pair.p, pair.p
+    if rows.topk is not None:
+        indices = rows.topk.indices.reshape(len(keep), -1)
+        own, dense = pair.each[0], np.zeros_like(pair.full_q)
+        np.put_along_axis(dense, indices, own[:, : indices.shape[-1]], -1)
     at_label: dict[str, Array | None] = {"student_label_prob": None, "teacher_label_prob": None, "hard": None}
-    if labels is not None:
-        label = np.where(keep, labels.reshape(-1), 0)
-        index = np.arange(len(label))
+    if rows.label is not None:
+        index = np.arange(len(keep))
         at_label = {
-            "student_label_prob": shaped(rows.q[index, label]),
-            "teacher_label_prob": shaped(rows.p[index, label]),
+            "student_label_prob": shaped(pair.full_q[index, rows.label]),
+            "teacher_label_prob": shaped(dense[index, rows.label]),
             "hard": shaped(rows.hard),
         }
     return {
         "soft": shaped(rows.soft),
-        "student_entropy": shaped(-_p_log_p(rows.q).sum(-1)),
-        "teacher_entropy": shaped(-_p_log_p(rows.p).sum(-1)),
-        "agreement": shaped(rows.x.argmax(-1) == rows.y.argmax(-1)),
+        "student_entropy": shaped(-_p_log_p(pair.full_q).sum(-1)),
+        "teacher_entropy": shaped(-_p_log_p(own).sum(-1)),
+        "agreement": shaped(rows.x.argmax(-1) == dense.argmax(-1)),
         **at_label,
     }
 
@@ -147,49 +182,70 @@ def distill_backward(
     grad_soft: Array,
     grad_hard: Array,
     student: Array,
-    teacher: Array,
+    teacher: Any,
     labels: Array | None = None,
     *,
+    divergence: str | Divergence = "forward_kl",
     student_transform: Transform = Transform(),
     teacher_transform: Transform = Transform(),
     scale_by_temperature: bool = True,
     label_smoothing: float = 0.0,
     **options: Any,
 ) -> dict[str, Array]:
-    """Gradients of Σ_i grad_soft_i·soft_i + grad_hard_i·hard_i; the temperatures' are per row, ``[...]``."""
+    """Gradients of Σ_i grad_soft_i·soft_i + grad_hard_i·hard_i; those of temperatures and weights per row."""
+    divergence = named(divergence)
     rows = distill_rows(
         student,
         teacher,
         labels,
+        divergence=divergence,
         student_transform=student_transform,
         teacher_transform=teacher_transform,
         scale_by_temperature=scale_by_temperature,
         label_smoothing=label_smoothing,
         **options,
     )
-    x, y, q, p, ts, tt = rows.x, rows.y, rows.q, rows.p, rows.ts, rows.tt
-    r, kl = rows.r, rows.kl[:, None]
+    x, ts, tt, lead = rows.x, rows.ts, rows.tt, student.shape[:-1]
     gs, gh = np.where(rows.keep, grad_soft.reshape(-1), 0.0), np.where(rows.keep, grad_hard.reshape(-1), 0.0)
-    f = ts**2 if scale_by_temperature else np.ones_like(ts)
-    dx = (gs * f / ts)[:, None] * (q - p)
-    if labels is not None:
-        classes = x.shape[-1]
-        onehot = np.eye(classes)[np.where(rows.keep, labels.reshape(-1), 0)]
-        target = (1 - label_smoothing) * onehot + label_smoothing / classes
-        dx = dx + gh[:, None] * (softmax(x) - target)
-    dy = (gs * f / tt)[:, None] * p * (r - kl)
-    eq_x, ep_x, ep_y = (q * x).sum(-1), (p * x).sum(-1), (p * y).sum(-1)
-    dts = -f * (eq_x - ep_x) / ts**2
+    pair = rows.pair(ts, tt)
+    value, du, h = evaluate(divergence, pair.p, pair.q, pair.label)
+    nkd = divergence.name == "nkd"
+    f = gs * (ts**2 if scale_by_temperature else np.ones_like(ts)) * (divergence.gamma if nkd else 1.0)
+    du = back_to_student(pair, du, rows.topk)
+    dys, slope, dws = back_to_teachers(pair, h, rows.ys, tt, rows.weights, rows.topk)
+    dx, dys, dws = (f / ts)[:, None] * du, [f[:, None] * dy for dy in dys], f[:, None] * dws
+    dts, dtt = -f * (du * x).sum(-1) / ts**2, f * slope
     if scale_by_temperature:
-        dts = dts + 2 * ts * rows.kl
-    dtt = -f * ((p * y * r).sum(-1) - rows.kl * ep_y) / tt**2
-    lead = student.shape[:-1]
-    return {
+        dts = dts + 2 / ts * f * value
+    if nkd:
+        ones = np.ones_like(ts)
+        pair = rows.pair(ones, ones)
+        _, du, h = first_of_nkd(pair.p, pair.q, pair.label)
+        dx = dx + gs[:, None] * back_to_student(pair, du, rows.topk)
+        more, _, more_w = back_to_teachers(pair, h, rows.ys, ones, rows.weights, rows.topk)
+        dys, dws = [a + gs[:, None] * b for a, b in zip(dys, more, strict=True)], dws + gs[:, None] * more_w
+    if rows.label is not None:
+        classes = x.shape[-1]
+        target = (1 - label_smoothing) * np.eye(classes)[rows.label] + label_smoothing / classes
+        dx = dx + gh[:, None] * (softmax(x) - target)
+    grads = {
         "student": student_transform.backward(rows.z, dx).reshape(student.shape),
-        "teacher": teacher_transform.backward(rows.t, dy).reshape(teacher.shape),
-        "temperature": (gs * dts).reshape(lead),
-        "teacher_temperature": (gs * dtt).reshape(lead),
+        "temperature": dts.reshape(lead),
+        "teacher_temperature": dtt.reshape(lead),
     }
+    shaped = [
+        teacher_transform.backward(t, dy).reshape(*lead, t.shape[-1]) for t, dy in zip(rows.teachers, dys, strict=True)
+    ]
+    if isinstance(teacher, list):
+        grads.update({f"teacher[{k}]": g for k, g in enumerate(shaped)})
+    else:
+        grads["teacher" if rows.topk is None else "teacher.values"] = shaped[0]
+    given = options.get("teacher_weights")
+    if given is not None:  # w = given / Σ given
+        total = np.broadcast_to(given, (*lead, len(dys))).reshape(dws.shape).sum(-1, keepdims=True)
+        dgiven = (dws - (rows.weights * dws).sum(-1, keepdims=True)) / total
+        grads["teacher_weights"] = dgiven.sum(0) if given.ndim == 1 else dgiven.reshape(given.shape)
+    return grads
 
 
 def _row_factors(keep: Array, weight: Array | None, reduction: str, normalizer: float | None) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import eager
+import op_db_divergences
 import op_errors
 import torch
 from harness import Arguments, OpRecord
@@ -12,6 +13,13 @@ from torch import Tensor
 
 import mfd_fast as mfd
 from mfd_fast.testing import distill_inputs, modal_inputs
+
+#: What the row losses of each backend have, beside the forward KL of dense logits.
+BACKEND_FEATURES = {
+    "reference": op_db_divergences.FEATURES,
+    "cpu": frozenset({"forward_kl"}),
+    "triton": frozenset({"forward_kl"}),
+}
 
 
 def _accumulation(dtype: torch.dtype) -> torch.dtype:
@@ -97,6 +105,7 @@ def distill_loss_samples(
             "temperature": 4.0,
         },
         "hard_only": {**both, "labels": labels, "soft_weight": 0.0, "hard_weight": 1.0},
+        **op_db_divergences.samples(dtype, distance, seed, rows, classes),
     }
 
 
@@ -105,7 +114,8 @@ _LOSS_ONLY = ("soft_weight", "hard_weight", "weight", "reduction", "normalizer")
 
 def distill_terms_samples(**options: Any) -> dict[str, Arguments]:
     samples = distill_loss_samples(**options)
-    del samples["hard_only"]
+    for name in ("hard_only", *op_db_divergences.LOSS_ONLY):
+        del samples[name]
     return {name: {k: v for k, v in s.items() if k not in _LOSS_ONLY} for name, s in samples.items()}
 
 
@@ -213,7 +223,7 @@ def _fields(result: Any) -> dict[str, Tensor]:
 
 
 _ALL_BACKENDS = ("triton", "cpu", "reference")
-_ROW_ARGUMENTS = ("student", "teacher", "temperature", "teacher_temperature")
+_ROW_ARGUMENTS = ("student", "teacher", "temperature", "teacher_temperature", "teacher_weights")
 
 RECORDS = {
     r.name: r
@@ -268,8 +278,18 @@ RECORDS = {
     )
 }
 
+
+def samples_on(record: OpRecord, backend: str) -> list[str]:
+    """The samples that ``backend`` has kernels for; which those are is checked in test_divergences."""
+    return [name for name in record.samples() if op_db_divergences.feature(name) in BACKEND_FEATURES[backend]]
+
+
 #: (record, backend) for ``parametrize``, with readable ids.
 CASES = [(record, backend) for record in RECORDS.values() for backend in record.backends]
 CASE_IDS = [f"{record.name}-{backend}" for record, backend in CASES]
-SAMPLE_CASES = [(record, backend, name) for record, backend in CASES for name in record.samples()]
+SAMPLE_CASES = [(record, backend, name) for record, backend in CASES for name in samples_on(record, backend)]
 SAMPLE_IDS = [f"{record.name}-{backend}-{name}" for record, backend, name in SAMPLE_CASES]
+#: The same of distill_loss on the backends that have kernels: the gradient of the student comes from the forward pass.
+KERNEL_CASES = [
+    (backend, name) for backend in ("cpu", "triton") for name in samples_on(RECORDS["distill_loss"], backend)
+]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from harness import evaluate, map_tensors, named_tensors, on, requiring_grad
-from op_db import CASE_IDS, CASES, RECORDS, SAMPLE_CASES, SAMPLE_IDS
+from op_db import CASE_IDS, CASES, KERNEL_CASES, RECORDS, SAMPLE_CASES, SAMPLE_IDS
 
 from mfd_fast.testing import LAYOUTS, assert_bitwise_equal
 
@@ -32,8 +32,7 @@ def test_gradcheck(record, backend, name):
     assert torch.autograd.gradcheck(call, leaves, fast_mode=backend == "triton")
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-@pytest.mark.parametrize("name", RECORDS["distill_loss"].samples())
+@pytest.mark.parametrize(("backend", "name"), KERNEL_CASES)
 def test_gradcheck_of_the_student_alone(backend, name):
     record = RECORDS["distill_loss"]
     call, leaves = function_of_leaves(record, backend, tiny(record, name), ("student",))
@@ -159,7 +158,7 @@ def test_one_term_alone_backpropagates(backend, term):
         arguments = requiring_grad(sample, record.differentiable)
         out = record.op(**arguments, backend=where)
         assert [f for f, v in out._asdict().items() if v.requires_grad] == ["soft", "hard"]
-        leaves = [arguments[k] for k in record.differentiable]
+        leaves = [arguments[k] for k in record.differentiable if k in arguments]
         value = getattr(out, term).sum()
         grads[where] = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
     for a, b in zip(grads[backend], grads["reference"], strict=True):

@@ -7,7 +7,7 @@ import torch
 from harness import evaluate, map_tensors, on
 from op_db import RECORDS
 
-from mfd_fast import LogitTransform
+from mfd_fast import LogitTransform, TopK
 from mfd_fast.testing import DISTANCES
 
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
@@ -18,10 +18,15 @@ def numpy_arguments(arguments):
         if isinstance(value, torch.Tensor):
             return value.numpy()
         if isinstance(value, LogitTransform):
-            return oracle.Transform(value.scale, value.softcap, value.classes)
+            return oracle.Transform(value.scale, value.softcap, value.classes, value.standardize)
         return value
 
-    converted = {k: convert(map_tensors(v, lambda t: t.numpy())) for k, v in arguments.items()}
+    def tree(value):
+        if isinstance(value, TopK):
+            return oracle.TopK(value.values.numpy(), value.indices.numpy(), value.tail, value.values_are)
+        return convert(map_tensors(value, lambda t: t.numpy()))
+
+    converted = {k: tree(v) for k, v in arguments.items()}
     if isinstance(converted.get("features"), np.ndarray):
         converted["features"] = list(np.moveaxis(converted["features"], -2, 0))
     return converted
@@ -48,7 +53,8 @@ def test_distill_loss(name, distance, seed):
     loss, grads = oracle.distill_loss(**numpy_arguments(arguments))
     result = run_reference(RECORDS["distill_loss"], arguments)
     agree(result.outputs["loss"], loss, "loss")
-    assert {"student", "teacher"} <= result.grads.keys()
+    assert "student" in result.grads
+    assert any(name.startswith("teacher") for name in result.grads)
     for argument, grad in result.grads.items():
         agree(grad, grads[argument], f"d {argument}")
 
@@ -67,7 +73,8 @@ def test_distill_terms(name, distance):
     if "teacher_temperature" not in arguments:
         grads["temperature"] = grads["temperature"] + grads["teacher_temperature"]
     for argument, grad in result.grads.items():
-        expected_grad = grads[argument] if grad.dim() else np.asarray(grads[argument].sum())
+        shared = argument.endswith("temperature") and not grad.dim()
+        expected_grad = np.asarray(grads[argument].sum()) if shared else grads[argument]
         agree(grad, expected_grad, f"d {argument}")
 
 

@@ -101,14 +101,26 @@ def mix(log_probs: list[Tensor], weights: Tensor | None) -> Tensor:
     return torch.where(nothing, -torch.inf, torch.where(nothing, torch.ones_like(total), total).log() + top)
 
 
+def mass_left(log_p: Tensor) -> Tensor:
+    """1 − Σ exp of ``[N, K]`` log-probabilities, >= 0, ``[N, 1]``; expm1 keeps the digits where one is near 1."""
+    top = log_p.detach().argmax(-1, keepdim=True)
+    others = log_p.scatter(-1, top, -torch.inf).exp().sum(-1, keepdim=True)
+    return (-torch.expm1(log_p.gather(-1, top)) - others).clamp_min(0)
+
+
 def sparse_teacher(values: Tensor, topk: TopKRows, temperature: float | Tensor) -> Tensor:
     """log p of the K listed classes and, last, of the rest ``[N, K + 1]``; −inf where nothing is left."""
-    rest = torch.full_like(values[:, :1], -torch.inf)
-    if topk.logprobs and topk.tail != "renormalize":
-        left = 1 - values.exp().sum(-1, keepdim=True)
-        empty = left <= 0
-        rest = torch.where(empty, rest, torch.where(empty, torch.ones_like(left), left).log())
-    return soften(torch.cat((values, rest), -1), temperature)
+    return soften(torch.cat((values, log_rest(values, topk)), -1), temperature)
+
+
+def log_rest(values: Tensor, topk: TopKRows) -> Tensor:
+    """log of what the values leave to the other classes, ``[N, 1]``."""
+    nothing = torch.full_like(values[:, :1], -torch.inf)
+    if not topk.logprobs or topk.tail == "renormalize":
+        return nothing
+    left = mass_left(values)
+    empty = left == 0
+    return torch.where(empty, nothing, torch.where(empty, torch.ones_like(left), left).log())
 
 
 def sparse_pair(

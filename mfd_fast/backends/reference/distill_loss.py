@@ -27,6 +27,7 @@ from ...reference.distill_loss import (
     combine,
     compared,
     divergence_value,
+    log_rest,
     raw_logits,
     row_terms,
     soften,
@@ -221,11 +222,10 @@ def _sparse_teacher_gradient(
     if b.shape[-1] == values.shape[-1]:
         b = torch.cat((b, torch.zeros_like(b[:, :1])), -1)
     dv = project(b, sparse_teacher(values, rows.topk, teacher_t).exp())
-    left = (1 - values.exp().sum(-1, keepdim=True)).clamp_min(0)
-    some = (left > 0) & (rows.topk.logprobs and rows.topk.tail != "renormalize")
-    one = torch.ones_like(left)
-    rest = torch.where(some, torch.where(some, left, one).log(), torch.full_like(left, -torch.inf))
-    dy = dv[:, :-1] - torch.where(some, dv[:, -1:] * values.exp() / torch.where(some, left, one), torch.zeros_like(one))
+    rest = log_rest(values, rows.topk)
+    # d log(1 − Σ e^y)/dy = −e^y / (1 − Σ e^y)
+    share = torch.where(rest == -torch.inf, torch.zeros_like(values), (values - rest).exp())
+    dy = dv[:, :-1] - dv[:, -1:] * share
     return dy / _column(teacher_t), temperature_slope(dv, torch.cat((values, rest), -1), teacher_t)
 
 

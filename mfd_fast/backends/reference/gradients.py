@@ -1,6 +1,6 @@
 """The gradients of :mod:`mfd_fast.divergences` written out, for registered ops: autograd does not record inside them.
 
-For a divergence D of q and p, a_j = q_j ∂D/∂q_j and b_j = p_j ∂D/∂p_j (up to a constant times q, or p); then
+For a divergence D of q and p, a_j = q_j ∂D/∂q_j and b_j = p_j ∂D/∂p_j (a up to a constant times q); then
     dD/du = a − q Σa,    dD/dv = b − p Σb
 with respect to the softened logits. Of several teachers p = Σ w_k p_k, so b_k = (p_k/p) b,
 dD/dv_k = w_k (b_k − p_k Σb_k) and dD/dw_k = Σ b_k. With the temperature, dD/dx = (dD/du)/T and
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...divergences import DKD, JSD, NKD, TVD, AlphaBeta, Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
 from ...reference.distill_loss import STANDARDIZE_EPS
-from ...reference.divergences import difference, over_mixture, without_label
+from ...reference.divergences import difference, over_mixture, sign, without_label
 from ...types import LogitTransform
 
 Slopes = tuple[Tensor, Tensor]
@@ -24,12 +24,12 @@ def slopes(divergence: Divergence, log_p: Tensor, log_q: Tensor, label: Tensor |
     """a and b; for NKD those of its second term, without γ."""
     p, q = log_p.exp(), log_q.exp()
     if isinstance(divergence, ForwardKL):
-        return -p, _times(p, log_p, log_q)
+        return -p, _times(p, log_p, log_q) + p
     if isinstance(divergence, ReverseKL):
         return _times(q, log_q, log_p), -q
     if isinstance(divergence, TVD):
-        sign = 0.5 * torch.sign(q - p)
-        return q * sign, -p * sign
+        half = 0.5 * sign(q - p)
+        return q * half, -p * half
     if isinstance(divergence, AlphaBeta):
         return _alpha_beta(log_p, log_q, *divergence.parameters)
     if isinstance(divergence, (DKD, NKD)):
@@ -41,7 +41,7 @@ def slopes(divergence: Divergence, log_p: Tensor, log_q: Tensor, label: Tensor |
     product = torch.where((p == 0) | (q == 0), torch.zeros_like(p), p * log_q_over_m.exp())  # p q/m
     if isinstance(divergence, SkewKL):
         lam = divergence.lam
-        return -(1 - lam) * product, p * (log_p_over_m - lam * log_p_over_m.exp())
+        return -(1 - lam) * product, p * (1 + log_p_over_m - lam * log_p_over_m.exp())
     assert isinstance(divergence, SkewReverseKL)
     lam = divergence.lam
     return q * (log_q_over_m - lam * log_q_over_m.exp()), -(1 - lam) * product
