@@ -65,8 +65,8 @@ double run_forward(const mfd::Forward& f, const mfd::TopK* topk, bool wants_sum,
 }
 
 // Writes the weighted sum of the row losses to `loss`, and its gradient to `grad` where that is not 0.
-void scalar(const mfd::Problem& problem, const mfd::TopK* topk, bool use_soft, bool use_hard, Address weight, double soft_factor,
-            double hard_factor, Address loss, Address grad, bool stream, int threads) {
+void scalar(const mfd::Problem& problem, const mfd::TopK* topk, bool use_soft, bool use_hard, Address weight,
+            double soft_factor, double hard_factor, Address loss, Address grad, bool stream, int threads) {
   mfd::Forward f{};
   f.problem = problem;
   f.use_soft = use_soft;
@@ -85,9 +85,9 @@ void scalar(const mfd::Problem& problem, const mfd::TopK* topk, bool use_soft, b
 }
 
 // Per-row values; the last five addresses are all 0 or all but the label probabilities are not.
-void per_row(const mfd::Problem& problem, const mfd::TopK* topk, Address soft, Address hard, Address stats, Address student_entropy,
-             Address teacher_entropy, Address student_label_prob, Address teacher_label_prob,
-             Address agreement, int threads) {
+void per_row(const mfd::Problem& problem, const mfd::TopK* topk, Address soft, Address hard, Address stats,
+             Address student_entropy, Address teacher_entropy, Address student_label_prob,
+             Address teacher_label_prob, Address agreement, int threads) {
   mfd::Forward f{};
   f.problem = problem;
   f.use_soft = true;
@@ -104,9 +104,9 @@ void per_row(const mfd::Problem& problem, const mfd::TopK* topk, Address soft, A
 }
 
 void per_row_backward(const mfd::Problem& problem, const mfd::TopK* topk, Address stats, Address grad_soft,
-                      int64_t grad_soft_stride, Address grad_hard, int64_t grad_hard_stride, Address d_student,
-                      Address d_teacher, Address d_temperature, Address d_teacher_temperature, bool stream,
-                      int threads) {
+                      int64_t grad_soft_stride, Address grad_hard, int64_t grad_hard_stride,
+                      Address d_student, Address d_teacher, Address d_temperature,
+                      Address d_teacher_temperature, bool stream, int threads) {
   if (topk) {
     mfd::TopKPass pass{};
     pass.forward.problem = problem;

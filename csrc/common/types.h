@@ -114,8 +114,8 @@ struct TopK {
 struct TopKPass {
   Forward forward;  // grad is d loss/d student
   TopK teacher;
-  PerRow grad_soft, grad_hard;  // further factors of the two terms' gradients
-  void* d_values;               // [N, listed], the values' dtype; null when not wanted
+  PerRow grad_soft, grad_hard;                  // further factors of the two terms' gradients
+  void* d_values;                               // [N, listed], the values' dtype; null when not wanted
   void *d_temperature, *d_teacher_temperature;  // [N]; null when not wanted
 };
 
@@ -148,8 +148,8 @@ struct Scratch {
   void *exp_s, *exp_t, *exp_h, *capped, *difference;
   void *block_x, *block_y, *block_out, *to_u, *to_v;  // kBlock elements each
   BlockSums* sums;                                    // one per block, at least kBlock/kRowAlign
-  // For sparse teachers: arrays of the listed classes, kBlock elements each; the listed classes in the order of their
-  // blocks, their positions, and where each block's begin.
+  // For sparse teachers: arrays of the listed classes, kBlock elements each; the listed classes in the order
+  // of their blocks, their positions, and where each block's begin.
   void* listed[7];
   int64_t *columns, *slots, *first;
 };

@@ -105,7 +105,8 @@ void take_blocks(Layout& layout, const Needs& needs, Scratch& s) {
   s.to_v = layout.take(bytes);
   if (!needs.listed) return;
   for (void*& array : s.listed) array = layout.take(bytes);
-  for (int64_t** array : {&s.columns, &s.slots}) *array = static_cast<int64_t*>(layout.take(kBlock * sizeof(int64_t)));
+  for (int64_t** array : {&s.columns, &s.slots})
+    *array = static_cast<int64_t*>(layout.take(kBlock * sizeof(int64_t)));
   const size_t starts = static_cast<size_t>(needs.row / kBlock + 2) * sizeof(int64_t);
   s.first = static_cast<int64_t*>(layout.take(starts));
 }
@@ -253,7 +254,7 @@ void backward(const Backward& g, int threads) {
 bool lists_are_valid(const Problem& p, const TopK& teacher, int threads) {
   const bool needs_label = sets_label_apart(p.divergence);
   std::atomic<bool> valid{true}, failed{false};
-#pragma omp parallel num_threads(usable_threads(threads, p.n_rows * teacher.listed))
+#pragma omp parallel num_threads(usable_threads(threads, p.n_rows* teacher.listed))
   try {
     const int64_t workers = omp_get_num_threads(), worker = omp_get_thread_num();
     std::vector<bool> seen(static_cast<size_t>(p.classes));
@@ -287,7 +288,8 @@ double topk(TopKPass pass, bool wants_sum, int threads) {
   Needs needs = needs_of(p, exp_at_one, capped, false, blocks * kBlock);
   needs.listed = true;
   if (wants_sum) {
-    f.row_loss = reinterpret_cast<double*>(caller_arena.reserve(static_cast<size_t>(p.n_rows + 1) * sizeof(double)));
+    f.row_loss =
+        reinterpret_cast<double*>(caller_arena.reserve(static_cast<size_t>(p.n_rows + 1) * sizeof(double)));
     if (!f.row_loss) throw std::bad_alloc();
   }
   const Kernels& table = kernels();

@@ -74,8 +74,8 @@ void add(const float* a, const float* b, float* out, int64_t n) {
   for (; i < n; ++i) out[i] = a[i] + b[i];
 }
 
-constexpr Kernels kTable = {MFD_ISA_NAME,   kLanes,          forward_rows,  forward_sums,
-                            forward_points, forward_outputs, backward_rows, topk_rows, add};
+constexpr Kernels kTable = {MFD_ISA_NAME,    kLanes,        forward_rows, forward_sums, forward_points,
+                            forward_outputs, backward_rows, topk_rows,    add};
 
 }  // namespace
 

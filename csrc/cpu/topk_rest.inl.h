@@ -1,5 +1,5 @@
-// The classes that a sparse teacher does not list: their exponentials in scratch, 0 at the listed ones, and their
-// sums. No sum is the difference of two others, so that a tiny rest keeps its digits.
+// The classes that a sparse teacher does not list: their exponentials in scratch, 0 at the listed ones, and
+// their sums. No sum is the difference of two others, so that a tiny rest keeps its digits.
 
 // The arrays of a row's listed classes, K <= kBlock elements each.
 template <class S>
@@ -11,8 +11,8 @@ struct Listed {
   int64_t label;  // position of the label among them; -1 where it is not listed
 };
 
-// Sums over the other classes relative to `max`, little more than their largest logit: e_s of (x - max)/T, h at T = 1,
-// and e_s^degree.
+// Sums over the other classes relative to `max`, little more than their largest logit: e_s of (x - max)/T, h
+// at T = 1, and e_s^degree.
 struct RestSums {
   double max;
   double sum_s, sum_h, powers;
@@ -57,8 +57,16 @@ struct TopKRow {
     x = {&p.student, row_offset(p.student, row), -1, {}};
     if (p.student.standardize) x.centre = row_centre<S>(x, p.classes, static_cast<T*>(scratch.block_x));
     const auto array = [&](int i) { return static_cast<T*>(scratch.listed[i]); };
-    listed = {array(0), array(1), array(2), array(3), array(4), array(5), array(6),
-              pass.teacher.listed, pass.teacher.indices + row * pass.teacher.listed, -1};
+    listed = {array(0),
+              array(1),
+              array(2),
+              array(3),
+              array(4),
+              array(5),
+              array(6),
+              pass.teacher.listed,
+              pass.teacher.indices + row * pass.teacher.listed,
+              -1};
     for (int64_t k = 0; label >= 0 && k < listed.count; ++k)
       if (listed.indices[k] == label) listed.label = k;
   }
@@ -71,8 +79,8 @@ struct TopKRow {
   }
 };
 
-// Sorts the listed classes by block: those of block b are [first[b], first[b + 1]) of `columns`, with their positions
-// in `slots`.
+// Sorts the listed classes by block: those of block b are [first[b], first[b + 1]) of `columns`, with their
+// positions in `slots`.
 template <class S>
 static void group_by_block(const TopKRow<S>& c) {
   int64_t* first = c.scratch.first;
@@ -108,7 +116,8 @@ constexpr double kTinySum = 0x1p-60;
 
 // Zeros at the listed classes [begin, end) of a block.
 template <class S>
-MFD_INLINE void clear_listed(const TopKRow<S>& c, int64_t begin, int64_t end, int64_t start, typename S::T* out) {
+MFD_INLINE void clear_listed(const TopKRow<S>& c, int64_t begin, int64_t end, int64_t start,
+                             typename S::T* out) {
   for (int64_t m = begin; m < end; ++m) out[c.scratch.columns[m] - start] = typename S::T(0);
 }
 

@@ -1,19 +1,21 @@
-// Rows with a sparse teacher: one pass over the student's logits, and one over its exponentials for the gradient,
-// which is proportional to them besides the listed classes.
+// Rows with a sparse teacher: one pass over the student's logits, and one over its exponentials for the
+// gradient, which is proportional to them besides the listed classes.
 
 // Of all the student's classes besides a label set apart, where they matter.
 struct AllClasses {
   double max;
   RestSums rest;
-  double label;  // logit
-  double lse_h;  // log sum exp(x - max) of all
+  double label;    // logit
+  double lse_h;    // log sum exp(x - max) of all
   Odds hard_odds;  // of a label set apart, at temperature 1
 };
 
-// What the gradient's two passes need: d loss/dx_j = soft*to_u + at_one*softmax(x)_j - shift, with the label's own.
+// What the gradient's two passes need: d loss/dx_j = soft*to_u + at_one*softmax(x)_j - shift, with the
+// label's own.
 struct TopKSlopes {
   double soft, hard, unit, at_one, shift;
-  double rest, powers;  // factors of e_s (relative to the rest's maximum) and e_s^degree of the classes not listed
+  double rest,
+      powers;  // factors of e_s (relative to the rest's maximum) and e_s^degree of the classes not listed
 };
 
 template <class S>
@@ -92,7 +94,8 @@ static TopKSlopes topk_slopes(const TopKRow<S>& c, const AllClasses& all, const 
 
 // d loss/dx of the listed classes, in Listed::out.
 template <class S>
-static void listed_gradient(const TopKRow<S>& c, const AllClasses& all, const SoftTerm& s, const TopKSlopes& slopes) {
+static void listed_gradient(const TopKRow<S>& c, const AllClasses& all, const SoftTerm& s,
+                            const TopKSlopes& slopes) {
   typedef typename S::T T;
   const Listed<S>& l = c.listed;
   const Exponent<S> at_one(1.0);
@@ -107,8 +110,9 @@ static void listed_gradient(const TopKRow<S>& c, const AllClasses& all, const So
   if (l.label < 0) return;
   T& label = l.out[l.label];
   if (c.apart) {
-    label = static_cast<T>(times(slopes.soft, s.slopes.label) - times(slopes.unit, s.target.hard_student.rest) -
-                           times(slopes.hard, all.hard_odds.rest) + (slopes.hard * c.p.smoothing - slopes.shift));
+    label =
+        static_cast<T>(times(slopes.soft, s.slopes.label) - times(slopes.unit, s.target.hard_student.rest) -
+                       times(slopes.hard, all.hard_odds.rest) + (slopes.hard * c.p.smoothing - slopes.shift));
   } else if (c.use_hard) {
     label = static_cast<T>(slopes.soft) * l.to_u[l.label] +
             (static_cast<T>(slopes.hard) * h[l.label] - static_cast<T>(slopes.hard * label_share(c.p)));
@@ -139,7 +143,8 @@ static void topk_block(const TopKRow<S>& c, const AllClasses& all, const TopKSlo
   if (c.use_hard && label >= 0 && label < n) {
     Factors<T> at_label = factors;
     at_label.shift = static_cast<T>(slopes.hard * label_share(c.p));
-    own = {label, gradient_at<T>(one_factor ? 1 : c.hard, !one_factor, es[label], et[label], eh[label], at_label)};
+    own = {label,
+           gradient_at<T>(one_factor ? 1 : c.hard, !one_factor, es[label], et[label], eh[label], at_label)};
   }
   if (one_factor) {
     block_gradient<S, false, 1>(es, es, es, n, factors, false, own, out);
@@ -167,7 +172,8 @@ static void write_topk_gradient(const TopKRow<S>& c, const AllClasses& all, cons
   for (int64_t b = 0; b < c.blocks; ++b) {
     const int64_t start = b * kBlock, n = c.block_size(b);
     topk_block<S>(c, all, slopes, b, buffer);
-    if (changes_gradient(p.student)) transform_backward<S>(c.x, capped ? capped + start : buffer, n, dot, buffer);
+    if (changes_gradient(p.student))
+      transform_backward<S>(c.x, capped ? capped + start : buffer, n, dot, buffer);
     convert_out(buffer, n, p.student.dtype, c.f.stream, out + start * size);
   }
   write_zeros(out + p.classes * size, (p.student.width - p.classes) * size, c.f.stream);
@@ -200,7 +206,8 @@ static void scatter_gradient(const TopKRow<S>& c, double label) {
   }
   write_zeros(out, p.student.width * size, c.f.stream);
   if (changes_gradient(p.student)) transform_backward<S>(c.x, l.x, l.count, 0.0, l.out);
-  for (int64_t k = 0; k < l.count; ++k) convert_out(l.out + k, 1, p.student.dtype, false, out + l.indices[k] * size);
+  for (int64_t k = 0; k < l.count; ++k)
+    convert_out(l.out + k, 1, p.student.dtype, false, out + l.indices[k] * size);
 }
 
 // dD/dTs and dD/dTt: -sum dD/du*x/Ts^2 and the like, less what rounding left of sum dD/du = 0.
@@ -290,10 +297,12 @@ static void topk_row(const TopKPass& pass, int64_t row, const Scratch& scratch) 
   if (c.apart) l.x[l.label] = static_cast<T>(-kInf);
   const AllClasses all = all_classes<S>(c, label);
   const SoftTerm s = soft_term<S>(c, all.max, all.rest, label);
-  const double soft = (c.p.scale_by_temperature ? c.ts * c.ts : 1.0) * s.value + (c.unit ? s.slopes.drive : 0.0);
+  const double soft =
+      (c.p.scale_by_temperature ? c.ts * c.ts : 1.0) * s.value + (c.unit ? s.slopes.drive : 0.0);
   const double hard = c.use_hard ? hard_term<S>(c, all) : 0.0;
   if (f.row_loss)
-    f.row_loss[row] = at<T>(f.weight, row) * (f.soft_factor * soft + (c.use_hard ? f.hard_factor * hard : 0.0));
+    f.row_loss[row] =
+        at<T>(f.weight, row) * (f.soft_factor * soft + (c.use_hard ? f.hard_factor * hard : 0.0));
   put<T>(f.soft, row, soft);
   put<T>(f.hard, row, hard);
   if (!(f.grad || pass.d_values || pass.d_temperature || pass.d_teacher_temperature)) return;

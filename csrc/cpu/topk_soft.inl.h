@@ -1,20 +1,20 @@
-// The soft term of a sparse teacher: its listed classes as vectors and the rest, one class, in double precision.
-// What the rest contributes to a divergence that sums over its classes is that of one class of their mass wherever
-// f(q, 0) is proportional to q.
+// The soft term of a sparse teacher: its listed classes as vectors and the rest, one class, in double
+// precision. What the rest contributes to a divergence that sums over its classes is that of one class of
+// their mass wherever f(q, 0) is proportional to q.
 
-// Values and slopes of the soft term, of the K listed classes in Listed's arrays. Maxima and sums are over the
-// classes the tail leaves, without the label where the divergence sets it apart.
+// Values and slopes of the soft term, of the K listed classes in Listed's arrays. Maxima and sums are over
+// the classes the tail leaves, without the label where the divergence sets it apart.
 struct SoftTerm {
-  double value;                        // what T^2 multiplies
-  double max_s, sum_s, max_t, sum_t;   // with the rest
-  double lse_s, lse_t;                 // 0 where the sum is
-  double rest;                         // y of the rest: log(1 - sum of the listed); -inf for none
-  double q, p, log_q, log_p;           // of the rest
-  double rest_x;                       // its largest logit minus max_s
-  double mean_g, mean_h;               // E_q[df/dq], E_p[df/dp]
-  double rest_u, rest_v;               // dD/du and dD/dv of the rest
-  double label_x, label_y;             // minus the maxima, where the label is apart
-  double sum_h, sum_u;                 // at temperature 1, of NKD
+  double value;                       // what T^2 multiplies
+  double max_s, sum_s, max_t, sum_t;  // with the rest
+  double lse_s, lse_t;                // 0 where the sum is
+  double rest;                        // y of the rest: log(1 - sum of the listed); -inf for none
+  double q, p, log_q, log_p;          // of the rest
+  double rest_x;                      // its largest logit minus max_s
+  double mean_g, mean_h;              // E_q[df/dq], E_p[df/dp]
+  double rest_u, rest_v;              // dD/du and dD/dv of the rest
+  double label_x, label_y;            // minus the maxima, where the label is apart
+  double sum_h, sum_u;                // at temperature 1, of NKD
   Target target;
   TargetSlopes slopes;
 };
@@ -51,8 +51,8 @@ static double teacher_sum(const TopKRow<S>& c, double max, double rest, double t
   return rest == -kInf ? listed : listed + exp((rest - max) / temperature);
 }
 
-// How much of q - p the functors add to f beyond the sum's needs where p is no whole distribution, and minus the
-// constant they add to df/dp.
+// How much of q - p the functors add to f beyond the sum's needs where p is no whole distribution, and minus
+// the constant they add to df/dp.
 MFD_INLINE double whole_shift(const Problem& p) {
   switch (p.divergence) {
     case Divergence::kForwardKL:
@@ -166,7 +166,8 @@ static void target_value(const TopKRow<S>& c, SoftTerm& s) {
   s.rest_v = s.p == 0 ? 0.0 : s.p * (s.slopes.relation * (rest_term - s.mean_h) + s.slopes.pull);
 }
 
-// The whole soft term; `max` and `rest` are of the student's classes, and `label` is the logit of the one set apart.
+// The whole soft term; `max` and `rest` are of the student's classes, and `label` is the logit of the one set
+// apart.
 template <class S>
 static SoftTerm soft_term(const TopKRow<S>& c, double max, const RestSums& rest, double label) {
   typedef typename S::T T;
@@ -203,7 +204,8 @@ static SoftTerm soft_term(const TopKRow<S>& c, double max, const RestSums& rest,
   }
   if (c.unit) {
     const Exponent<S> at_one(1.0);
-    s.sum_h = (c.renormalized ? 0.0 : rest.sum_h * exp(s.rest_x)) + exponential_sum<S>(l.x, l.count, s.max_s, at_one);
+    s.sum_h = (c.renormalized ? 0.0 : rest.sum_h * exp(s.rest_x)) +
+              exponential_sum<S>(l.x, l.count, s.max_s, at_one);
     s.sum_u = teacher_sum<S>(c, s.max_t, s.rest, 1.0);
   }
   s.label_x = label - s.max_s;
@@ -220,8 +222,8 @@ static void listed_slopes(const TopKRow<S>& c, const SoftTerm& s) {
     constexpr bool kClose = decltype(close)::value;
     if (c.apart) {
       const TargetSlopes& t = s.slopes;
-      linear_slopes<S, kClose>({t.student, t.teacher, t.relation, s.mean_h, t.pull, c.unit}, logs, l.x, l.y, l.count,
-                               b);
+      linear_slopes<S, kClose>({t.student, t.teacher, t.relation, s.mean_h, t.pull, c.unit}, logs, l.x, l.y,
+                               l.count, b);
       return;
     }
     with_divergence<S>(c.p, [&](const auto& divergence) {
