@@ -82,7 +82,7 @@ def test_the_backend_that_was_asked_for_is_the_one_that_runs(monkeypatch, backen
 
 def test_a_refusal_names_the_reason_and_the_default_passes_on():
     options = {"student_transform": mfd.LogitTransform(standardize=True)}
-    with pytest.raises(mfd.BackendError, match="backend 'triton' cannot run .*standardi"):
+    with pytest.raises(mfd.BackendError, match=r"backend 'triton' cannot run .*standardi"):
         mfd.distill_loss(**SAMPLE, **options, backend="triton")
     choice = mfd.explain(mfd.distill_loss, **SAMPLE, **options)
     assert choice.backend == "cpu"
