@@ -1,6 +1,6 @@
 """Multimodal knowledge distillation at hardware speed."""
 
-from . import nn
+from . import nn, presets
 from .backends import BackendError, Choice, use_backend
 from .divergences import (
     DKD,
@@ -48,5 +48,6 @@ __all__ = [
     "mfd_loss",
     "modal_pool",
     "nn",
+    "presets",
     "use_backend",
 ]

@@ -182,7 +182,8 @@ class AlphaBeta(Divergence):
         α = −β:  1/α² Σ (log(q^α/p^α) + p^α/q^α − 1)
         α = β = 0:  ½ Σ (log p − log q)².
     All of them are f = (D_{α+β} − q^β D_α)/β with D_s the difference quotient above
-    (D_{α+β} = (p^(α+β) − q^(α+β))/(α+β), q^β D_α = (p^α q^β − q^(α+β))/α), free of cancellation by expm1.
+    (D_{α+β} = (p^(α+β) − q^(α+β))/(α+β), q^β D_α = (p^α q^β − q^(α+β))/α), free of cancellation by expm1 where β is
+    the larger exponent; α and β may be exchanged together with p and q.
     It has no name by itself: two exponents without a customary default. Cichocki, Cruces, Amari: Generalized
     Alpha-Beta Divergences, Entropy 13 (2011); Wang et al.: ABKD, arXiv:2505.04560.
 

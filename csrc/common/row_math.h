@@ -46,7 +46,7 @@ MFD_ROW_FN bool is_pointwise(Divergence d) {
 struct RowSums {
   double max_s, max_t;
   double sum_s, sum_t, sum_h, sum_u;
-  double cross;  // E_p[v - u] with u = (x - max_s)/Ts, v = (y - max_t)/Tt
+  double cross;  // E_p[v - u] with u = (x - max_s)/Ts, v = (y - max_t)/Tt; E_p[-u] for NKD
   double dot_s, dot_t;
   double mean_x;       // mean(x - max_s)
   double value, g, h;  // sums of the pointwise divergences
@@ -106,7 +106,8 @@ MFD_ROW_FN RowSums merge_blocks(const BlockSums* sums, int64_t blocks, int64_t c
       const double mass = wt * s.sum_t;
       row.sum_t += mass;
       // A block whose p is 0 throughout contributes 0, whatever its student logits are.
-      if (!(static_cast<float>(mass) == 0.0f)) cross += wt * s.cross / ts + mass * (dv - du);
+      if (!(static_cast<float>(mass) == 0.0f))
+        cross += wt * s.cross / ts + mass * (wanted.unit ? -du : dv - du);
       if (wanted.unit) row.sum_u += (tt == 1.0 ? wt : block_weight(s.max_t, row.max_t, 1.0)) * s.sum_u;
       if (wanted.dot_t) row.dot_t += s.sum_t == 0 ? 0.0 : wt * s.dot_t / tt + mass * dv;
     }

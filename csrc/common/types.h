@@ -135,7 +135,7 @@ struct Centre {
 struct BlockSums {
   double max_s, max_t;
   double sum_s, sum_t, sum_h, sum_u;
-  double cross;             // sum e_t*(ratio*(y - my) - (x - mx)), ratio = Ts/Tt
+  double cross;             // sum e_t*(ratio*(y - my) - (x - mx)), ratio = Ts/Tt; 0 for NKD
   double dot_s, dot_t;      // sum e_s*(x - mx), sum e_t*(y - my): for the entropies
   double sum_x;             // sum (x - mx)
   double value, g, h;       // sum f, sum q*df/dq, sum p*df/dp of the pointwise divergences

@@ -166,7 +166,7 @@ static void forward_rows_of(const Forward& f, int64_t begin, int64_t end, const 
   const bool standardized = p.student.standardize || p.teacher.standardize;
   const bool per_row = p.student_temperature.rows || p.teacher_temperature.rows;
   Scales<S> scales(f.use_soft ? p.student_temperature.value : 1.0,
-                   f.use_soft ? p.teacher_temperature.value : 1.0);
+                   f.use_soft ? p.teacher_temperature.value : 1.0, p.divergence == Divergence::kNKD);
   const int64_t blocks = block_count(p.classes);
   // Short rows go in groups that fill a block, so that one row's sums need not be known before the next
   // begins.
@@ -179,7 +179,7 @@ static void forward_rows_of(const Forward& f, int64_t begin, int64_t end, const 
       RowContext<S> c(f, first + k);
       const Scratch own = nth_of<S>(scratch, k, stride);
       if (standardized) c.find_centres(own);
-      if (per_row) scales = Scales<S>(c.ts, c.tt);
+      if (per_row) scales = Scales<S>(c.ts, c.tt, c.wanted.unit);
       row_sums<S>(c, scales, 0, blocks, own);
     }
     for (int64_t k = 0; k < rows; ++k) {
@@ -202,7 +202,7 @@ static void forward_sums_of(const Forward& f, int64_t row, int64_t begin, int64_
                             const Scratch& scratch) {
   if (!is_counted(f.problem, row)) return;
   const RowContext<S> c(f, row);
-  row_sums<S>(c, Scales<S>(c.ts, c.tt), begin, end, scratch);
+  row_sums<S>(c, Scales<S>(c.ts, c.tt, c.wanted.unit), begin, end, scratch);
 }
 
 template <class S>

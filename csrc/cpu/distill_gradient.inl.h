@@ -48,31 +48,37 @@ static void block_gradient(const typename S::T* es, const typename S::T* et, con
   constexpr int64_t W = S::kWidth;
   const Factors<V> f = {S::splat(factors.a), S::splat(factors.b), S::splat(factors.h),
                         S::splat(factors.shift)};
+  const auto step = [&](int64_t i) { return gradient_step<S, kSoft, kHard>(es + i, et + i, eh + i, f); };
   // The label's value goes in before its vector is written: a line that has been streamed is far away.
-  const auto step = [&](int64_t i) {
-    V g = gradient_step<S, kSoft, kHard>(es + i, et + i, eh + i, f);
-    const uint64_t lane = static_cast<uint64_t>(label.at - i);  // past W for the classes before it
-    if (lane < W) {
-      T lanes[W];
-      S::store(lanes, g);
-      lanes[lane] = label.value;
-      g = S::load(lanes);
-    }
-    return g;
+  const auto with_label = [&](int64_t i) {
+    const V g = step(i);
+    const int64_t lane = label.at - i;
+    if (lane < 0 || lane >= W) return g;
+    T lanes[W];
+    S::store(lanes, g);
+    lanes[lane] = label.value;
+    return S::load(lanes);
   };
+  const auto write = [&](int64_t i, V g) { stream ? S::stream(out + i, g) : S::store(out + i, g); };
   int64_t i = 0;
   if (stream) {
     // Elements before the first aligned vector.
     const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) / sizeof(T)) & (W - 1);
     if (misaligned) {
       i = W - misaligned < n ? W - misaligned : n;
-      S::store_first(out, step(0), i);
+      S::store_first(out, with_label(0), i);
     }
-    for (; i + W <= n; i += W) S::stream(out + i, step(i));
-  } else {
-    for (; i + W <= n; i += W) S::store(out + i, step(i));
   }
-  if (i < n) S::store_first(out + i, step(i), n - i);
+  if (label.at >= i) {
+    const int64_t of_label = i + (label.at - i) / W * W;
+    for (; i < of_label; i += W) write(i, step(i));
+    if (i + W <= n) {
+      write(i, with_label(i));
+      i += W;
+    }
+  }
+  for (; i + W <= n; i += W) write(i, step(i));
+  if (i < n) S::store_first(out + i, with_label(i), n - i);
 }
 
 template <class S, bool kSoft>

@@ -22,7 +22,7 @@ struct RowContext {
                entropies = f.student_entropy != nullptr;
     const bool at_one = f.use_hard || unit;
     hard = at_one ? hard_mode(ts) : kNoHard;
-    wanted = {f.use_soft, at_one, unit, entropies, entropies || unit, apart};
+    wanted = {f.use_soft, at_one, unit, entropies, entropies, apart};
     x = {&p.student, row_offset(p.student, row), apart ? label : -1, {}};
     y = {&p.teacher, f.use_soft ? row_offset(p.teacher, row) : 0, x.apart, {}};
   }

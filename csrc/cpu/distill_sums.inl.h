@@ -15,9 +15,12 @@ MFD_INLINE int hard_mode(double temperature) {
 template <class S>
 struct Scales {
   Exponent<S> student, teacher, hard;
-  typename S::V ratio;  // Ts/Tt
-  Scales(double ts, double tt)
-      : student(ts), teacher(tt), hard(1.0), ratio(S::splat(static_cast<typename S::T>(ts / tt))) {}
+  typename S::V ratio;  // Ts/Tt; 0 where the cross-entropy is wanted instead of the divergence
+  Scales(double ts, double tt, bool cross_entropy)
+      : student(ts),
+        teacher(tt),
+        hard(1.0),
+        ratio(S::splat(static_cast<typename S::T>(cross_entropy ? 0.0 : ts / tt))) {}
 };
 
 // What the first pass keeps of both sides together: nothing (hard term only); the sum of p*(v - u); the
@@ -116,9 +119,9 @@ static void block_sums(const typename S::T* x, const typename S::T* y, int64_t n
     sums_step<S, kSoft, kHard>(S::load_first(x + i, left, pad), kSoft ? S::load_first(y + i, left, pad) : V{},
                                mx, my, scales, kept.after(i), a);
   }
-  out->sum_s = S::sum(a.s + b.s);
-  out->sum_h = kHard == 1 ? out->sum_s : kHard ? S::sum(a.h + b.h) : 0.0;
-  out->sum_t = kSoft ? S::sum(a.t + b.t) : 0.0;
+  out->sum_s = S::sum(a.s) + S::sum(b.s);
+  out->sum_h = kHard == 1 ? out->sum_s : kHard ? S::sum(a.h) + S::sum(b.h) : 0.0;
+  out->sum_t = kSoft ? S::sum(a.t) + S::sum(b.t) : 0.0;
   out->cross = kSoft == kCross ? S::sum(a.cross + b.cross) : 0.0;
 }
 

@@ -16,7 +16,8 @@ static double infinite_cross(const RowContext<S>& c, const RowSums& row, const S
       const double probability = static_cast<double>(et[i]) * weight;
       if (static_cast<T>(probability) == T(0)) continue;
       const double u = (static_cast<double>(x.x[i]) - row.max_s) / c.ts;
-      cross += probability * ((static_cast<double>(y.x[i]) - row.max_t) / c.tt - u);
+      const double v = c.wanted.unit ? 0.0 : (static_cast<double>(y.x[i]) - row.max_t) / c.tt;
+      cross += probability * (v - u);
     }
   }
   return cross;
@@ -62,8 +63,7 @@ template <class S>
 MFD_INLINE double rest_divergence(const RowContext<S>& c, const RowSums& sums) {
   if (sums.sum_t == 0) return 0.0;
   if (sums.sum_s == 0) return kInf;
-  const double kl = forward_kl(sums);
-  return c.wanted.unit ? kl + (log(sums.sum_t) - sums.dot_t / sums.sum_t) : kl;
+  return c.wanted.unit ? sums.cross + log(sums.sum_s) : forward_kl(sums);
 }
 
 template <class S>

@@ -127,18 +127,19 @@ struct TVD {
 // From the greater of p and q, so that nothing overflows for a, b > 0. Limits: a = 0: g = -q^s r; b = 0: h =
 // p^s r; s = 0: f = (expm1(a*r) - a*r)/a^2, and r^2/2 for a = b = 0. Cichocki, Cruces, Amari: Generalized
 // Alpha-Beta Divergences, Entropy 13 (2011) 134.
-template <class S>
+// Degree 1 needs no powers.
+template <class S, bool kDegreeOne>
 struct AlphaBeta {
   typedef typename S::V V;
   typedef typename S::T T;
-  static constexpr bool kTakesLogs = true;
+  static constexpr bool kTakesLogs = !kDegreeOne;
   double alpha, beta;
   AlphaBeta(double a, double b) : alpha(a), beta(b) {}
 
   // p^s with its logarithm at hand.
   __attribute__((always_inline)) inline V raised(V probability, V logarithm) const {
     const double degree = alpha + beta;
-    if (degree == 1.0) return probability;
+    if (kDegreeOne) return probability;
     if (degree == 0.0) return S::splat(T(1));
     return exp_of(logarithm * S::splat(static_cast<T>(degree)));
   }
@@ -196,7 +197,8 @@ MFD_INLINE void with_divergence(const Problem& p, const Act& act) {
     case Divergence::kTVD:
       return act(TVD<S>(p.first, p.second));
     case Divergence::kAlphaBeta:
-      return act(AlphaBeta<S>(p.first, p.second));
+      if (p.first + p.second == 1.0) return act(AlphaBeta<S, true>(p.first, p.second));
+      return act(AlphaBeta<S, false>(p.first, p.second));
     default:  // one-pass without a mixture of teachers
       return act(ForwardKL<S>(p.first, p.second));
   }

@@ -287,7 +287,7 @@ static void topk_row(const TopKPass& pass, int64_t row, const Scratch& scratch) 
   const Listed<S>& l = c.listed;
   if (c.all_classes || c.p.student.standardize) group_by_block<S>(c);
   if (c.all_classes) {
-    const Scales<S> scales(c.pass_t, 1.0);
+    const Scales<S> scales(c.pass_t, 1.0, false);
     for (int64_t b = 0; b < c.blocks; ++b) rest_block<S>(c, scales, b);
   } else {
     for (int64_t k = 0; k < l.count; ++k) l.x[k] = static_cast<T>(logit_at<S>(c.x, l.indices[k], scratch));

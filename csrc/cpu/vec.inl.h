@@ -170,9 +170,10 @@ struct F32 {
 #endif
   }
   // A fixed tree, so the result does not depend on the instruction set's shuffles.
-  MFD_INLINE T sum(V v) {
-    T lane[kLanes];
-    __builtin_memcpy(lane, &v, sizeof(V));
+  // In double precision: a row with one dominating class would lose what the others add to it.
+  MFD_INLINE double sum(V v) {
+    double lane[kLanes];
+    for (int i = 0; i < kLanes; ++i) lane[i] = v[i];
     for (int width = kLanes / 2; width > 0; width /= 2)
       for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
     return lane[0];

@@ -1,4 +1,4 @@
-"""Row addressing and saved statistics: how a kernel walks ``[..., C]`` logits of any layout, without a copy if it can."""
+"""Row addressing and saved statistics: how a kernel walks ``[..., C]`` logits, without a copy where possible."""
 
 from __future__ import annotations
 
