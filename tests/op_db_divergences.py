@@ -51,7 +51,7 @@ def samples(dtype: torch.dtype, distance: str, seed: int, rows: int, classes: in
     per_row = {"temperature": uniform(rows, low=1.2, high=2.0), "weight": uniform(rows), "reduction": "none"}
     shared = {"temperature": torch.tensor(1.7, dtype=acc), "hard_weight": 0.5, "soft_weight": 0.8}
 
-    k = max(classes // 2, 1)
+    k = min(max(classes // 2, 1), 1024)
     log_p = torch.log_softmax(base.teacher.double(), -1)
     values, indices = log_p.topk(k, -1)
     if rows:  # unordered, and the label is not always the first
