@@ -173,8 +173,8 @@ def distill_rows(
     tl.store(out + 3, tl.where(counted, lt, 0.0), mask=exists)
     tl.store(out + 4, tl.where(counted, lse1, 0.0), mask=exists)
     tl.store(out + 5, tl.where(counted, kl, 0.0), mask=exists)
-    tl.store(out + 6, tl.zeros([ROWS], DTYPE), mask=exists)
-    tl.store(out + 7, tl.zeros([ROWS], DTYPE), mask=exists)
+    for unused in tl.static_range(6, STATISTICS):
+        tl.store(out + unused, tl.zeros([ROWS], DTYPE), mask=exists)
     if TERMS:
         student_entropy = ls - divide(divide(xs, ss), Ts)
         teacher_entropy = lt - divide(divide(yt, st), Tt)
