@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,7 +46,10 @@ def run_suite(
             grown = growth(device, lambda text: bar.update(task, description=text))
             bar.advance(task)
             end += time.monotonic() - begin
-        for entry in entries:
+        for number, entry in enumerate(entries, 1):
+            if quiet:  # a log instead of a bar
+                said = f"{time.monotonic() - begin:6.1f} s  {number}/{len(entries)}  {entry.workload.name}"
+                print(said, file=sys.stderr, flush=True)
             if time.monotonic() > end:
                 left_out.append({"name": entry.workload.name, "reason": "the suite's time was spent"})
                 bar.advance(task)

@@ -24,7 +24,7 @@ from mfd_fast.bench.implementations import BASELINES, Implementation, UnfitError
 from mfd_fast.bench.measure import LeftOutError, Settings, measure
 from mfd_fast.bench.ops import OPS
 from mfd_fast.bench.workloads import Workload
-from mfd_fast.types import DIVERGENCES
+from mfd_fast.divergences import DIVERGENCES
 
 CPU = torch.device("cpu")
 SMALL = {
