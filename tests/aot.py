@@ -69,11 +69,9 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], capability: int, warp
     from triton.compiler import ASTSource, compile, make_backend  # noqa: A004
     from triton.runtime.jit import create_function_from_signature
 
-    from mfd_fast.backends.triton.launch import compile_options
-
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
-    options = compile_options(warps)
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     known = {name: value for name, value in arguments.items() if name in kernel.arg_names}
     assert len(known) == len(arguments), f"unknown arguments: {arguments.keys() - known.keys()}"

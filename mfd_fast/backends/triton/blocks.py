@@ -8,9 +8,7 @@ from typing import NamedTuple
 
 MAX_UNIT = 16  # elements; 16 bytes of the smallest dtype are 8
 VECTOR_BYTES = 16  # widest load of one thread
-THREAD_BYTES = 32  # of each side in the registers of one thread
-LONG = 65536  # columns; longer rows take more warps
-HELD_WARPS = 8  # of the program that holds the longest row that is read once
+MAX_HELD = 4096  # elements of 4 bytes or less of the longest row that a program holds in registers
 
 
 class Blocks(NamedTuple):
@@ -29,27 +27,28 @@ class Blocks(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_blocks(columns: int, widest: int, unit: int, heavy: bool = False) -> Blocks:
+def choose_blocks(columns: int, widest: int, unit: int, many_sums: bool = False) -> Blocks:
     """Blocks for rows of ``columns`` columns whose larger dtype has ``widest`` bytes, aligned to ``unit`` elements.
 
-    A thread holds 32 bytes of each side, half of it for a ``heavy`` kernel: more spills.
+    At most 16 elements of each side per thread (8 of 8 bytes): more spills.
+    Half of it where every lane carries ``many_sums`` from tile to tile.
     """
     vector = min(VECTOR_BYTES // widest, unit)
-    wide_enough = vector * widest >= 8
-    per_thread = THREAD_BYTES // widest // (2 if heavy else 1)
+    wide = max(widest // 4, 1)  # registers per element
     size = _power_of_two(columns)
-    if size <= HELD_WARPS * 32 * per_thread:
-        per_warp = 32 * per_thread
+    if size <= MAX_HELD // wide:
+        per_warp = 512 // wide
         warps = max(size // per_warp, 1)
-        vec = min(vector, size) if wide_enough else max(size // (32 * warps), 1)
+        vec = min(vector, size) if vector * widest >= 8 else max(size // (32 * warps), 1)
         lanes = size // vec
         # Four rows per thread: what is known of a row is held by every thread that works on it.
         rows = max(min(per_warp // size, 4 * 32 // lanes), 1)
-        return Blocks(rows, lanes, vec, wide_enough, False, warps)
+        return Blocks(rows, lanes, vec, vector * widest >= 8, False, warps)
     # Of the longest rows one per processor is in flight, so that a second read finds them in the L2 cache.
-    warps = 16 if columns > LONG else 8
+    warps, per_thread = (16, 32 // widest) if columns > 65536 else (8, 16 // wide)
+    per_thread = per_thread // 2 if many_sums else per_thread
     if vector * widest < VECTOR_BYTES:
-        return Blocks(1, 32 * warps, per_thread, False, True, warps)
+        return Blocks(1, 32 * warps, min(per_thread, 8), False, True, warps)
     return Blocks(1, 32 * warps * per_thread // vector, vector, True, True, warps)
 
 

@@ -8,54 +8,36 @@ import torch
 from torch import Tensor
 
 from ...contract import check_labels_in_range
-from ...divergences import JSD, AlphaBeta, Divergence, SkewKL, SkewReverseKL
+from ...divergences import ForwardKL
 from ...rows import Rows
 from ...types import LogitTransform
 from .. import allocate
 from ..layout import STATISTICS, row_layout
 from . import interpreting
-from .blocks import LONG, Blocks, choose_blocks, common_unit
+from .blocks import Blocks, choose_blocks, common_unit
 from .launch import finish, gradient, kernels, launch, number
 from .scale import scale_gradient_
-from .teachers import mixture_backward
 
 __all__ = ["can_run", "per_row", "per_row_backward", "scalar", "scale_gradient_"]
 
 COUNT_BLOCK = 1024
 MAX_COUNTS = 128
 REDUCE_BLOCK = 1024
-# The names of the divergences in kernels/triton/divergences.py.
-KINDS = {
-    "forward_kl": "FORWARD",
-    "reverse_kl": "REVERSE",
-    "jsd": "JSD",
-    "skew_kl": "SKEW",
-    "skew_reverse_kl": "SKEW_REVERSE",
-    "tvd": "TVD",
-    "alpha_beta": "ALPHA_BETA",
-    "dkd": "DKD",
-    "nkd": "NKD",
-}
-MAX_TEACHERS = 8  # the kernels are unrolled over them
 MAX_COLUMNS = 2**31 - 2**16  # column numbers of a tile are int32
 
 
 def can_run(rows: Rows) -> str | None:
     """None if the kernels cover this call, else the reason."""
-    if rows.divergence.name not in KINDS:
-        return f"no kernel for {rows.divergence}"
+    if not isinstance(rows.divergence, ForwardKL):
+        return f"no kernel for {rows.divergence} yet"
     if rows.topk is not None:
         return "no kernel for a TopK teacher yet"
-    if rows.divergence.near_a_limit:
-        return f"{rows.divergence} is so close to a limit that the kernel would lose its digits"
     if len(rows.teachers) > 1:
-        if len(rows.teachers) > MAX_TEACHERS:
-            return f"at most {MAX_TEACHERS} teachers"
-        if rows.divergence.name == "nkd":
-            return "no kernel for NKD of several teachers"
-        if _standardized(rows.teacher_transform):
-            return "no kernel for several standardized teachers"
-    if max(logits.shape[-1] for logits in (rows.student, *rows.teachers)) > MAX_COLUMNS:
+        return "no kernel for several teachers yet"
+    for transform in (rows.student_transform, rows.teacher_transform):
+        if transform is not None and transform.standardize:
+            return "no kernel for LogitTransform(standardize=True) yet"
+    if max(rows.student.shape[-1], rows.teacher.shape[-1]) > MAX_COLUMNS:
         return f"at most {MAX_COLUMNS} columns"
     if interpreting():
         return None if rows.device.type == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
@@ -139,7 +121,7 @@ def scalar_arguments(
         "soft_weight": soft_number,
         "hard_weight": hard_number,
         "width": rows.student.shape[-1] // common["UNIT"],
-        "KIND": common["KIND"] if soft else _kind("NONE"),
+        "SOFT": soft,
         "HARD": hard,
         "SMOOTH": hard and rows.label_smoothing != 0,
         "LOOP": blocks.loop,
@@ -158,7 +140,7 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[T
         extra[:of_labels] = [allocate.empty((n,), dtype, device) for _ in range(of_labels)]
         extra[4] = allocate.empty((n,), torch.bool, device)
     if n:
-        common, blocks = _common(rows, (), heavy=terms)
+        common, blocks = _common(rows, (), many_sums=terms)
         arguments = common | {
             "soft_ptr": soft,
             "hard_ptr": hard,
@@ -179,67 +161,40 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[T
 
 
 def per_row_backward(
-    rows: Rows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of Σ grad_soft·soft + grad_hard·hard to student, teacher and, per row, both temperatures.
-
-    With several teachers also to the weights [N, K] and to each further teacher.
-    """
-    n, several = rows.n_rows, len(rows.teachers) > 1
-    of_teachers = (needs[1], *needs[5:])
+    rows: Rows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of Σ grad_soft·soft + grad_hard·hard to student, teacher and, per row, both temperatures."""
+    n = rows.n_rows
     student, d_student = gradient(rows.student) if needs[0] else (None, None)
-    teacher, d_teacher = gradient(rows.teacher) if needs[1] and not several else (None, None)
-    mixed = None
-    if several and (any(of_teachers) or any(needs[3:5])):
-        mixed = allocate.empty((n, rows.classes), rows.dtype, rows.device)
-    per_side = [allocate.empty((n,), rows.dtype, rows.device) if need else None for need in needs[2:4]]
-    common: dict[str, Any] = {}
-    blocks = None
+    teacher, d_teacher = gradient(rows.teacher) if needs[1] else (None, None)
+    per_side = [allocate.empty((n,), rows.dtype, rows.device) if need else None for need in needs[2:]]
     if n and any(needs):
-        widths = (rows.student.shape[-1], *(logits.shape[-1] for logits in rows.teachers))
+        widths = (rows.student.shape[-1], rows.teacher.shape[-1])
         common, blocks = _common(rows, widths)
         arguments = common | {
             "d_student_ptr": student,
-            "d_teacher_ptr": teacher if mixed is None else mixed,
+            "d_teacher_ptr": teacher,
             "d_temperature_ptr": per_side[0],
-            "d_teacher_temperature_ptr": None if several else per_side[1],
+            "d_teacher_temperature_ptr": per_side[1],
             "stats_ptr": stats.contiguous(),
             "grad_soft_ptr": grad_soft,
             "grad_hard_ptr": grad_hard,
             "grad_soft_stride": grad_soft.stride(0),
             "grad_hard_stride": grad_hard.stride(0),
             "s_width": widths[0] // common["UNIT"],
-            "t_width": (rows.classes if several else widths[1]) // common["UNIT"],
+            "t_width": widths[1] // common["UNIT"],
             "HARD": rows.labels is not None,
             "SMOOTH": rows.labels is not None and rows.label_smoothing != 0,
             "LOOP": blocks.loop,
         }
         kernel = kernels("distill_loss_backward").distill_rows_backward
         launch(kernel, -(-n // blocks.rows), rows.device, blocks.warps, arguments)
-    first = None if student is None or d_student is None else finish(student, d_student)
-    if several:
-        found = mixture_backward(rows, common, blocks, mixed, (*needs[3:5], *of_teachers))
-        return first, found.teachers[0], per_side[0], found.temperature, found.weights, *found.teachers[1:]
     return (
-        first,
+        None if student is None or d_student is None else finish(student, d_student),
         None if teacher is None or d_teacher is None else finish(teacher, d_teacher),
-        *per_side,
+        per_side[0],
+        per_side[1],
     )
-
-
-def _kind(name: str) -> int:
-    """KIND of the kernels; from REVERSE on the divergences are pointwise, which takes more registers."""
-    return int(getattr(kernels("divergences"), name).value)
-
-
-def _parameters(divergence: Divergence) -> tuple[float, float]:
-    """a and b of the kernels: of a mixture the shares of the teacher and of the student."""
-    first, second = divergence.parameters
-    if isinstance(divergence, (JSD, SkewKL)):
-        return first, 1.0 - first
-    if isinstance(divergence, SkewReverseKL):
-        return 1.0 - first, first
-    return first, second
 
 
 def _count(rows: Rows) -> tuple[Tensor, int]:
@@ -258,40 +213,28 @@ def _count(rows: Rows) -> tuple[Tensor, int]:
     return counts, programs
 
 
-def _common(rows: Rows, widths: tuple[int, ...], heavy: bool = False) -> tuple[dict[str, Any], Blocks]:
+def _common(rows: Rows, widths: tuple[int, ...], many_sums: bool = False) -> tuple[dict[str, Any], Blocks]:
     """Arguments that all row kernels share. ``widths``: row lengths of the gradients to be written."""
     student, s_inner, s_outer, s_row = row_layout(rows.student)
-    (teacher, t_inner, t_outer, t_row), *more = [row_layout(logits) for logits in rows.teachers]
+    teacher, t_inner, t_outer, t_row = row_layout(rows.teacher)
     # Within one level the outer stride plays no part.
     s_flat, t_flat = s_inner >= rows.n_rows, t_inner >= rows.n_rows
     s_outer, t_outer = 0 if s_flat else s_outer, 0 if t_flat else t_outer
-    strides = [stride for _, _, *outer_and_row in more for stride in outer_and_row]
-    unit = common_unit(rows.classes, s_outer, s_row, t_outer, t_row, *strides, *widths)
-    kind = _kind(KINDS[rows.divergence.name])
+    unit = common_unit(rows.classes, s_outer, s_row, t_outer, t_row, *widths)
     aligned = unit
-    every = [student, teacher, *(logits for logits, *_ in more)]
-    if any(logits.data_ptr() % 16 for logits in every):
+    if student.data_ptr() % 16 or teacher.data_ptr() % 16:
         aligned = 1
-    standardized = _standardized(rows.student_transform), _standardized(rows.teacher_transform)
-    heavy |= isinstance(rows.divergence, AlphaBeta) or bool(more)
-    heavy |= rows.classes > LONG and (kind >= _kind("REVERSE") or any(standardized))
-    widest = max(logits.element_size() for logits in every)
-    blocks = choose_blocks(max((rows.classes, *widths)), widest, aligned, heavy)
+    blocks = choose_blocks(
+        max((rows.classes, *widths)), max(student.element_size(), teacher.element_size()), aligned, many_sums
+    )
     tl = kernels("distill_loss").tl
     temperature, temperature_ptr = number(rows.temperature, student)
     teacher_temperature, teacher_temperature_ptr = number(rows.teacher_temperature, student)
-    parameters = _parameters(rows.divergence)
     s_scale, s_softcap, s_scaled, s_capped = _transform(rows.student_transform)
     t_scale, t_softcap, t_scaled, t_capped = _transform(rows.teacher_transform)
     arguments = {
         "student_ptr": student,
         "teacher_ptr": teacher,
-        "more_ptrs": tuple(logits for logits, *_ in more) or None,
-        "more_inner": tuple(inner for _, inner, _, _ in more) or None,
-        "more_outer": tuple(outer // unit for _, _, outer, _ in more) or None,
-        "more_row": tuple(row // unit for _, _, _, row in more) or None,
-        "weights_ptr": rows.teacher_weights,
-        "WEIGHTS_PER_ROW": rows.teacher_weights is not None and rows.teacher_weights.dim() == 2,
         "labels_ptr": rows.labels,
         "mask_ptr": rows.mask,
         "temperature_ptr": temperature_ptr,
@@ -320,26 +263,17 @@ def _common(rows: Rows, widths: tuple[int, ...], heavy: bool = False) -> tuple[d
         "SQUARED": rows.scale_by_temperature,
         "S_SCALED": s_scaled,
         "S_CAPPED": s_capped,
-        "KIND": kind,
-        "a": parameters[0],
-        "b": parameters[1],
-        "S_STANDARD": standardized[0],
-        "T_STANDARD": standardized[1],
         "T_SCALED": t_scaled,
         "T_CAPPED": t_capped,
         "DTYPE": tl.float64 if rows.dtype == torch.float64 else tl.float32,
         # 16-bit logits do not deserve the slower exponentials; float64 has its own.
-        "EXACT": any(logits.dtype == torch.float32 for logits in every) or rows.dtype == torch.float64,
+        "EXACT": torch.float32 in (student.dtype, teacher.dtype) or rows.dtype == torch.float64,
         "CONTIGUOUS": blocks.contiguous,
         "ROWS": blocks.rows,
         "LANES": blocks.lanes,
         "VEC": blocks.vec,
     }
     return arguments, blocks
-
-
-def _standardized(transform: LogitTransform | None) -> bool:
-    return transform is not None and transform.standardize
 
 
 def _transform(transform: LogitTransform | None) -> tuple[float, float, bool, bool]:
