@@ -1,14 +1,17 @@
 // Python's view of the native kernels. Tensors cross as addresses; the Python side checks, allocates and
 // keeps them alive.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <memory>
+#include <tuple>
 #include <vector>
 
 #include "common/dlpack.h"
 #include "common/types.h"
 #include "cpu/buffer_pool.h"
 #include "cpu/dispatch.h"
+#include "cpu/fusion_dispatch.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -20,6 +23,14 @@ using Address = uintptr_t;
 template <class T = void>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
+}
+
+void put_value(Address out, bool is_double, double value) {
+  if (is_double) {
+    *pointer<double>(out) = value;
+  } else {
+    *pointer<float>(out) = static_cast<float>(value);
+  }
 }
 
 mfd::Side make_side(Address data, int dtype, int64_t inner, int64_t outer_stride, int64_t row_stride,
@@ -60,12 +71,7 @@ void scalar(const mfd::Problem& problem, bool use_soft, bool use_hard, Address w
   f.hard_factor = hard_factor;
   f.grad = pointer(grad);
   f.stream = stream;
-  const double sum = mfd::forward(f, true, threads);
-  if (problem.is_double) {
-    *pointer<double>(loss) = sum;
-  } else {
-    *pointer<float>(loss) = static_cast<float>(sum);
-  }
+  put_value(loss, problem.is_double, mfd::forward(f, true, threads));
 }
 
 // Per-row values; the last five addresses are all 0 or all but the label probabilities are not.
@@ -101,6 +107,201 @@ void per_row_backward(const mfd::Problem& problem, Address stats, Address grad_s
                  stream},
                 threads);
 }
+
+// ---------------------------------------------------------------------------------------------- fusion
+
+// (address, dtype, inner, outer_stride, row_stride), as backends/layout.py has it.
+using Rows = std::tuple<Address, int, int64_t, int64_t, int64_t>;
+
+mfd::Matrix matrix(const Rows& rows) {
+  return {pointer(std::get<0>(rows)), static_cast<mfd::Dtype>(std::get<1>(rows)), std::get<2>(rows),
+          std::get<3>(rows), std::get<4>(rows)};
+}
+
+std::unique_ptr<mfd::Pool> make_pool(int64_t n_rows, int64_t width, bool is_double,
+                                     const std::vector<Rows>& features, Address query, Address scores,
+                                     Address bias, double temperature, Address temperature_rows,
+                                     int64_t temperature_stride, double scale, Address present) {
+  auto p = std::make_unique<mfd::Pool>();
+  p->n_rows = n_rows;
+  p->width = width;
+  p->modalities = static_cast<int>(features.size());
+  p->is_double = is_double;
+  for (size_t m = 0; m < features.size(); ++m) p->features[m] = matrix(features[m]);
+  p->query = pointer(query);
+  p->scores = pointer(scores);
+  p->bias = pointer(bias);
+  p->temperature = {pointer(temperature_rows), temperature_stride, temperature};
+  p->scale = scale;
+  p->present = pointer<const unsigned char>(present);
+  return p;
+}
+
+void pool_forward(const mfd::Pool& pool, Address pooled, int pooled_dtype, Address weights, bool stream,
+                  int threads) {
+  mfd::PoolForward f{};
+  f.pool = &pool;
+  f.pooled = pointer(pooled);
+  f.pooled_dtype = static_cast<mfd::Dtype>(pooled_dtype);
+  f.weights = pointer(weights);
+  f.stream = stream;
+  mfd::pool_forward(f, threads);
+}
+
+void set_gradients(mfd::PoolBackward& g, const std::vector<Address>& d_features, int64_t d_row_stride,
+                   bool stream, Address d_query, Address d_bias) {
+  for (size_t m = 0; m < d_features.size(); ++m) g.d_features[m] = pointer(d_features[m]);
+  g.d_row_stride = d_row_stride;
+  g.stream = stream;
+  g.d_query = pointer(d_query);
+  g.d_bias = pointer(d_bias);
+}
+
+void pool_backward(const mfd::Pool& pool, Address weights, const Rows& d_pooled, Address d_weights,
+                   const std::vector<Address>& d_features, int64_t d_row_stride, bool stream, Address d_query,
+                   Address d_bias, Address d_temperature, Address d_scores, Address d_row_temperature,
+                   int threads) {
+  mfd::PoolBackward g{};
+  g.pool = &pool;
+  g.weights = pointer(weights);
+  g.d_pooled = matrix(d_pooled);
+  g.d_weights = pointer(d_weights);
+  set_gradients(g, d_features, d_row_stride, stream, d_query, d_bias);
+  g.d_temperature = pointer(d_temperature);
+  g.d_scores = pointer(d_scores);
+  g.d_row_temperature = pointer(d_row_temperature);
+  mfd::pool_backward(g, threads);
+}
+
+mfd::Tap make_tap(int64_t n_rows, int64_t width, const Rows& student, const Rows& teacher, Address mask,
+                  double weight, Address grad_rows, int64_t grad_stride, Address d_student, Address d_teacher,
+                  Address distances, bool stream) {
+  return {n_rows,
+          width,
+          matrix(student),
+          matrix(teacher),
+          pointer<const unsigned char>(mask),
+          weight,
+          {pointer(grad_rows), grad_stride, 0.0},
+          pointer(d_student),
+          pointer(d_teacher),
+          pointer(distances),
+          stream};
+}
+
+// The scalar loss goes to `loss`; with 0 the taps carry per-row outputs or gradients.
+void tap_rows(std::vector<mfd::Tap> taps, int kind, bool is_double, bool mean, Address loss, int threads) {
+  const double sum =
+      mfd::tap_rows(taps, static_cast<mfd::FeatureKind>(kind), is_double, loss == 0, mean, threads);
+  if (loss) put_value(loss, is_double, sum);
+}
+
+// mfd_loss: the terms besides the logits, what they need and leave behind.
+struct Mfd {
+  mfd::Pool pool;
+  mfd::Problem problem;
+  mfd::Matrix target;
+  mfd::FeatureKind kind;
+  const void* pool_target;
+  mfd::PerRow weight;
+  double soft_factor, hard_factor, feature_factor, pool_factor, divisor;
+  bool use_soft, use_hard;
+  std::vector<mfd::FeatureRow> feature;
+  std::vector<double> pool_kl, soft, hard;
+};
+
+std::unique_ptr<Mfd> make_mfd(const mfd::Pool& pool, const mfd::Problem& problem, const Rows& target,
+                              int kind, Address pool_target, Address weight, double soft_factor,
+                              double hard_factor, double feature_factor, double pool_factor, double divisor,
+                              bool use_soft, bool use_hard) {
+  auto m = std::make_unique<Mfd>();
+  m->pool = pool;
+  m->problem = problem;
+  m->pool.rows = &m->problem;
+  m->target = matrix(target);
+  m->kind = static_cast<mfd::FeatureKind>(kind);
+  m->pool_target = pointer(pool_target);
+  m->weight = {pointer(weight), 1, 1.0};
+  m->soft_factor = soft_factor;
+  m->hard_factor = hard_factor;
+  m->feature_factor = feature_factor;
+  m->pool_factor = pool_factor;
+  m->divisor = divisor;
+  m->use_soft = use_soft;
+  m->use_hard = use_hard;
+  const size_t n = static_cast<size_t>(problem.n_rows);
+  if (m->target.data) m->feature.resize(n);
+  if (m->pool_target) m->pool_kl.resize(n);
+  if (use_soft) m->soft.resize(n);
+  if (use_hard) m->hard.resize(n);
+  return m;
+}
+
+void mfd_pool(Mfd& m, Address pooled, Address weights, int threads) {
+  mfd::PoolForward f{};
+  f.pool = &m.pool;
+  f.pooled = pointer(pooled);
+  f.pooled_dtype = m.pool.is_double ? mfd::Dtype::kFloat64 : mfd::Dtype::kFloat32;
+  f.weights = pointer(weights);
+  f.target = m.target;
+  f.kind = m.kind;
+  f.feature = m.target.data ? m.feature.data() : nullptr;
+  f.pool_target = m.pool_target;
+  f.pool_kl = m.pool_target ? m.pool_kl.data() : nullptr;
+  mfd::pool_forward(f, threads);
+}
+
+void mfd_rows(Mfd& m, Address loss, Address soft, Address hard, Address feature, Address predictions,
+              Address grad, bool stream, int threads) {
+  mfd::MfdRows r{};
+  r.problem = m.problem;
+  r.use_soft = m.use_soft;
+  r.use_hard = m.use_hard;
+  r.weight = m.weight;
+  r.soft_factor = m.soft_factor;
+  r.hard_factor = m.hard_factor;
+  r.feature_factor = m.feature_factor;
+  r.pool_factor = m.pool_factor;
+  r.divisor = m.divisor;
+  r.feature = m.target.data ? m.feature.data() : nullptr;
+  r.pool_kl = m.pool_target ? m.pool_kl.data() : nullptr;
+  r.soft = m.soft.data();
+  r.hard = m.hard.data();
+  r.grad = pointer(grad);
+  r.stream = stream;
+  r.predictions = pointer<int64_t>(predictions);
+  const mfd::MfdSums sums = mfd::mfd_rows(r, threads);
+  const bool is_double = m.problem.is_double;
+  put_value(loss, is_double, sums.loss);
+  put_value(soft, is_double, sums.soft);
+  put_value(hard, is_double, sums.hard);
+  put_value(feature, is_double, sums.feature);
+}
+
+void mfd_backward(const Mfd& m, Address weights, Address pooled, Address d_pooled, Address d_logits,
+                  const std::vector<Address>& d_features, int64_t d_row_stride, bool stream, Address d_query,
+                  Address d_bias, Address d_head_bias, int threads) {
+  mfd::PoolBackward g{};
+  g.pool = &m.pool;
+  g.weights = pointer(weights);
+  const mfd::Dtype dtype = m.pool.is_double ? mfd::Dtype::kFloat64 : mfd::Dtype::kFloat32;
+  g.d_pooled = {pointer(d_pooled), dtype, m.pool.n_rows, 0, m.pool.width};
+  set_gradients(g, d_features, d_row_stride, stream, d_query, d_bias);
+  g.pooled = pointer(pooled);
+  g.target = m.target;
+  g.kind = m.kind;
+  g.feature = m.target.data ? m.feature.data() : nullptr;
+  g.feature_factor = m.feature_factor / m.divisor;
+  g.pool_target = m.pool_target;
+  g.pool_factor = m.pool_factor / m.divisor;
+  g.weight = m.weight;
+  g.d_logits = pointer(d_logits);
+  g.classes = m.problem.classes;
+  g.d_head_bias = pointer(d_head_bias);
+  mfd::pool_backward(g, threads);
+}
+
+// --------------------------------------------------------------------------------------- gradient buffers
 
 // A pool buffer on its way to a tensor; the tensor's storage gives it back.
 struct Lent {
@@ -164,6 +365,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("scalar", &scalar, release());
   m.def("per_row", &per_row, release());
   m.def("per_row_backward", &per_row_backward, release());
+  py::class_<mfd::Pool>(m, "Pool").def(py::init(&make_pool));
+  m.def("pool_forward", &pool_forward, release());
+  m.def("pool_backward", &pool_backward, release());
+  py::class_<mfd::Tap>(m, "Tap").def(py::init(&make_tap));
+  m.def("tap_rows", &tap_rows, release());
+  py::class_<Mfd>(m, "Mfd").def(py::init(&make_mfd));
+  m.def("mfd_pool", &mfd_pool, release());
+  m.def("mfd_rows", &mfd_rows, release());
+  m.def("mfd_backward", &mfd_backward, release());
   m.def(
       "stream_add",
       [](Address a, Address b, Address out, int64_t n, int threads) {

@@ -10,8 +10,10 @@ from . import contract
 from .backends import Choice, explain_choice
 from .ops.distill_loss import check_loss, distill_loss, distill_terms
 from .ops.feature_loss import check_feature_loss, feature_loss
-from .ops.mfd_loss import check_mfd_loss, mfd_loss
-from .ops.modal_pool import check_pool, modal_pool
+from .ops.mfd_loss import mfd_loss
+from .ops.mfd_problem import check_mfd_loss
+from .ops.modal_pool import modal_pool
+from .ops.pool_problem import check_pool
 
 # Public op -> (op that has the kernels, the contract check that builds its problem from all arguments).
 _PLANS: dict[Callable[..., Any], tuple[str, Callable[..., Any]]] = {

@@ -244,8 +244,9 @@ RECORDS = {
             samples=modal_pool_samples,
             differentiable=("features", "query", "scores", "bias", "temperature"),
             outputs=_fields,
-            backends=("reference",),
+            backends=("cpu", "reference"),
             errors=op_errors.modal_pool,
+            registered=("modal_pool", "modal_pool_backward"),
         ),
         OpRecord(
             op=mfd.feature_loss,
@@ -262,7 +263,7 @@ RECORDS = {
             samples=mfd_loss_samples,
             differentiable=("features", "query", "bias", "head_weight", "head_bias", "teacher_logits", "weight"),
             outputs=_fields,
-            backends=("reference",),
+            backends=("cpu", "reference"),
             errors=op_errors.mfd_loss,
         ),
     )

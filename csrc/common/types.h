@@ -96,6 +96,8 @@ struct Scratch {
   BlockSums* sums;                       // one per block, at least kBlock/kRowAlign
 };
 
+struct FusionKernels;  // common/fusion.h
+
 // One instruction set's kernels. Rows and blocks not covered by [begin, end) are left alone.
 struct Kernels {
   const char* name;
@@ -106,6 +108,7 @@ struct Kernels {
   void (*forward_outputs)(const Forward&, int64_t row, int64_t begin, int64_t end, const Scratch&);
   void (*backward_rows)(const Backward&, int64_t begin, int64_t end, const Scratch&);
   void (*add)(const float* a, const float* b, float* out, int64_t n);  // a streaming ceiling for benchmarks
+  const FusionKernels* fusion;
 };
 
 }  // namespace mfd

@@ -1,8 +1,6 @@
 #include "cpu/dispatch.h"
 
 #include <omp.h>
-#include <pthread.h>
-#include <stdlib.h>
 
 #include <algorithm>
 #include <atomic>
@@ -10,72 +8,15 @@
 
 #include "common/row_math.h"
 #include "cpu/isa.h"
+#include "cpu/workers.h"
 
 namespace mfd {
 namespace {
 
-// Below this many elements a second thread costs more than it saves.
-constexpr int64_t kSerialElements = 32768;
 constexpr int64_t kChunksPerThread = 8;
-constexpr size_t kAlign = 64;
-// An arena larger than this is given back after the call.
-constexpr size_t kKeptArena = size_t{8} << 20;
-
-// A forked child has none of its parent's OpenMP threads and would wait for them for ever: it stays serial.
-std::atomic<bool> forked{false};
-const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-
-int usable_threads(int threads, int64_t elements) {
-  (void)fork_handler;
-  if (forked || elements < kSerialElements || omp_in_parallel()) return 1;
-  return std::max(threads, 1);
-}
-
-// Memory that a thread keeps between calls.
-class Arena {
- public:
-  ~Arena() { free(data_); }
-
-  char* reserve(size_t bytes) {
-    if (bytes > size_) {
-      free(data_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      data_ = static_cast<char*>(aligned_alloc(kAlign, size_));
-      if (!data_) size_ = 0;
-    }
-    return data_;
-  }
-  void trim() {
-    if (size_ <= kKeptArena) return;
-    free(data_);
-    data_ = nullptr;
-    size_ = 0;
-  }
-
- private:
-  char* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 thread_local Arena worker_arena;
 thread_local Arena caller_arena;
-
-// Carves arrays out of an arena; with no memory it only counts the bytes.
-class Layout {
- public:
-  explicit Layout(char* base) : base_(base) {}
-  void* take(size_t bytes) {
-    char* p = base_ ? base_ + used_ : nullptr;
-    // The odd number of lines keeps equal indices of two arrays in different cache sets.
-    used_ += (bytes + kAlign - 1) / kAlign * kAlign + kAlign * 5;
-    return p;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
 
 struct Needs {
   int64_t row;  // elements of a scratch row

@@ -6,6 +6,7 @@
 #pragma clang fp contract(off)
 #endif
 
+#include "common/fusion.h"
 #include "common/row_math.h"
 #include "common/types.h"
 
@@ -25,6 +26,9 @@ namespace {
 #include "cpu/distill_gradient.inl.h"
 #include "cpu/distill_forward.inl.h"
 #include "cpu/distill_backward.inl.h"
+#include "cpu/matrix_rows.inl.h"
+#include "cpu/feature.inl.h"
+#include "cpu/pool.inl.h"
 // clang-format on
 
 void forward_rows(const Forward& f, int64_t begin, int64_t end, const Scratch& s) {
@@ -52,8 +56,35 @@ void add(const float* a, const float* b, float* out, int64_t n) {
   for (; i < n; ++i) out[i] = a[i] + b[i];
 }
 
+void pool_forward(const PoolForward& f, int64_t begin, int64_t end, const FusionScratch& s) {
+  f.pool->is_double ? pool_forward_of<F64>(f, begin, end, s) : pool_forward_of<F32>(f, begin, end, s);
+}
+
+void pool_backward(const PoolBackward& g, int64_t begin, int64_t end, const FusionScratch& s,
+                   PoolPartial& partial) {
+  g.pool->is_double ? pool_backward_of<F64>(g, begin, end, s, partial)
+                    : pool_backward_of<F32>(g, begin, end, s, partial);
+}
+
+void add_parts(const void* parts, int64_t chunks, int64_t stride, int64_t n, bool is_double, void* out) {
+  is_double ? add_parts_of(static_cast<const double*>(parts), chunks, stride, n, static_cast<double*>(out))
+            : add_parts_of(static_cast<const float*>(parts), chunks, stride, n, static_cast<float*>(out));
+}
+
+void tap_rows(const Tap& tap, FeatureKind kind, bool is_double, int64_t begin, int64_t end,
+              const FusionScratch& s, double* values) {
+  is_double ? tap_rows_of<F64>(tap, kind, begin, end, s, values)
+            : tap_rows_of<F32>(tap, kind, begin, end, s, values);
+}
+
+void predict(const Problem& p, int64_t begin, int64_t end, int64_t* out) {
+  p.is_double ? predict_rows_of<F64>(p, begin, end, out) : predict_rows_of<F32>(p, begin, end, out);
+}
+
+constexpr FusionKernels kFusion = {pool_forward, pool_backward, add_parts, tap_rows, predict};
+
 constexpr Kernels kTable = {MFD_ISA_NAME,    kLanes,        forward_rows, forward_sums,
-                            forward_outputs, backward_rows, add};
+                            forward_outputs, backward_rows, add,          &kFusion};
 
 }  // namespace
 

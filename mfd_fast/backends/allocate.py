@@ -33,11 +33,16 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return out if _hook is None else _hook(out)
 
 
+def empty_large(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """:func:`empty` for outputs that may be large: on a CPU from memory that an earlier one has left."""
+    out = None
+    if _cpu_gradient_provider is not None and device.type == "cpu":
+        out = _cpu_gradient_provider(shape, dtype)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=device)
+    return out if _hook is None else _hook(out)
+
+
 def empty_gradient(like: Tensor) -> Tensor:
     """Uninitialised contiguous tensor of ``like``'s shape, dtype and device for a large gradient."""
-    out = None
-    if _cpu_gradient_provider is not None and like.device.type == "cpu":
-        out = _cpu_gradient_provider(like.shape, like.dtype)
-    if out is None:
-        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    return out if _hook is None else _hook(out)
+    return empty_large(like.shape, like.dtype, like.device)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .. import contract
 from ..backends import choose, implementation
-from ..reference.distill_loss import combine, combine_rows, row_terms
+from ..reference.distill_loss import combine, combine_rows
+from ..reference.distill_loss import row_terms as reference_terms
 from ..rows import Rows
 from ..types import DistillTerms, Divergence, LogitTransform
 from . import distill_registered as registered
@@ -143,7 +144,7 @@ def _differentiable_row_gradients(
     # One alias per role: a tensor that serves in two of them gets each role's gradient once.
     leaves = tuple(None if leaf is None else leaf.view_as(leaf) for leaf in leaves)
     student, teacher, temperature, teacher_temperature = leaves
-    values = row_terms(
+    values = reference_terms(
         rows.replace(
             student=student,
             teacher=teacher,
@@ -161,7 +162,7 @@ def _differentiable_row_gradients(
     return [next(found) if need else None for need in needs]
 
 
-def _row_terms(rows: Rows, backend: str, terms: bool, compiling: bool) -> tuple[Any, ...]:
+def row_terms(rows: Rows, backend: str, terms: bool, compiling: bool) -> tuple[Any, ...]:
     """soft, hard and, if asked, the by-products as ``[N]`` tensors."""
     if compiling:
         return registered.row_terms(rows, backend, terms)
@@ -304,7 +305,7 @@ def distill_loss(
                 teacher_transform=rows.student_transform,
                 teacher_temperature=rows.temperature,
             )
-        soft, hard, *_ = _row_terms(rows, name, False, compiling)
+        soft, hard, *_ = row_terms(rows, name, False, compiling)
         return combine_rows(rows, soft, hard, weight, soft_weight, hard_weight, reduction, normalizer)
     options = {
         "weight": weight,
@@ -373,7 +374,9 @@ def distill_terms(
         name = registered.backend_when_compiling(rows, backend)
     else:
         name = choose("distill_loss", rows, backend, "distill_terms")
-    values = list(row_terms(rows, "distill_terms") if name == "reference" else _row_terms(rows, name, True, compiling))
+    values = list(
+        reference_terms(rows, "distill_terms") if name == "reference" else row_terms(rows, name, True, compiling)
+    )
     if labels is None:
         values[1] = values[4] = values[5] = None
     leading = student.shape[:-1]

@@ -9,147 +9,129 @@ features, pool = KL(teacher_pool_weights ‖ weights).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import contract
-from ..backends import choose
-from ..reference.feature_loss import KINDS
-from ..reference.mfd_loss import is_used
+from ..backends import choose, implementation
 from ..reference.mfd_loss import mfd_loss as reference_loss
 from ..rows import Rows
 from ..types import Divergence, MFDOutput
-from .modal_pool import check_pool, check_vector
+from .distill_loss import row_terms
+from .mfd_problem import MFDProblem, check_mfd_loss
+from .modal_pool import pool
+
+# ------------------------------------------------------------------------------------------- one scalar loss
 
 
-@dataclass
-class MFDProblem:
-    """A checked mfd_loss call. ``rows.student`` stands for the logits that are still to be computed."""
+class _ScalarLoss(torch.autograd.Function):
+    """The whole output; every gradient is computed beside the loss and handed to the first backward."""
 
-    rows: Rows
-    features: list[Tensor]
-    query: Tensor | None
-    bias: Tensor | None
-    present: Tensor | None
-    pool_temperature: float | Tensor
-    pool_scale: float
-    head_weight: Tensor
-    head_bias: Tensor | None
-    teacher_features: Tensor | None
-    teacher_pool_weights: Tensor | None
-    feature_kind: str
-    soft_weight: float | Tensor
-    hard_weight: float | Tensor
-    feature_weight: float | Tensor
-    pool_weight: float | Tensor
-    weight: Tensor | None
-    reduction: str
-    normalizer: float | Tensor | None
-    leading: torch.Size
-    device: torch.device
+    @staticmethod
+    def forward(
+        ctx: Any,
+        problem: MFDProblem,
+        backend: str,
+        query: Tensor | None,
+        bias: Tensor | None,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        *features: Tensor,
+    ) -> tuple[Tensor, ...]:
+        needs = ctx.needs_input_grad[2:]
+        outputs, gradients = implementation(backend, "mfd_loss").scalar(problem, needs)
+        ctx.mark_non_differentiable(*outputs[1:])
+        if any(needs):
+            ctx.gradients = gradients
+            ctx.call = (problem, backend)
+            ctx.save_for_backward(query, bias, head_weight, head_bias, *features)
+        return outputs  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        problem, backend = ctx.call
+        leaves = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            return (None, None, *_differentiable_gradients(problem, leaves, grad_loss, needs))
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # a second backward: the tensors were given away, so the pass is run again
+            _, gradients = implementation(backend, "mfd_loss").scalar(_with_leaves(problem, leaves), needs)
+        factor = grad_loss.item()
+        if factor != 1.0:
+            torch._foreach_mul_([g for g in gradients if g is not None], factor)
+        return (None, None, *gradients)
 
 
-def check_mfd_loss(
-    op: str,
-    features: Sequence[Tensor] | Tensor,
-    query: Tensor | None,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    teacher_logits: Tensor,
-    labels: Tensor | None,
-    *,
-    teacher_features: Tensor | None,
-    present: Tensor | None,
-    bias: Tensor | None,
-    pool_temperature: float | Tensor,
-    pool_scale: float | None,
-    soft_weight: float | Tensor,
-    hard_weight: float | Tensor,
-    feature_weight: float | Tensor,
-    feature_kind: str,
-    teacher_pool_weights: Tensor | None,
-    pool_weight: float | Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    normalizer: float | Tensor | None,
-    **options: Any,
-) -> MFDProblem:
-    """The whole contract of mfd_loss; ``options`` are those of :func:`contract.check_rows`."""
-    pool = check_pool(
-        op,
-        features,
-        query,
-        bias=bias,
-        temperature=pool_temperature,
-        present=present,
-        scale=pool_scale,
-        temperature_name="pool_temperature",
-        scale_name="pool_scale",
+def _with_leaves(problem: MFDProblem, leaves: Sequence[Tensor | None]) -> MFDProblem:
+    query, bias, head_weight, head_bias, *features = leaves
+    pool = replace(problem.pool, query=query, bias=bias, features=features)
+    return replace(problem, pool=pool, head_weight=head_weight, head_bias=head_bias)
+
+
+def _differentiable_gradients(
+    problem: MFDProblem, leaves: Sequence[Tensor | None], grad_loss: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """backward(create_graph=True): the same gradients as differentiable expressions, by the reference."""
+    # One alias per role: a tensor that serves in two of them gets each role's gradient once.
+    leaves = [None if t is None else t.view_as(t) for t in leaves]
+    loss = reference_loss(_with_leaves(problem, leaves)).loss
+    wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need and leaf is not None]
+    found = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+# --------------------------------------------------------------------------------------------- from the ops
+
+
+def _composed(problem: MFDProblem, backend: str) -> MFDOutput:
+    """The reference's composition with the parts replaced by this library's ops: differentiable to everything."""
+
+    def attention(features: list[Tensor], present: Tensor | None, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+        p = problem.pool
+        leading = features[0].shape[:-1]
+        flat = replace(
+            p, features=features, stacked=False, present=present, temperature=temperature, leading=leading
+        )
+        return pool(flat, backend)
+
+    def terms(rows: Rows, soft: bool, hard: bool) -> tuple[Tensor, Tensor]:
+        if not (soft or hard):
+            zeros = rows.student.new_zeros(rows.n_rows)
+            return zeros, zeros
+        if not soft:  # the teacher has no part in the loss
+            rows = rows.replace(teacher=rows.student.detach(), teacher_temperature=rows.temperature)
+        soft_rows, hard_rows, *_ = row_terms(rows, backend, False, torch.compiler.is_compiling())
+        return soft_rows, hard_rows
+
+    return reference_loss(problem, attention, terms)
+
+
+def _gradients_fit_one_pass(p: MFDProblem) -> bool:
+    """The scalar pass differentiates the loss to features, query, bias and head, and to nothing else."""
+    others = (
+        p.rows.teacher,
+        p.rows.temperature,
+        p.rows.teacher_temperature,
+        p.pool.temperature,
+        p.teacher_features,
+        p.teacher_pool_weights,
+        p.soft_weight,
+        p.hard_weight,
+        p.feature_weight,
+        p.pool_weight,
+        p.weight,
+        p.normalizer,
     )
-    leading, device, width = pool.leading, pool.device, pool.features[0].shape[-1]
-    contract.check_floating(op, "head_weight", head_weight)
-    if head_weight.dim() != 2 or head_weight.shape[1] != width or head_weight.shape[0] < 1:
-        raise contract.value_error(op, "head_weight", head_weight, f"of shape [C, {width}] with C >= 1")
-    contract.check_device(op, "head_weight", head_weight, device)
-    classes = head_weight.shape[0]
-    check_vector(op, "head_bias", head_bias, classes, device)
-    contract.check_floating(op, "teacher_logits", teacher_logits)
-    if teacher_logits.shape != (*leading, classes):
-        raise contract.value_error(op, "teacher_logits", teacher_logits, f"of shape {[*leading, classes]}")
+    if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in others):
+        return False
+    # float16 gradients would underflow before a loss scale reaches them.
+    return all(t is None or t.dtype != torch.float16 for t in (*p.pool.features, p.pool.query, p.head_weight))
 
-    # The logits' shape, dtype and device, without memory behind them.
-    logits = pool.features[0].detach().new_zeros(()).to(pool.dtype).expand(*leading, classes)
-    rows = contract.check_rows(op, logits, teacher_logits, labels, **options)
-    for name, value in (
-        ("soft_weight", soft_weight),
-        ("hard_weight", hard_weight),
-        ("feature_weight", feature_weight),
-        ("pool_weight", pool_weight),
-    ):
-        contract.check_scalar(op, name, value)
-    if labels is None and is_used(hard_weight):
-        raise contract.value_error(op, "labels", labels, "given when hard_weight is not 0")
-    contract.check_choice(op, "feature_kind", feature_kind, KINDS)
-    if is_used(feature_weight) and teacher_features is None:
-        raise contract.value_error(op, "teacher_features", None, "given when feature_weight is not 0")
-    if teacher_features is not None:
-        contract.check_floating(op, "teacher_features", teacher_features)
-        if teacher_features.shape != (*leading, width):
-            raise contract.value_error(op, "teacher_features", teacher_features, f"of shape {[*leading, width]}")
-        contract.check_device(op, "teacher_features", teacher_features, device)
-    if is_used(pool_weight) and teacher_pool_weights is None:
-        raise contract.value_error(op, "teacher_pool_weights", None, "given when pool_weight is not 0")
-    if teacher_pool_weights is not None:
-        shape = torch.Size([*leading, len(pool.features)])
-        contract.check_row_tensor(op, "teacher_pool_weights", teacher_pool_weights, shape, device, None)
-    contract.check_weight(op, weight, leading, device)
-    contract.check_reduction(op, reduction, normalizer)
-    return MFDProblem(
-        rows,
-        pool.features,
-        query,
-        bias,
-        present,
-        pool.temperature,
-        pool.scale,
-        head_weight,
-        head_bias,
-        teacher_features,
-        teacher_pool_weights,
-        feature_kind,
-        soft_weight,
-        hard_weight,
-        feature_weight,
-        pool_weight,
-        None if weight is None else contract.flat(weight.to(rows.dtype)),
-        reduction,
-        normalizer,
-        leading,
-        device,
-    )
+
+# ------------------------------------------------------------------------------------------- public function
 
 
 def mfd_loss(
@@ -197,7 +179,7 @@ def mfd_loss(
         divergence, temperature, mask, weight, ignore_index, label_smoothing, scale_by_temperature,
             reduction, normalizer: as in :func:`mfd_fast.distill_loss`. A row that is masked or ignored
             contributes nothing to any term.
-        backend: "reference" or None.
+        backend: "reference", "cpu" or None for the fastest that can run.
 
     Returns:
         :class:`~mfd_fast.types.MFDOutput`. ``loss`` is differentiable to every floating input; ``soft``,
@@ -243,5 +225,14 @@ def mfd_loss(
         reduction=reduction,
         normalizer=normalizer,
     )
-    choose("mfd_loss", problem, backend)
-    return reference_loss(problem)
+    compiling = torch.compiler.is_compiling()
+    # Under torch.compile the registered ops choose when they run: no choice is baked into the graph.
+    name = backend or "" if compiling else choose("mfd_loss", problem, backend)
+    if name == "reference":
+        return reference_loss(problem)
+    if compiling or reduction == "none" or not _gradients_fit_one_pass(problem):
+        return _composed(problem, name)
+    p = problem
+    return MFDOutput(
+        *_ScalarLoss.apply(p, name, p.pool.query, p.pool.bias, p.head_weight, p.head_bias, *p.pool.features)
+    )

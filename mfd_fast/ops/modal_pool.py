@@ -9,105 +9,83 @@ ds_m·scale·query. Attention pooling: Ilse, Tomczak, Welling, arXiv:1802.04712.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import contract
-from ..backends import choose
-from ..reference.modal_pool import modal_pool as reference_pool
+from ..backends import choose, implementation
 from ..types import ModalPool
+from . import pool_registered as registered
+from .pool_problem import PoolProblem, by_reference, check_pool, differentiable_gradients
 
 
-@dataclass
-class PoolProblem:
-    """A checked modal_pool call."""
-
-    features: list[Tensor]
-    query: Tensor | None
-    scores: Tensor | None
-    bias: Tensor | None
-    temperature: float | Tensor
-    present: Tensor | None
-    scale: float
-    dtype: torch.dtype
-    out_dtype: torch.dtype
-    leading: torch.Size
-    device: torch.device
+# ------------------------------------------------------------------------------------------------- autograd
 
 
-def check_features(op: str, features: object) -> list[Tensor]:
-    """M tensors ``[..., D]`` of one shape and device."""
-    if isinstance(features, Tensor):
-        contract.check_floating(op, "features", features)
-        if features.dim() < 2:
-            raise contract.value_error(op, "features", features, "of shape [..., M, D] or a sequence of [..., D]")
-        found = list(features.unbind(-2))
-    elif isinstance(features, Sequence) and not isinstance(features, str):
-        found = [contract.check_floating(op, f"features[{m}]", x) for m, x in enumerate(features)]
-    else:
-        raise contract.type_error(op, "features", features, "a tensor or a sequence of tensors")
-    if not found:
-        raise contract.value_error(op, "features", features, "at least one modality")
-    first = found[0]
-    if first.dim() < 1 or first.shape[-1] < 1:
-        raise contract.value_error(op, "features[0]", first, "of shape [..., D] with D >= 1")
-    for m, x in enumerate(found):
-        if x.shape != first.shape:
-            raise contract.value_error(op, f"features[{m}]", x, f"of shape {list(first.shape)}, as features[0]")
-        contract.check_device(op, f"features[{m}]", x, first.device)
-    return found
+class _Pool(torch.autograd.Function):
+    """pooled and weights; the backward reads the features once more and recomputes nothing but dot products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        problem: PoolProblem,
+        backend: str,
+        query: Tensor | None,
+        scores: Tensor | None,
+        bias: Tensor | None,
+        temperature: Tensor | None,
+        *features: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        pooled, weights = implementation(backend, "modal_pool").forward(problem)
+        ctx.call = (problem, backend)
+        ctx.save_for_backward(weights, query, scores, bias, temperature, *features)
+        ctx.set_materialize_grads(False)
+        return pooled, weights
+
+    @staticmethod
+    def backward(ctx: Any, d_pooled: Tensor | None, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
+        if d_pooled is None and d_weights is None:
+            return (None,) * len(ctx.needs_input_grad)
+        problem, backend = ctx.call
+        weights, query, scores, bias, temperature, *features = ctx.saved_tensors
+        problem = replace(
+            problem,
+            features=features,
+            query=query,
+            scores=scores,
+            bias=bias,
+            temperature=problem.temperature if temperature is None else temperature,
+        )
+        needs = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            return (None, None, *differentiable_gradients(problem, d_pooled, d_weights, needs))
+        found = implementation(backend, "modal_pool").backward(problem, weights, d_pooled, d_weights, needs)
+        return (None, None, *found)
 
 
-def check_vector(op: str, argument: str, value: object, size: int, device: torch.device) -> None:
-    """None or a floating ``[size]`` tensor."""
-    if value is None:
-        return
-    tensor = contract.check_floating(op, argument, value)
-    if tensor.shape != (size,):
-        raise contract.value_error(op, argument, value, f"of shape [{size}]")
-    contract.check_device(op, argument, tensor, device)
+def pool(problem: PoolProblem, backend: str) -> tuple[Tensor, Tensor]:
+    """pooled and weights of a checked call on a chosen backend."""
+    if backend == "reference":
+        return by_reference(problem)
+    if torch.compiler.is_compiling():
+        return registered.pool(problem, backend)
+    p = problem
+    result: tuple[Tensor, Tensor] = _Pool.apply(
+        p, backend, p.query, p.scores, p.bias, p.temperature_tensor, *p.features
+    )
+    return result
 
 
-def check_pool(
-    op: str,
-    features: object,
-    query: Tensor | None,
-    *,
-    scores: Tensor | None = None,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    present: Tensor | None = None,
-    scale: float | None = None,
-    temperature_name: str = "temperature",
-    scale_name: str = "scale",
-) -> PoolProblem:
-    """The whole contract of modal_pool."""
-    found = check_features(op, features)
-    first, modalities = found[0], len(found)
-    leading, width, device = first.shape[:-1], first.shape[-1], first.device
-    dtype = contract.compute_dtype(*found)
-    if query is not None and scores is not None:
-        raise ValueError(f"{op}: query and scores exclude each other, got both; pass one of them or neither")
-    check_vector(op, "query", query, width, device)
-    check_vector(op, "bias", bias, modalities, device)
-    for name, value, kind in (("scores", scores, None), ("present", present, torch.bool)):
-        if value is not None:
-            contract.check_row_tensor(op, name, value, torch.Size([*leading, modalities]), device, kind)
-    tau = contract.check_temperature(op, temperature_name, temperature, leading, device, dtype)
-    if isinstance(tau, Tensor) and tau.dim():
-        tau = tau.reshape(leading)
-    if scale is None:
-        scale = width**-0.5
-    elif not contract.is_number(scale):
-        raise contract.type_error(op, scale_name, scale, "a number or None")
-    else:
-        contract.check_scalar(op, scale_name, scale)
-    out_dtype = first.dtype
-    for x in found[1:]:
-        out_dtype = torch.promote_types(out_dtype, x.dtype)
-    return PoolProblem(found, query, scores, bias, tau, present, scale, dtype, out_dtype, leading, device)
+def choose_backend(problem: PoolProblem, backend: str | None) -> str:
+    """Under torch.compile the registered op chooses when it runs: "" stands for that."""
+    if not torch.compiler.is_compiling():
+        return choose("modal_pool", problem, backend)
+    return backend or ""
+
+
+# ------------------------------------------------------------------------------------------- public function
 
 
 def modal_pool(
@@ -131,7 +109,7 @@ def modal_pool(
         temperature: number > 0, 0-d tensor, or one per row ``[...]``; may require grad.
         present: bool ``[..., M]``; an absent modality has weight 0 and is not read (NaN there has no effect).
         scale: number; None uses ``D**-0.5``.
-        backend: "reference" or None.
+        backend: "reference", "cpu" or None for the fastest that can run.
 
     Returns:
         :class:`~mfd_fast.types.ModalPool`: ``pooled [..., D]`` in the features' dtype, ``weights [..., M]``
@@ -158,7 +136,4 @@ def modal_pool(
         present=present,
         scale=scale,
     )
-    choose("modal_pool", problem, backend)
-    p = problem
-    pooled, weights = reference_pool(p.features, p.query, p.scores, p.bias, p.temperature, p.present, p.scale, p.dtype)
-    return ModalPool(pooled.to(p.out_dtype), weights)
+    return ModalPool(*pool(problem, choose_backend(problem, backend)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from ..types import MFDOutput
 from .distill_loss import reduce_rows, row_terms
 from .feature_loss import row_distance
 from .modal_pool import modal_pool
+
+Attention = Callable[[list[Tensor], "Tensor | None", "float | Tensor"], tuple[Tensor, Tensor]]
+Terms = Callable[[Rows, bool, bool], tuple[Tensor, Tensor]]
 
 
 def is_used(weight: float | Tensor) -> bool:
@@ -28,45 +32,54 @@ def pool_divergence(teacher_weights: Tensor, weights: Tensor) -> Tensor:
     return torch.where(kl < 0, kl - kl.detach(), kl)
 
 
-def mfd_loss(problem: Any) -> MFDOutput:
-    """The single pass, term by term; ``problem`` is :class:`mfd_fast.ops.mfd_loss.MFDProblem`."""
+def reference_terms(rows: Rows, soft: bool, hard: bool) -> tuple[Tensor, Tensor]:
+    """soft ``[N]`` and hard ``[N]`` in plain PyTorch; a term that is not wanted is zeros."""
+    terms = row_terms(rows, "mfd_loss", soft=soft, hard=hard)
+    return terms.soft, terms.hard
+
+
+def mfd_loss(problem: Any, attention: Attention | None = None, terms: Terms = reference_terms) -> MFDOutput:
+    """The single pass, term by term; ``problem`` is :class:`mfd_fast.ops.mfd_problem.MFDProblem`.
+
+    A backend may pass its own ``attention(features, present, temperature) -> (pooled, weights)`` over ``[N, D]``
+    features and its own ``terms``.
+    """
     p = problem
     rows: Rows = p.rows
     counted = rows.counted()
-    n = rows.n_rows
+    n, modalities, width = rows.n_rows, p.pool.modalities, p.pool.width
     dtype = rows.dtype
-    features = [x.reshape(n, x.shape[-1]).to(dtype) for x in p.features]
-    zero = torch.zeros((), dtype=dtype, device=rows.device)
-    present = None if p.present is None else p.present.reshape(n, len(features))
+    stacked = p.pool.features[0].unbind(-2) if p.pool.stacked else p.pool.features
+    features = [x.reshape(n, width) for x in stacked]
+    present = None if p.pool.present is None else p.pool.present.reshape(n, modalities)
     if counted is not None:  # a row that does not exist has neither modalities nor features
-        features = [torch.where(counted[:, None], x, zero) for x in features]
         present = counted[:, None] if present is None else present & counted[:, None]
-        present = present.expand(n, len(features))
-    temperature = p.pool_temperature
-    if isinstance(temperature, Tensor) and temperature.dim():
-        temperature = temperature.reshape(n)
-    pooled, weights = modal_pool(features, p.query, None, p.bias, temperature, present, p.pool_scale, dtype)
+        present = present.expand(n, modalities)
+    temperature = p.pool.temperature
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(dtype).reshape(n if temperature.dim() else ())
+    if attention is None:
+        pool = (p.pool.query, None, p.pool.bias, temperature, present, p.pool.scale, dtype)
+        pooled, weights = modal_pool(features, *pool)
+    else:
+        pooled, weights = attention(features, present, temperature)
     logits = pooled @ p.head_weight.to(dtype).T
     if p.head_bias is not None:
         logits = logits + p.head_bias.to(dtype)
 
     soft_used, hard_used = is_used(p.soft_weight), is_used(p.hard_weight)
-    terms = row_terms(
-        rows.replace(student=logits, teacher=rows.teacher.reshape(n, rows.classes)),
-        "mfd_loss",
-        soft=soft_used,
-        hard=hard_used,
-    )
-    feature = torch.zeros_like(terms.soft)
+    student = rows.replace(student=logits, teacher=rows.teacher.reshape(n, rows.classes))
+    soft, hard = terms(student, soft_used, hard_used)
+    feature = torch.zeros_like(soft)
     if is_used(p.feature_weight):
-        target = p.teacher_features.reshape(n, p.teacher_features.shape[-1]).to(dtype)
+        target = p.teacher_features.reshape(n, width).to(dtype)
         feature = _existing(row_distance(pooled, _existing(target, counted), p.feature_kind), counted)
-    per_row = torch.zeros_like(terms.soft)
-    for weight, term in ((p.soft_weight, terms.soft), (p.hard_weight, terms.hard), (p.feature_weight, feature)):
+    per_row = torch.zeros_like(soft)
+    for weight, term in ((p.soft_weight, soft), (p.hard_weight, hard), (p.feature_weight, feature)):
         if is_used(weight):
             per_row = per_row + weight * term
     if is_used(p.pool_weight):
-        target = _existing(p.teacher_pool_weights.reshape(n, len(features)).to(dtype), counted)
+        target = _existing(p.teacher_pool_weights.reshape(n, modalities).to(dtype), counted)
         per_row = per_row + p.pool_weight * pool_divergence(target, weights)
 
     leading = p.leading
@@ -80,10 +93,10 @@ def mfd_loss(problem: Any) -> MFDOutput:
         predictions = predictions.masked_fill(~counted, -1)
     return MFDOutput(
         reduced(per_row),
-        reduced(terms.soft).detach(),
-        reduced(terms.hard).detach(),
+        reduced(soft).detach(),
+        reduced(hard).detach(),
         reduced(feature).detach(),
-        weights.detach().reshape(*leading, len(features)),
+        weights.detach().reshape(*leading, modalities),
         predictions.reshape(leading),
     )
 

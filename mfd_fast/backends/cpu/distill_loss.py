@@ -53,7 +53,7 @@ def _temperature(value: float | Tensor) -> tuple[float, int, int]:
     return 1.0, value.data_ptr(), value.stride(0)
 
 
-def _problem(module: Any, rows: Rows, labels: Tensor | None, keep: list[Tensor]) -> Any:
+def native_problem(module: Any, rows: Rows, labels: Tensor | None, keep: list[Tensor]) -> Any:
     """The native description of ``rows``; tensors it points into are appended to ``keep``."""
     same = rows.teacher_temperature is rows.temperature
     temperature = _temperature(rows.temperature)
@@ -73,7 +73,7 @@ def _problem(module: Any, rows: Rows, labels: Tensor | None, keep: list[Tensor])
     )
 
 
-def _count(module: Any, rows: Rows, problem: Any) -> int:
+def count(module: Any, rows: Rows, problem: Any) -> int:
     """Number of counted rows; raises ValueError for a label out of range in one of them."""
     if rows.labels is None and rows.mask is None:
         return rows.n_rows
@@ -104,8 +104,8 @@ def scalar(
     keep: list[Tensor] = []
     use_soft = isinstance(soft_weight, Tensor) or soft_weight != 0
     use_hard = rows.labels is not None and (isinstance(hard_weight, Tensor) or hard_weight != 0)
-    problem = _problem(module, rows, rows.labels, keep)
-    counted = _count(module, rows, problem)
+    problem = native_problem(module, rows, rows.labels, keep)
+    counted = count(module, rows, problem)
     soft_factor, hard_factor = float(soft_weight), float(hard_weight)
     if mean:
         divisor = max(counted, 1) if normalizer is None else float(normalizer)
@@ -143,8 +143,8 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProdu
     module = native()
     keep: list[Tensor] = []
     n, device = rows.n_rows, rows.student.device
-    problem = _problem(module, rows, rows.labels, keep)
-    _count(module, rows, problem)
+    problem = native_problem(module, rows, rows.labels, keep)
+    count(module, rows, problem)
 
     def column() -> Tensor:
         return allocate.empty((n,), rows.dtype, device)
@@ -168,7 +168,7 @@ def per_row_backward(
     """Gradients of ``sum(grad_soft*soft + grad_hard*hard)`` to both logits and, per row, both temperatures."""
     module = native()
     keep: list[Tensor] = []
-    problem = _problem(module, rows, rows.labels, keep)
+    problem = native_problem(module, rows, rows.labels, keep)
     grad_soft, grad_hard, stats = grad_soft.to(rows.dtype), grad_hard.to(rows.dtype), stats.contiguous()
     d_student = allocate.empty_gradient(rows.student) if needs[0] else None
     d_teacher = allocate.empty_gradient(rows.teacher) if needs[1] else None

@@ -1,0 +1,127 @@
+// Distances between rows of features, and their gradients.
+
+template <class S>
+MFD_INLINE typename S::V clamp_unit(typename S::V e) {
+  typedef typename S::T T;
+  const typename S::V one = S::splat(T(1));
+  return S::select(e > one, one, S::select(e < -one, -one, e));
+}
+
+// h(e): e^2 or smooth L1 with threshold 1, e^2/2 or |e| - 1/2.
+template <class S, int kKind>
+MFD_INLINE typename S::V error_of(typename S::V e) {
+  typedef typename S::T T;
+  if (kKind == kMse) return e * e;
+  const typename S::V size = S::select(e < typename S::V{}, -e, e), half = S::splat(T(0.5));
+  return S::select(size < S::splat(T(1)), half * e * e, size - half);
+}
+
+template <class S, int kKind>
+static FeatureRow feature_row(const typename S::T* s, const typename S::T* t, int64_t n) {
+  typedef typename S::V V;
+  constexpr int64_t W = S::kWidth;
+  constexpr int kSums = kKind == kCosine ? 3 : 1;
+  V acc[2][kSums] = {};
+  for (int64_t i = 0; i < n; i += W) {
+    const V a = load_upto<S>(s + i, n - i), b = load_upto<S>(t + i, n - i);
+    V* sums = acc[(i / W) & 1];
+    if (kKind == kCosine) {
+      sums[0] = S::fma(a, b, sums[0]);
+      sums[kSums - 2] = S::fma(a, a, sums[kSums - 2]);
+      sums[kSums - 1] = S::fma(b, b, sums[kSums - 1]);
+    } else {
+      sums[0] = sums[0] + error_of<S, kKind>(a - b);
+    }
+  }
+  const double first = S::sum(acc[0][0] + acc[1][0]), width = static_cast<double>(n);
+  if (kKind == kMse) return {first / width, 2.0 / width, 0, 0};
+  if (kKind == kSmoothL1) return {first / width, 1.0 / width, 0, 0};
+  const double ss = S::sum(acc[0][kSums - 2] + acc[1][kSums - 2]);
+  const double tt = S::sum(acc[0][kSums - 1] + acc[1][kSums - 1]);
+  if (ss == 0 || tt == 0) return {1.0, 0, 0, 0};
+  const double norms = sqrt(ss) * sqrt(tt), cosine = first / norms;
+  return {1.0 - cosine, -1.0 / norms, cosine / ss, cosine / tt};
+}
+
+template <class S>
+static FeatureRow feature_row_of(FeatureKind kind, const typename S::T* s, const typename S::T* t,
+                                 int64_t n) {
+  switch (kind) {
+    case kMse:
+      return feature_row<S, kMse>(s, t, n);
+    case kSmoothL1:
+      return feature_row<S, kSmoothL1>(s, t, n);
+    default:
+      return feature_row<S, kCosine>(s, t, n);
+  }
+}
+
+// out = base + factor*(d distance/ds), base null: 0.
+template <class S, int kKind>
+static void feature_gradient(const typename S::T* s, const typename S::T* t, int64_t n, double of_t,
+                             double of_s, const typename S::T* base, typename S::T* out) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  constexpr int64_t W = S::kWidth;
+  const V a = S::splat(static_cast<T>(of_t)), b = S::splat(static_cast<T>(of_s));
+  for (int64_t i = 0; i < n; i += W) {
+    const V x = load_upto<S>(s + i, n - i), y = load_upto<S>(t + i, n - i);
+    V g;
+    if (kKind == kCosine) {
+      g = S::fma(a, y, b * x);
+    } else {
+      g = a * (kKind == kMse ? x - y : clamp_unit<S>(x - y));
+    }
+    if (base) g = g + load_upto<S>(base + i, n - i);
+    store_upto<S>(out + i, g, n - i);
+  }
+}
+
+template <class S>
+static void feature_gradient_of(FeatureKind kind, const typename S::T* s, const typename S::T* t, int64_t n,
+                                double of_t, double of_s, const typename S::T* base, typename S::T* out) {
+  switch (kind) {
+    case kMse:
+      return feature_gradient<S, kMse>(s, t, n, of_t, of_s, base, out);
+    case kSmoothL1:
+      return feature_gradient<S, kSmoothL1>(s, t, n, of_t, of_s, base, out);
+    default:
+      return feature_gradient<S, kCosine>(s, t, n, of_t, of_s, base, out);
+  }
+}
+
+template <class S>
+static void tap_rows_of(const Tap& tap, FeatureKind kind, int64_t begin, int64_t end,
+                        const FusionScratch& scratch, double* values) {
+  typedef typename S::T T;
+  const int64_t n = tap.width;
+  const int64_t s_bytes = n * dtype_size(tap.student.dtype), t_bytes = n * dtype_size(tap.teacher.dtype);
+  for (int64_t row = begin; row < end; ++row) {
+    char* d_student = tap.d_student ? static_cast<char*>(tap.d_student) + row * s_bytes : nullptr;
+    char* d_teacher = tap.d_teacher ? static_cast<char*>(tap.d_teacher) + row * t_bytes : nullptr;
+    if (tap.mask && !tap.mask[row]) {
+      if (values) values[row] = 0;
+      put<T>(tap.distances, row, 0);
+      if (d_student) write_zeros(d_student, s_bytes, tap.stream);
+      if (d_teacher) write_zeros(d_teacher, t_bytes, tap.stream);
+      continue;
+    }
+    const T* s = row_in<S>(tap.student, row, n, static_cast<T*>(scratch.in[0]));
+    const T* t = row_in<S>(tap.teacher, row, n, static_cast<T*>(scratch.target));
+    const FeatureRow f = feature_row_of<S>(kind, s, t, n);
+    if (values) values[row] = f.value;
+    put<T>(tap.distances, row, f.value);
+    if (!d_student && !d_teacher) continue;
+    const double g = at<T>(tap.grad_rows, row);
+    if (d_student) {
+      T* out = row_target<S>(tap.student.dtype, tap.stream, d_student, static_cast<T*>(scratch.out[0]));
+      feature_gradient_of<S>(kind, s, t, n, g * f.a, g * f.b, nullptr, out);
+      row_out<S>(out, n, tap.student.dtype, tap.stream, d_student);
+    }
+    if (d_teacher) {
+      T* out = row_target<S>(tap.teacher.dtype, tap.stream, d_teacher, static_cast<T*>(scratch.out[0]));
+      feature_gradient_of<S>(kind, t, s, n, g * f.a, g * f.c, nullptr, out);
+      row_out<S>(out, n, tap.teacher.dtype, tap.stream, d_teacher);
+    }
+  }
+}
