@@ -29,6 +29,7 @@ class Report:
     load_widths: dict[str, int]
     store_widths: dict[str, int]
     double_instructions: int
+    tensor_core_instructions: int
     ttir: str
 
 
@@ -114,6 +115,8 @@ def inspect_cubin(cubin: bytes, shared: int, ttir: str) -> Report:
         load_widths=_widths(operations, "LDG"),
         store_widths=_widths(operations, "STG"),
         double_instructions=sum(op.split(".")[0] in ("DADD", "DMUL", "DFMA", "DSETP") for op in operations),
+        # mma.sync, wgmma and tcgen05.mma in machine code
+        tensor_core_instructions=sum(bool(re.match(r"(HMMA|HGMMA|UTC\w*MMA)\b", op)) for op in operations),
         ttir=ttir,
     )
 

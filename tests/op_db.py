@@ -244,7 +244,7 @@ RECORDS = {
             samples=modal_pool_samples,
             differentiable=("features", "query", "scores", "bias", "temperature"),
             outputs=_fields,
-            backends=("cpu", "reference"),
+            backends=_ALL_BACKENDS,
             errors=op_errors.modal_pool,
             registered=("modal_pool", "modal_pool_backward"),
         ),

@@ -20,7 +20,7 @@ from ..contract import value_error
 NAMES = ("cuda", "triton", "cpu", "reference")  # best first
 OPS: dict[str, tuple[str, ...]] = {
     "distill_loss": ("triton", "cpu", "reference"),
-    "modal_pool": ("cpu", "reference"),
+    "modal_pool": ("triton", "cpu", "reference"),
     "feature_loss": ("reference",),
     "mfd_loss": ("cpu", "reference"),
 }
