@@ -263,7 +263,7 @@ RECORDS = {
             samples=mfd_loss_samples,
             differentiable=("features", "query", "bias", "head_weight", "head_bias", "teacher_logits", "weight"),
             outputs=_fields,
-            backends=("cpu", "reference"),
+            backends=_ALL_BACKENDS,
             errors=op_errors.mfd_loss,
         ),
     )

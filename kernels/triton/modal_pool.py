@@ -54,6 +54,22 @@ def score(s, scores_ptr, bias_ptr, row, on, m: tl.constexpr, M: tl.constexpr, DT
 
 
 @triton.jit
+def streamed_dot(
+    a_ptr, a_start, a_on, b_ptr, b_start, b_on, width, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr
+):
+    """[ROWS] inner products of rows that are read tile by tile; b_on None: b is one vector for all rows."""
+    col = tl.arange(0, BLOCK_D)
+    dots = tl.zeros([ROWS, BLOCK_D], DTYPE)
+    for first in range(0, width, BLOCK_D):
+        a = feature_tile(a_ptr, a_start, col + first, width, a_on, DTYPE)
+        if b_on is None:
+            dots += a * vector_tile(b_ptr, col + first, width, DTYPE)
+        else:
+            dots += a * feature_tile(b_ptr, b_start, col + first, width, b_on, DTYPE)
+    return tl.sum(dots, 1)
+
+
+@triton.jit
 def attention(scores, on, c, M: tl.constexpr):
     """Tuple of softmax_m(s_m/temperature) over the present modalities, 0 where none is; c = log2(e)/temperature."""
     top = tl.where(on[0], scores[0], -INF)
@@ -162,11 +178,9 @@ def pool_forward(
         s = tl.zeros([ROWS], DTYPE)
         if LOOP:
             if query_ptr is not None:
-                dots = tl.zeros([ROWS, BLOCK_D], DTYPE)
-                for first in range(0, width, BLOCK_D):
-                    x = feature_tile(x_ptrs[m], start, col + first, width, on, DTYPE)
-                    dots += x * vector_tile(query_ptr, col + first, width, DTYPE)
-                s = tl.sum(dots, 1) * scale
+                s = scale * streamed_dot(
+                    x_ptrs[m], start, on, query_ptr, None, None, width, ROWS, BLOCK_D, DTYPE
+                )
         else:
             x = feature_tile(x_ptrs[m], start, col, width, on, DTYPE)
             xs = xs + (x,)
@@ -207,6 +221,64 @@ def write_feature_gradient(
     grad = tl.where(on[:, None], grad, 0.0)
     keep = exists[:, None] & (col < width)[None, :]
     tl.store(ptr + (row * row_stride)[:, None] + col[None, :], grad.to(ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def streamed_gradients(
+    x_ptrs,
+    starts,
+    on,
+    weights,
+    ds,
+    d_pooled_ptr,
+    d_pooled_start,
+    query_ptr,
+    dx_ptrs,
+    dx_stride,
+    query_partial_ptr,
+    pid,
+    add,
+    row,
+    exists,
+    scale,
+    width,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """dx_m tile by tile; sum over rows and m of ds_m*scale*x_m goes to query_partial[pid], added if `add`."""
+    col = tl.arange(0, BLOCK_D)
+    for first in range(0, width, BLOCK_D):
+        here = col + first
+        d_pooled = tl.zeros([ROWS, BLOCK_D], DTYPE)
+        if d_pooled_ptr is not None:
+            d_pooled = feature_tile(d_pooled_ptr, d_pooled_start, here, width, exists, DTYPE)
+        d_query = tl.zeros([ROWS, BLOCK_D], DTYPE)
+        for m in tl.static_range(M):
+            if dx_ptrs[m] is not None:
+                write_feature_gradient(
+                    dx_ptrs[m],
+                    dx_stride,
+                    row,
+                    exists,
+                    on[m],
+                    here,
+                    width,
+                    d_pooled,
+                    weights[m],
+                    ds[m],
+                    scale,
+                    query_ptr,
+                    DTYPE,
+                )
+            if query_partial_ptr is not None:
+                x = feature_tile(x_ptrs[m], starts[m], here, width, on[m], DTYPE)
+                d_query += (ds[m] * scale)[:, None] * x
+        if query_partial_ptr is not None:
+            at = query_partial_ptr + pid * width + here
+            before = tl.load(at, mask=(here < width) & add, other=0.0)
+            tl.store(at, before + tl.sum(d_query, 0), mask=here < width)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -277,11 +349,9 @@ def pool_backward(
             dot = tl.zeros([ROWS], DTYPE)
             if LOOP:
                 if d_pooled_ptr is not None:
-                    dots = tl.zeros([ROWS, BLOCK_D], DTYPE)
-                    for first in range(0, width, BLOCK_D):
-                        up = feature_tile(d_pooled_ptr, up_start, col + first, width, exists, DTYPE)
-                        dots += up * feature_tile(x_ptrs[m], start, col + first, width, on, DTYPE)
-                    dot = tl.sum(dots, 1)
+                    dot = streamed_dot(
+                        x_ptrs[m], start, on, d_pooled_ptr, up_start, exists, width, ROWS, BLOCK_D, DTYPE
+                    )
             else:
                 x = feature_tile(x_ptrs[m], start, col, width, on, DTYPE)
                 xs = xs + (x,)
@@ -304,37 +374,29 @@ def pool_backward(
                 tl.store(d_temperature_ptr + row, moment.to(d_temperature_ptr.dtype.element_ty), mask=exists)
             d_tau += moment
         if LOOP:
-            seen = (first_row > pid * ROWS) & (col >= 0)
-            for first in range(0, width, BLOCK_D):
-                here = col + first
-                up = d_pooled
-                if d_pooled_ptr is not None:
-                    up = feature_tile(d_pooled_ptr, up_start, here, width, exists, DTYPE)
-                tile_sum = tl.zeros([ROWS, BLOCK_D], DTYPE)
-                for m in tl.static_range(M):
-                    if dx_ptrs[m] is not None:
-                        write_feature_gradient(
-                            dx_ptrs[m],
-                            dx_stride,
-                            row,
-                            exists,
-                            ons[m],
-                            here,
-                            width,
-                            up,
-                            weights[m],
-                            ds[m],
-                            scale,
-                            query_ptr,
-                            DTYPE,
-                        )
-                    if query_partial_ptr is not None:
-                        x = feature_tile(x_ptrs[m], starts[m], here, width, ons[m], DTYPE)
-                        tile_sum += (ds[m] * scale)[:, None] * x
-                if query_partial_ptr is not None:
-                    at = query_partial_ptr + pid * width + here
-                    before = tl.load(at, mask=seen & (here < width), other=0.0)
-                    tl.store(at, before + tl.sum(tile_sum, 0), mask=here < width)
+            streamed_gradients(
+                x_ptrs,
+                starts,
+                ons,
+                weights,
+                ds,
+                d_pooled_ptr,
+                up_start,
+                query_ptr,
+                dx_ptrs,
+                dx_stride,
+                query_partial_ptr,
+                pid,
+                first_row > pid * ROWS,
+                row,
+                exists,
+                scale,
+                width,
+                M,
+                ROWS,
+                BLOCK_D,
+                DTYPE,
+            )
         else:
             for m in tl.static_range(M):
                 if dx_ptrs[m] is not None:

@@ -22,7 +22,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "distill_loss": ("triton", "cpu", "reference"),
     "modal_pool": ("triton", "cpu", "reference"),
     "feature_loss": ("reference",),
-    "mfd_loss": ("cpu", "reference"),
+    "mfd_loss": ("triton", "cpu", "reference"),
 }
 
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("mfd_fast_backend", default=None)

@@ -59,10 +59,16 @@ class _ScalarLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # a second backward: the tensors were given away, so the pass is run again
             _, gradients = implementation(backend, "mfd_loss").scalar(_with_leaves(problem, leaves), needs)
-        factor = grad_loss.item()
-        if factor != 1.0:
-            torch._foreach_mul_([g for g in gradients if g is not None], factor)
+        _scale_([g for g in gradients if g is not None], grad_loss, backend)
         return (None, None, *gradients)
+
+
+def _scale_(gradients: list[Tensor], factor: Tensor, backend: str) -> None:
+    """gradients *= factor in place; the host does not wait for a device."""
+    if backend != "cpu":
+        implementation(backend, "mfd_loss").scale_gradients_(gradients, factor)
+    elif (number := factor.item()) != 1.0:
+        torch._foreach_mul_(gradients, number)
 
 
 def _with_leaves(problem: MFDProblem, leaves: Sequence[Tensor | None]) -> MFDProblem:
@@ -129,6 +135,11 @@ def _gradients_fit_one_pass(p: MFDProblem) -> bool:
         return False
     # float16 gradients would underflow before a loss scale reaches them.
     return all(t is None or t.dtype != torch.float16 for t in (*p.pool.features, p.pool.query, p.head_weight))
+
+
+def _has_one_pass(problem: MFDProblem, backend: str) -> bool:
+    """Whether the backend computes this call in one pass; else it runs as a chain of the ops."""
+    return backend == "cpu" or bool(implementation(backend, "mfd_loss").has_one_pass(problem))
 
 
 # ------------------------------------------------------------------------------------------- public function
@@ -230,7 +241,8 @@ def mfd_loss(
     name = backend or "" if compiling else choose("mfd_loss", problem, backend)
     if name == "reference":
         return reference_loss(problem)
-    if compiling or reduction == "none" or not _gradients_fit_one_pass(problem):
+    chained = compiling or reduction == "none" or not _gradients_fit_one_pass(problem)
+    if chained or not _has_one_pass(problem, name):
         return _composed(problem, name)
     p = problem
     return MFDOutput(

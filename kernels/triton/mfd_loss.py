@@ -1,0 +1,450 @@
+"""The single pass of mfd_loss: loss and all row gradients of ROWS rows in one program, with tensor-core tiles.
+
+Phases, with a block barrier between them; what one phase hands to the next is parked in scratch memory that stays in
+the L2 cache (y, z and dz of a program's rows), so that the registers hold one tile at a time:
+    a, y = pool(x)            feature distance of y on the fly
+    z = y W^T + b             by tiles of classes; argmax
+    statistics, loss, dz      the rows of `distill_loss`, out of z
+    dy = dz W + feature part  by tiles of the width
+    ds, dx_m, partial dquery  the backward pass of `modal_pool`
+A row that is not counted has no modalities and no logits: nothing of it is read, its weights and gradients are 0.
+"""
+
+import triton
+import triton.language as tl
+
+from .feature_rows import distance_terms, distance_value, gradient_factors, student_part
+from .modal_pool import (
+    attention,
+    feature_start,
+    feature_tile,
+    packed,
+    presence,
+    score,
+    score_gradients,
+    store_packed,
+    streamed_dot,
+    streamed_gradients,
+)
+from .row_gradients import split_ratio, student_gradient
+from .row_statistics import stream_rows
+from .rows import (
+    INTERPRETED,
+    LAST,
+    columns,
+    divide,
+    hard_value,
+    kl_value,
+    label_logit,
+    per_temperature,
+    read,
+    row_labels,
+    row_scalar,
+    row_start,
+    valid_sum,
+)
+
+
+@triton.jit
+def operand(x, DTYPE: tl.constexpr):
+    """x rounded to the dtype of a matrix product; the interpreter's own rounding to bfloat16 loses a carry."""
+    if INTERPRETED and (DTYPE == tl.bfloat16):
+        bits = x.to(tl.uint32, bitcast=True)
+        kept = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, kept.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def multiply_add(a, b, total):
+    """total + a b; float32 operands keep float32 accuracy. (The interpreter cannot multiply bfloat16.)"""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee", out_dtype=tl.float32)
+
+
+@triton.jit
+def counted_rows(labels_ptr, mask_ptr, n_rows, ignore_index, BLOCK: tl.constexpr):
+    """How many of all rows are counted, at least 1."""
+    total = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, n_rows, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        exists = row < n_rows
+        counted = exists
+        if mask_ptr is not None:
+            counted = counted & (tl.load(mask_ptr + row, mask=exists, other=0) != 0)
+        if labels_ptr is not None:
+            counted = counted & (tl.load(labels_ptr + row, mask=exists, other=0) != ignore_index)
+        total += counted.to(tl.int32)
+    return tl.maximum(tl.sum(total, 0), 1)
+
+
+@triton.jit
+def pool_divergence(target_ptr, row, counted, weights, M: tl.constexpr, DTYPE: tl.constexpr):
+    """KL(teacher's pool weights || weights) with 0*log 0 = 0, at least 0; the teacher's weights and their sum."""
+    kl, total = tl.zeros(row.shape, DTYPE), tl.zeros(row.shape, DTYPE)
+    target = ()
+    for m in tl.static_range(M):
+        p = tl.load(target_ptr + row * M + m, mask=counted, other=0.0).to(DTYPE)
+        a = tl.where(p == 0.0, 1.0, weights[m])
+        kl += p * (tl.log(tl.where(p == 0.0, 1.0, p)) - tl.log(a))
+        total += p
+        target = target + (p,)
+    return tl.where(kl < 0.0, 0.0, kl), target, total
+
+
+@triton.jit(do_not_specialize=["n_rows", "ignore_index"])
+def mfd_single_pass(
+    x_ptrs,
+    x_inners,
+    x_outers,
+    x_strides,
+    query_ptr,
+    bias_ptr,
+    present_ptr,
+    pool_temperature_ptr,
+    pool_temperature: tl.float64,
+    pool_scale: tl.float64,
+    head_ptr,
+    head_stride,
+    head_bias_ptr,
+    teacher_ptr,
+    teacher_inner,
+    teacher_outer,
+    teacher_stride,
+    labels_ptr,
+    mask_ptr,
+    weight_ptr,
+    features_ptr,
+    features_inner,
+    features_outer,
+    features_stride,
+    pool_target_ptr,
+    temperature_ptr,
+    teacher_temperature_ptr,
+    soft_weight_ptr,
+    hard_weight_ptr,
+    feature_weight_ptr,
+    pool_weight_ptr,
+    normalizer_ptr,
+    temperature: tl.float64,
+    teacher_temperature: tl.float64,
+    soft_weight: tl.float64,
+    hard_weight: tl.float64,
+    feature_weight: tl.float64,
+    pool_weight: tl.float64,
+    normalizer: tl.float64,
+    smoothing: tl.float64,
+    y_ptr,
+    z_ptr,
+    dz_ptr,
+    dy_ptr,
+    weights_ptr,
+    predictions_ptr,
+    terms_ptrs,
+    dx_ptrs,
+    dx_stride,
+    query_partial_ptr,
+    bias_partial_ptr,
+    head_bias_partial_ptr,
+    n_rows: tl.int64,
+    ignore_index: tl.int64,
+    width,
+    classes,
+    M: tl.constexpr,
+    M_TILE: tl.constexpr,
+    FLAT: tl.constexpr,
+    T_FLAT: tl.constexpr,
+    F_FLAT: tl.constexpr,
+    POOL_STEP: tl.constexpr,
+    T_STEP: tl.constexpr,
+    TT_STEP: tl.constexpr,
+    COUNT: tl.constexpr,
+    SOFT: tl.constexpr,
+    HARD: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    SQUARED: tl.constexpr,
+    KIND: tl.constexpr,
+    EXACT: tl.constexpr,
+    POOL_EXACT: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """terms[k][program] = sums over its rows of loss, soft, hard, feature, weighted, over the divisor; gradients."""
+    DTYPE: tl.constexpr = tl.float32
+    OPERAND: tl.constexpr = y_ptr.dtype.element_ty
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid * ROWS + tl.arange(0, ROWS)
+    exists = row < n_rows
+    label, counted, bad = row_labels(labels_ptr, mask_ptr, row, n_rows, classes, ignore_index, ROWS)
+    one = tl.full([ROWS], 1.0, DTYPE)
+    d_col = tl.arange(0, BLOCK_D)
+
+    # Pool and feature distance.
+    pool_scale = tl.full([1], pool_scale, DTYPE)
+    tau = row_scalar(pool_temperature, pool_temperature_ptr, row, exists, POOL_STEP, ROWS, DTYPE)
+    starts, ons, scores = (), (), ()
+    for m in tl.static_range(M):
+        start = feature_start(row, x_inners, x_outers, x_strides, m, FLAT)
+        on = presence(present_ptr, row, counted, m, M)
+        s = tl.zeros([ROWS], DTYPE)
+        if query_ptr is not None:
+            s = pool_scale * streamed_dot(x_ptrs[m], start, on, query_ptr, None, None, width, ROWS, BLOCK_D, DTYPE)
+        starts = starts + (start,)
+        ons = ons + (on,)
+        scores = scores + (score(s, None, bias_ptr, row, on, m, M, DTYPE),)
+    weights = attention(scores, ons, per_temperature(tau, POOL_EXACT), M)
+    store_packed(weights_ptr, packed(weights, M, M_TILE), row, exists, M, M_TILE)
+
+    features_start = row_start(row, features_inner, features_outer, features_stride, F_FLAT, 1)
+    terms_a = tl.zeros([ROWS, BLOCK_D], DTYPE)
+    terms_b, terms_c = terms_a, terms_a
+    y_row = (row * width)[:, None]
+    for first in range(0, width, BLOCK_D):
+        here = d_col + first
+        y = weights[0][:, None] * feature_tile(x_ptrs[0], starts[0], here, width, ons[0], DTYPE)
+        for m in tl.static_range(1, M):
+            y += weights[m][:, None] * feature_tile(x_ptrs[m], starts[m], here, width, ons[m], DTYPE)
+        keep = exists[:, None] & (here < width)[None, :]
+        tl.store(y_ptr + y_row + here[None, :], operand(y, OPERAND), mask=keep)
+        if features_ptr is not None:
+            t = feature_tile(features_ptr, features_start, here, width, counted, DTYPE)
+            a, b, c = distance_terms(y, t, KIND)
+            terms_a += a
+            if KIND == 2:
+                terms_b += b
+                terms_c += c
+            if dy_ptr is not None:
+                tl.store(dy_ptr + y_row + here[None, :], y, mask=keep)
+    tl.debug_barrier()
+
+    # Logits.
+    best = tl.full([ROWS], float("-inf"), DTYPE)
+    best_at = tl.full([ROWS], LAST, tl.int32)
+    nan_at = best_at
+    z_row = row * classes
+    k = tl.arange(0, BLOCK_K)
+    for c_first in range(0, classes, BLOCK_C):
+        c = c_first + tl.arange(0, BLOCK_C)
+        head_at = head_ptr + c.to(tl.int64)[None, :] * head_stride
+        z = tl.zeros([ROWS, BLOCK_C], DTYPE)
+        for d_first in range(0, width, BLOCK_K):
+            d = d_first + k
+            y = tl.load(y_ptr + y_row + d[None, :], mask=exists[:, None] & (d < width)[None, :], other=0.0)
+            head = tl.load(head_at + d[:, None], mask=(d < width)[:, None] & (c < classes)[None, :], other=0.0)
+            z = multiply_add(y, head.to(OPERAND), z)
+        if head_bias_ptr is not None:
+            z += tl.load(head_bias_ptr + c, mask=c < classes, other=0.0).to(DTYPE)[None, :]
+        inside = (c < classes)[None, :]
+        tl.store(z_ptr + z_row[:, None] + c[None, :], z, mask=exists[:, None] & inside)
+        top = tl.max(tl.where(inside, z, float("-inf")), 1)
+        at = tl.min(tl.where(inside & (z == top[:, None]), c[None, :], LAST), 1)
+        best_at = tl.where(top > best, at, tl.where(top == best, tl.minimum(best_at, at), best_at))
+        best = tl.maximum(best, top)
+        nan_at = tl.minimum(nan_at, tl.min(tl.where(inside & (z != z), c[None, :], LAST), 1))
+    found = tl.where(nan_at < LAST, nan_at, best_at)
+    tl.store(predictions_ptr + row, tl.where(counted, found, -1).to(tl.int64), mask=exists)
+    tl.debug_barrier()
+
+    # Statistics of the rows of z and of the teacher's logits.
+    teacher_start = row_start(row, teacher_inner, teacher_outer, teacher_stride, T_FLAT, 1)
+    Ts = row_scalar(temperature, temperature_ptr, row, exists, T_STEP, ROWS, DTYPE)
+    Tt = row_scalar(teacher_temperature, teacher_temperature_ptr, row, exists, TT_STEP, ROWS, DTYPE)
+    cs = per_temperature(Ts, EXACT)
+    ct = per_temperature(Tt, EXACT)
+    rho = divide(Tt, Ts)
+    of_label = tl.zeros([ROWS], DTYPE)
+    if HARD:
+        of_label = label_logit(z_ptr, z_row, label, counted, 1.0, 1.0, False, False, DTYPE)
+    shift = tl.where(tl.abs(of_label) < float("inf"), of_label, 0.0)
+    col = columns(LANES, VEC, CONTIGUOUS)
+    ms, mt, ss, st, cross, blocked, s1, spread, _xs, _yt, _ix, _iy, _nans = stream_rows(
+        z_ptr,
+        z_row,
+        teacher_ptr,
+        teacher_start,
+        col,
+        counted,
+        classes,
+        cs,
+        ct,
+        rho,
+        shift,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        SOFT,
+        HARD,
+        SMOOTH,
+        False,
+        False,
+        False,
+        False,
+        False,
+        ROWS,
+        LANES,
+        VEC,
+        DTYPE,
+    )
+
+    # Loss of each row and the factors of its gradient.
+    w = one
+    if weight_ptr is not None:
+        w = tl.load(weight_ptr + row, mask=counted, other=0.0)
+    if COUNT:
+        by = tl.full([1], counted_rows(labels_ptr, mask_ptr, n_rows, ignore_index, 512), tl.float64)
+    else:
+        by = row_scalar(normalizer, normalizer_ptr, row, exists, 0, ROWS, tl.float64)
+    share64 = w.to(tl.float64) / by
+    share = share64.to(DTYPE)
+    none = tl.zeros([ROWS], DTYPE)
+    soft, hard, feature = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
+    loss = soft
+    q_factor, ratio, ratio_rest, q1_factor, hard_share = none, none, none, none, none
+    if SOFT:
+        ss = tl.where(bad, float("nan"), valid_sum(ss))
+        st = valid_sum(st)
+        soft = kl_value(ss, st, cross, blocked, mt, ct, Tt).to(tl.float64)
+        slope = divide(one, Ts)
+        if SQUARED:
+            soft = soft * Ts * Ts
+            slope = Ts
+        soft_w = row_scalar(soft_weight, soft_weight_ptr, row, exists, 0, ROWS, tl.float64)
+        loss += soft_w * soft
+        q_factor = divide(slope * (soft_w.to(DTYPE) * share), ss)
+        ratio, ratio_rest = split_ratio(ss, st)
+    eps = tl.full([ROWS], smoothing, DTYPE)
+    n_classes = tl.full([ROWS], classes, DTYPE)
+    if HARD:
+        s1 = tl.where(bad, float("nan"), valid_sum(s1))
+        hard_w = row_scalar(hard_weight, hard_weight_ptr, row, exists, 0, ROWS, tl.float64)
+        hard = hard_value(s1, ms, of_label, spread, eps, n_classes, SMOOTH).to(tl.float64)
+        loss += hard_w * hard
+        hard_share = hard_w.to(DTYPE) * share
+        q1_factor = divide(hard_share, s1)
+    of_y, of_t = none, none
+    if features_ptr is not None:
+        a, b, c = tl.sum(terms_a, 1), tl.sum(terms_b, 1), tl.sum(terms_c, 1)
+        feature_w = row_scalar(feature_weight, feature_weight_ptr, row, exists, 0, ROWS, tl.float64)
+        feature = distance_value(a, b, c, width, KIND).to(tl.float64)
+        loss += feature_w * feature
+        of_y, of_t, _of_tt = gradient_factors(a, b, c, feature_w.to(DTYPE) * share, width, KIND)
+    pool_share, target, target_sum = none, weights, none
+    if pool_target_ptr is not None:
+        pool_w = row_scalar(pool_weight, pool_weight_ptr, row, exists, 0, ROWS, tl.float64)
+        pool_kl, target, target_sum = pool_divergence(pool_target_ptr, row, counted, weights, M, DTYPE)
+        loss += pool_w * pool_kl
+        pool_share = pool_w.to(DTYPE) * share
+    tl.store(terms_ptrs[0] + pid, tl.sum(tl.where(counted, share64 * loss, 0.0), 0))
+    tl.store(terms_ptrs[1] + pid, tl.sum(tl.where(counted, share64 * soft, 0.0), 0))
+    tl.store(terms_ptrs[2] + pid, tl.sum(tl.where(counted, share64 * hard, 0.0), 0))
+    tl.store(terms_ptrs[3] + pid, tl.sum(tl.where(counted, share64 * feature, 0.0), 0))
+
+    if dz_ptr is not None:
+        label_share = hard_share * (1.0 - eps * divide(n_classes - 1.0, n_classes))
+        even_share = divide(hard_share * eps, n_classes)
+        for first in range(0, classes, LANES * VEC):
+            here = col + first
+            keep = counted[:, None, None] & (here < classes)
+            x = read(z_ptr, z_row, here, keep, 1.0, 1.0, False, False, DTYPE, "evict_last")
+            y = x
+            if SOFT:
+                y = read(teacher_ptr, teacher_start, here, keep, 1.0, 1.0, False, False, DTYPE, "evict_first")
+            grad = student_gradient(
+                x,
+                y,
+                here,
+                ms,
+                mt,
+                cs,
+                ct,
+                q_factor,
+                ratio,
+                ratio_rest,
+                q1_factor,
+                label,
+                label_share,
+                even_share,
+                1.0,
+                1.0,
+                SOFT,
+                HARD,
+                SMOOTH,
+                False,
+                False,
+            )
+            grad = tl.where(keep, grad, 0.0)
+            to = dz_ptr + z_row[:, None, None] + here
+            tl.store(to, operand(grad, OPERAND), mask=exists[:, None, None] & (here < classes))
+            if head_bias_partial_ptr is not None:
+                each = tl.sum(grad, 0, keep_dims=True)
+                tl.store(head_bias_partial_ptr + pid * classes + here, each, mask=here < classes)
+
+    if dy_ptr is not None:
+        tl.debug_barrier()
+        # dy = dz W + the gradient of the feature distance.
+        for d_first in range(0, width, BLOCK_C):
+            d = d_first + tl.arange(0, BLOCK_C)
+            dy = tl.zeros([ROWS, BLOCK_C], DTYPE)
+            for c_first in range(0, classes, BLOCK_K):
+                c = c_first + k
+                head_at = head_ptr + c.to(tl.int64)[:, None] * head_stride + d[None, :]
+                head = tl.load(head_at, mask=(c < classes)[:, None] & (d < width)[None, :], other=0.0)
+                dz_at = dz_ptr + z_row[:, None] + c[None, :]
+                dz = tl.load(dz_at, mask=exists[:, None] & (c < classes)[None, :], other=0.0)
+                dy = multiply_add(dz, head.to(OPERAND), dy)
+            keep = exists[:, None] & (d < width)[None, :]
+            at = dy_ptr + y_row + d[None, :]
+            if features_ptr is not None:
+                y = tl.load(at, mask=keep, other=0.0)
+                t = feature_tile(features_ptr, features_start, d, width, counted, DTYPE)
+                dy += tl.where(counted[:, None], student_part(y, t, of_y, of_t, KIND), 0.0)
+                tl.debug_barrier()
+            tl.store(at, dy, mask=keep)
+        tl.debug_barrier()
+
+        # Backward pass of the pool.
+        dots = ()
+        for m in tl.static_range(M):
+            dot = streamed_dot(x_ptrs[m], starts[m], ons[m], dy_ptr, row * width, exists, width, ROWS, BLOCK_D, DTYPE)
+            dots = dots + (dot,)
+        ds = score_gradients(weights, ons, dots, tau, M)
+        if pool_target_ptr is not None:
+            both = ()
+            for m in tl.static_range(M):
+                extra = divide(pool_share * (weights[m] * target_sum - target[m]), tau)
+                both = both + (ds[m] + tl.where(ons[m], extra, 0.0),)
+            ds = both
+        if bias_partial_ptr is not None:
+            column = tl.arange(0, M_TILE)
+            total = tl.sum(packed(ds, M, M_TILE), 0)
+            tl.store(bias_partial_ptr + pid * M + column, total, mask=column < M)
+        streamed_gradients(
+            x_ptrs,
+            starts,
+            ons,
+            weights,
+            ds,
+            dy_ptr,
+            row * width,
+            query_ptr,
+            dx_ptrs,
+            dx_stride,
+            query_partial_ptr,
+            pid,
+            False,
+            row,
+            exists,
+            pool_scale,
+            width,
+            M,
+            ROWS,
+            BLOCK_D,
+            DTYPE,
+        )
