@@ -9,7 +9,8 @@ from typing import Any
 from . import contract
 from .backends import Choice, explain_choice
 from .ops.distill_loss import check_loss, distill_loss, distill_terms
-from .ops.feature_loss import check_feature_loss, feature_loss
+from .ops.feature_loss import feature_loss
+from .ops.feature_problem import check_feature_loss
 from .ops.mfd_loss import mfd_loss
 from .ops.mfd_problem import check_mfd_loss
 from .ops.modal_pool import modal_pool

@@ -254,8 +254,9 @@ RECORDS = {
             samples=feature_loss_samples,
             differentiable=("student", "teacher", "projector", "weight"),
             outputs=_loss,
-            backends=("reference",),
+            backends=_ALL_BACKENDS,
             errors=op_errors.feature_loss,
+            registered=("feature_distances", "feature_distances_backward"),
         ),
         OpRecord(
             op=mfd.mfd_loss,

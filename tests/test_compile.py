@@ -43,7 +43,8 @@ def test_whole_graph_forward_and_backward(record, backend, name):
 
 
 @pytest.mark.parametrize(
-    ("op", "backend"), [("distill_loss", "cpu"), ("distill_loss", "reference"), ("mfd_loss", "reference")]
+    ("op", "backend"),
+    [("distill_loss", "cpu"), ("distill_loss", "reference"), ("mfd_loss", "reference"), ("mfd_loss", "cpu")],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_inductor(op, backend):

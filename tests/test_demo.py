@@ -193,7 +193,7 @@ def test_missing_packages_are_named(monkeypatch, capsys):
 
 
 def test_training_that_fails_is_one_sentence(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("MFD_FAST_BACKEND", "cpu")
+    monkeypatch.setenv("MFD_FAST_BACKEND", "cuda")
     monkeypatch.setattr(timing, "check_backend", lambda *_: None)
     assert demo.main(["--quick", "--workers", "1", "--output", str(tmp_path)]) == 1
-    assert "mfd_loss: backend 'cpu' cannot run" in capsys.readouterr().err
+    assert "backend 'cuda' cannot run" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 // Attention over modalities: forward, with what is compared to the pooled row, and backward.
 
-// Asks for the row that comes next while this one is converted: rows of 16 bits are too short for the hardware's
-// own prefetching.
+// Asks for the row that comes next while this one is converted: rows of 16 bits are too short for the
+// hardware's own prefetching.
 MFD_INLINE void prefetch(const char* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
 }

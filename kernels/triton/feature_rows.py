@@ -10,6 +10,15 @@ from .rows import divide
 
 
 @triton.jit
+def root(x):
+    """Correctly rounded square root."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
 def distance_terms(s, t, KIND: tl.constexpr):
     """Three tiles whose row sums make the distance: the elementwise loss, or st, ss and tt."""
     if KIND == 2:
@@ -29,7 +38,7 @@ def distance_value(a, b, c, width, KIND: tl.constexpr):
     """[ROWS] distance from the row sums of `distance_terms`: mean over the width, or 1 - cos."""
     if KIND == 2:
         nothing = (b == 0.0) | (c == 0.0)
-        norms = tl.sqrt_rn(tl.where(nothing, 1.0, b)) * tl.sqrt_rn(tl.where(nothing, 1.0, c))
+        norms = root(tl.where(nothing, 1.0, b)) * root(tl.where(nothing, 1.0, c))
         return 1.0 - tl.where(nothing, 0.0, divide(a, norms))
     else:
         return divide(a, tl.full(a.shape, width, a.dtype))
@@ -45,7 +54,7 @@ def gradient_factors(a, b, c, share, width, KIND: tl.constexpr):
     if KIND == 2:
         nothing = (b == 0.0) | (c == 0.0)
         ss, tt = tl.where(nothing, 1.0, b), tl.where(nothing, 1.0, c)
-        inverse = divide(share, tl.sqrt_rn(ss) * tl.sqrt_rn(tt))
+        inverse = divide(share, root(ss) * root(tt))
         of_t = tl.where(nothing, 0.0, -inverse)
         of_s = tl.where(nothing, 0.0, divide(a * inverse, ss))
         of_tt = tl.where(nothing, 0.0, divide(a * inverse, tt))

@@ -26,6 +26,7 @@ from .modal_pool import (
     streamed_dot,
     streamed_gradients,
 )
+from .reduce import counted_rows
 from .row_gradients import split_ratio, student_gradient
 from .row_statistics import stream_rows
 from .rows import (
@@ -61,22 +62,6 @@ def multiply_add(a, b, total):
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee", out_dtype=tl.float32)
-
-
-@triton.jit
-def counted_rows(labels_ptr, mask_ptr, n_rows, ignore_index, BLOCK: tl.constexpr):
-    """How many of all rows are counted, at least 1."""
-    total = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, n_rows, BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        exists = row < n_rows
-        counted = exists
-        if mask_ptr is not None:
-            counted = counted & (tl.load(mask_ptr + row, mask=exists, other=0) != 0)
-        if labels_ptr is not None:
-            counted = counted & (tl.load(labels_ptr + row, mask=exists, other=0) != ignore_index)
-        total += counted.to(tl.int32)
-    return tl.maximum(tl.sum(total, 0), 1)
 
 
 @triton.jit
@@ -214,11 +199,11 @@ def mfd_single_pass(
         tl.store(y_ptr + y_row + here[None, :], operand(y, OPERAND), mask=keep)
         if features_ptr is not None:
             t = feature_tile(features_ptr, features_start, here, width, counted, DTYPE)
-            a, b, c = distance_terms(y, t, KIND)
-            terms_a += a
+            tile_a, tile_b, tile_c = distance_terms(y, t, KIND)
+            terms_a += tile_a
             if KIND == 2:
-                terms_b += b
-                terms_c += c
+                terms_b += tile_b
+                terms_c += tile_c
             if dy_ptr is not None:
                 tl.store(dy_ptr + y_row + here[None, :], y, mask=keep)
     tl.debug_barrier()
@@ -330,11 +315,13 @@ def mfd_single_pass(
         q1_factor = divide(hard_share, s1)
     of_y, of_t = none, none
     if features_ptr is not None:
-        a, b, c = tl.sum(terms_a, 1), tl.sum(terms_b, 1), tl.sum(terms_c, 1)
+        sum_a, sum_b, sum_c = tl.sum(terms_a, 1), tl.sum(terms_b, 1), tl.sum(terms_c, 1)
         feature_w = row_scalar(feature_weight, feature_weight_ptr, row, exists, 0, ROWS, tl.float64)
-        feature = distance_value(a, b, c, width, KIND).to(tl.float64)
+        feature = distance_value(sum_a, sum_b, sum_c, width, KIND).to(tl.float64)
         loss += feature_w * feature
-        of_y, of_t, _of_tt = gradient_factors(a, b, c, feature_w.to(DTYPE) * share, width, KIND)
+        of_y, of_t, _of_tt = gradient_factors(
+            sum_a, sum_b, sum_c, feature_w.to(DTYPE) * share, width, KIND
+        )
     pool_share, target, target_sum = none, weights, none
     if pool_target_ptr is not None:
         pool_w = row_scalar(pool_weight, pool_weight_ptr, row, exists, 0, ROWS, tl.float64)

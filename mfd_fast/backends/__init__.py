@@ -21,7 +21,7 @@ NAMES = ("cuda", "triton", "cpu", "reference")  # best first
 OPS: dict[str, tuple[str, ...]] = {
     "distill_loss": ("triton", "cpu", "reference"),
     "modal_pool": ("triton", "cpu", "reference"),
-    "feature_loss": ("reference",),
+    "feature_loss": ("triton", "cpu", "reference"),
     "mfd_loss": ("triton", "cpu", "reference"),
 }
 

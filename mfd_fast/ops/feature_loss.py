@@ -6,115 +6,152 @@ Romero et al., FitNets, arXiv:1412.6550 (mse with a projector).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import contract
-from ..backends import choose
-from ..reference.feature_loss import KINDS, reduce_tap, tap_rows
+from ..backends import choose, implementation
+from ..reference.feature_loss import reduce_tap, tap_rows
+from . import feature_registered as registered
+from .feature_problem import FeatureProblem, check_feature_loss
+from .upstream import scale_gradients_
+
+# --------------------------------------------------------------------------------------- projector, reference
 
 
-@dataclass
-class Tap:
-    """One checked pair of features."""
-
-    student: Tensor
-    teacher: Tensor
-    projector: Tensor | None
-    mask: Tensor | None
-    weight: float | Tensor
-
-
-@dataclass
-class FeatureProblem:
-    """A checked feature_loss call."""
-
-    taps: list[Tap]
-    kind: str
-    reduction: str
-    dtype: torch.dtype
-    device: torch.device
+def _projected(problem: FeatureProblem) -> FeatureProblem:
+    """The same problem with the students behind their projectors, by a library GEMM that autograd knows."""
+    if all(tap.projector is None for tap in problem.taps):
+        return problem
+    taps = []
+    for tap in problem.taps:
+        student = tap.student
+        if tap.projector is not None:
+            student = student.to(problem.dtype)
+            if tap.mask is not None:  # a row that does not exist must not reach the projector's gradient
+                student = torch.where(tap.mask[..., None], student, student.new_zeros(()))
+            student = student @ tap.projector.to(problem.dtype).T
+        taps.append(replace(tap, student=student, projector=None))
+    return replace(problem, taps=taps)
 
 
-def _per_tap(op: str, argument: str, value: Any, count: int, *, many: bool) -> list[Any]:
-    """One value per tap: a sequence as it is, anything else repeated."""
-    if isinstance(value, (list, tuple)):
-        if not many or len(value) != count:
-            raise contract.value_error(op, argument, value, f"one value or a sequence of {count} (one per tap)")
-        return list(value)
-    return [value] * count
+def _combined(problem: FeatureProblem, distances: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros((), dtype=problem.dtype, device=problem.device)
+    for tap, rows in zip(problem.taps, distances, strict=True):
+        width = tap.teacher.shape[-1]
+        total = total + tap.weight * reduce_tap(rows, tap.mask, width, problem.kind, problem.reduction)
+    return total
 
 
-def _check_tap(op: str, k: int, tap: Tap) -> None:
-    student = contract.check_floating(op, f"student[{k}]", tap.student)
-    teacher = contract.check_floating(op, f"teacher[{k}]", tap.teacher)
-    if student.dim() < 1 or student.shape[-1] < 1:
-        raise contract.value_error(op, f"student[{k}]", student, "of shape [..., D] with D >= 1")
-    leading, width, device = student.shape[:-1], student.shape[-1], student.device
-    contract.check_device(op, f"teacher[{k}]", teacher, device)
-    if tap.projector is not None:
-        projector = contract.check_floating(op, f"projector[{k}]", tap.projector)
-        if projector.dim() != 2 or projector.shape[1] != width:
-            raise contract.value_error(op, f"projector[{k}]", projector, f"of shape [D_teacher, {width}]")
-        contract.check_device(op, f"projector[{k}]", projector, device)
-        width = projector.shape[0]
-    if teacher.shape != (*leading, width):
-        raise contract.value_error(op, f"teacher[{k}]", teacher, f"of shape {[*leading, width]}")
-    if tap.mask is not None:
-        contract.check_row_tensor(op, f"mask[{k}]", tap.mask, leading, device, torch.bool)
-    contract.check_scalar(op, f"weight[{k}]", tap.weight)
+def _reference_distances(p: FeatureProblem) -> list[Tensor]:
+    return [tap_rows(tap.student, tap.teacher, tap.projector, tap.mask, p.kind, p.dtype) for tap in p.taps]
 
 
-def check_feature_loss(
-    op: str,
-    student: Tensor | Sequence[Tensor],
-    teacher: Tensor | Sequence[Tensor],
-    *,
-    kind: str = "mse",
-    mask: Tensor | Sequence[Tensor | None] | None = None,
-    weight: float | Tensor | Sequence[float | Tensor] | None = None,
-    projector: Tensor | Sequence[Tensor | None] | None = None,
-    reduction: str = "mean",
-) -> FeatureProblem:
-    """The whole contract of feature_loss."""
-    contract.check_choice(op, "kind", kind, KINDS)
-    contract.check_choice(op, "reduction", reduction, contract.REDUCTIONS)
-    many = isinstance(student, (list, tuple))
-    students = list(student) if many else [student]
-    if isinstance(teacher, (list, tuple)) != many or (many and len(teacher) != len(students)):
-        raise contract.value_error(op, "teacher", teacher, f"like student: {len(students)} tap(s)")
-    if not students:
-        raise contract.value_error(op, "student", student, "at least one tap")
-    teachers = list(teacher) if many else [teacher]
-    count = len(students)
-    if isinstance(weight, Tensor) and weight.dim() == 1:
-        if weight.shape[0] != count:
-            raise contract.value_error(op, "weight", weight, f"a number or {count} values (one per tap)")
-        weight = list(weight.unbind())
+def _with_sides(problem: FeatureProblem, sides: Sequence[Tensor]) -> FeatureProblem:
+    """``sides``: the students, then the teachers."""
+    count = len(problem.taps)
     taps = [
-        Tap(*parts)  # type: ignore[arg-type]
-        for parts in zip(
-            students,
-            teachers,
-            _per_tap(op, "projector", projector, count, many=many),
-            _per_tap(op, "mask", mask, count, many=many),
-            _per_tap(op, "weight", 1.0 if weight is None else weight, count, many=many or isinstance(weight, list)),
-            strict=True,
-        )
+        replace(tap, student=s, teacher=t) for tap, s, t in zip(problem.taps, sides[:count], sides[count:], strict=True)
     ]
-    for k, tap in enumerate(taps):
-        _check_tap(op, k, tap)
-        contract.check_device(op, f"student[{k}]", tap.student, taps[0].student.device)
-        if reduction == "none" and tap.student.shape[:-1] != taps[0].student.shape[:-1]:
-            raise contract.value_error(
-                op, f"student[{k}]", tap.student, "of the same leading shape in every tap for reduction='none'"
-            )
-    dtype = contract.compute_dtype(*(t for tap in taps for t in (tap.student, tap.teacher)))
-    return FeatureProblem(taps, kind, reduction, dtype, taps[0].student.device)
+    return replace(problem, taps=taps)
+
+
+def _differentiable_gradients(
+    problem: FeatureProblem,
+    sides: Sequence[Tensor],
+    outputs_of: Callable[[FeatureProblem], Sequence[Tensor]],
+    grad_outputs: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """backward(create_graph=True): the same gradients as differentiable expressions, by the reference."""
+    # One alias per role: a tensor that serves in two of them gets each role's gradient once.
+    sides = [x.view_as(x) for x in sides]
+    ends = zip(outputs_of(_with_sides(problem, sides)), grad_outputs, strict=True)
+    outputs, upstream = zip(*[(v, g) for v, g in ends if v.requires_grad], strict=True)
+    wanted = [x for x, need in zip(sides, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+# ------------------------------------------------------------------------------------------------ scalar loss
+
+
+class _ScalarLoss(torch.autograd.Function):
+    """loss over all taps with its gradient to the students, handed to the first backward without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: FeatureProblem, backend: str, *students: Tensor) -> Tensor:
+        needs = ctx.needs_input_grad[2:]
+        loss, gradients = implementation(backend, "feature_loss").scalar(problem, needs)
+        if any(needs):
+            ctx.gradients = gradients
+            ctx.call = (problem, backend)
+            ctx.save_for_backward(*students, *(tap.teacher for tap in problem.taps))
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        problem, backend = ctx.call
+        sides, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+
+            def loss_of(p: FeatureProblem) -> list[Tensor]:
+                return [_combined(p, _reference_distances(p))]
+
+            both = [*needs, *(False,) * len(needs)]
+            found = _differentiable_gradients(problem, sides, loss_of, [grad_loss], both)
+            return (None, None, *found[: len(needs)])
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # a second backward: the buffers were given away, so the pass is run again
+            _, gradients = implementation(backend, "feature_loss").scalar(_with_sides(problem, sides), needs)
+        scale_gradients_([g for g in gradients if g is not None], grad_loss, backend)
+        return (None, None, *gradients)
+
+
+# -------------------------------------------------------------------------------------------------- per row
+
+
+class _Distances(torch.autograd.Function):
+    """Distances of every tap, differentiable to both sides."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: FeatureProblem, backend: str, *sides: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = (problem, backend)
+        ctx.save_for_backward(*sides)
+        return tuple(implementation(backend, "feature_loss").distances(problem))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        problem, backend = ctx.call
+        sides, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            return (None, None, *_differentiable_gradients(problem, sides, _reference_distances, grads, needs))
+        found = implementation(backend, "feature_loss").distances_backward(_with_sides(problem, sides), grads, needs)
+        return (None, None, *found)
+
+
+def distances(problem: FeatureProblem, backend: str) -> Sequence[Tensor]:
+    """``[...]`` distances of each tap without projectors, 0 on masked rows; differentiable to both sides."""
+    if torch.compiler.is_compiling():
+        return registered.distances(problem, backend)
+    sides = (*(tap.student for tap in problem.taps), *(tap.teacher for tap in problem.taps))
+    found: tuple[Tensor, ...] = _Distances.apply(problem, backend, *sides)
+    return found
+
+
+def _gradients_fit_one_pass(problem: FeatureProblem) -> bool:
+    """The scalar pass differentiates the loss to the students, and to nothing else."""
+    others = [v for tap in problem.taps for v in (tap.teacher, tap.weight)]
+    if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in others):
+        return False
+    # float16 gradients would underflow before a loss scale reaches them.
+    return all(tap.student.dtype != torch.float16 for tap in problem.taps)
+
+
+# ------------------------------------------------------------------------------------------- public function
 
 
 def feature_loss(
@@ -140,7 +177,7 @@ def feature_loss(
         reduction: "mean": weighted sum over taps of each tap's mean over the existing elements (mse,
             smooth_l1) or rows (cosine), 0 where there are none; "sum"; "none": weighted sum over taps per
             row ``[...]`` of the mean over D (mse, smooth_l1) or of 1 − cos, 0 on masked rows.
-        backend: "reference" or None.
+        backend: "reference", "cpu" or None for the fastest that can run.
 
     Returns:
         float32 tensor (float64 if a side is float64), differentiable to every floating tensor.
@@ -164,9 +201,13 @@ def feature_loss(
         projector=projector,
         reduction=reduction,
     )
-    choose("feature_loss", problem, backend)
-    total = torch.zeros((), dtype=problem.dtype, device=problem.device)
-    for tap in problem.taps:
-        rows = tap_rows(tap.student, tap.teacher, tap.projector, tap.mask, kind, problem.dtype)
-        total = total + tap.weight * reduce_tap(rows, tap.mask, tap.teacher.shape[-1], kind, reduction)
-    return total
+    compiling = torch.compiler.is_compiling()
+    # Under torch.compile the registered op chooses when it runs: no choice is baked into the graph.
+    name = backend or "" if compiling else choose("feature_loss", problem, backend)
+    if name == "reference":
+        return _combined(problem, _reference_distances(problem))
+    problem = _projected(problem)
+    if compiling or reduction == "none" or not _gradients_fit_one_pass(problem):
+        return _combined(problem, distances(problem, name))
+    loss: Tensor = _ScalarLoss.apply(problem, name, *(tap.student for tap in problem.taps))
+    return loss

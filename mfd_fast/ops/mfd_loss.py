@@ -20,58 +20,56 @@ from ..reference.mfd_loss import mfd_loss as reference_loss
 from ..rows import Rows
 from ..types import Divergence, MFDOutput
 from .distill_loss import row_terms
+from .feature_loss import distances
+from .feature_problem import FeatureProblem, Tap
 from .mfd_problem import MFDProblem, check_mfd_loss
 from .modal_pool import pool
+from .upstream import scale_gradients_
 
 # ------------------------------------------------------------------------------------------- one scalar loss
 
 
 class _ScalarLoss(torch.autograd.Function):
-    """The whole output; every gradient is computed beside the loss and handed to the first backward."""
+    """The loss; every gradient is computed beside it and handed to the first backward. ``others`` receives the
+    detached fields of MFDOutput.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         problem: MFDProblem,
         backend: str,
+        others: list[Tensor],
         query: Tensor | None,
         bias: Tensor | None,
         head_weight: Tensor,
         head_bias: Tensor | None,
         *features: Tensor,
-    ) -> tuple[Tensor, ...]:
-        needs = ctx.needs_input_grad[2:]
-        outputs, gradients = implementation(backend, "mfd_loss").scalar(problem, needs)
-        ctx.mark_non_differentiable(*outputs[1:])
-        if any(needs):
+    ) -> Tensor:
+        needs = ctx.needs_input_grad[3:]
+        (loss, *fields), gradients = implementation(backend, "mfd_loss").scalar(problem, needs)
+        others.extend(fields)
+        if True in needs:
             ctx.gradients = gradients
             ctx.call = (problem, backend)
             ctx.save_for_backward(query, bias, head_weight, head_bias, *features)
-        return outputs  # type: ignore[no-any-return]
+        return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         problem, backend = ctx.call
         leaves = ctx.saved_tensors
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
-            return (None, None, *_differentiable_gradients(problem, leaves, grad_loss, needs))
+            return (None, None, None, *_differentiable_gradients(problem, leaves, grad_loss, needs))
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # a second backward: the tensors were given away, so the pass is run again
             _, gradients = implementation(backend, "mfd_loss").scalar(_with_leaves(problem, leaves), needs)
-        _scale_([g for g in gradients if g is not None], grad_loss, backend)
-        return (None, None, *gradients)
+        scale_gradients_([g for g in gradients if g is not None], grad_loss, backend)
+        return (None, None, None, *gradients)
 
 
-def _scale_(gradients: list[Tensor], factor: Tensor, backend: str) -> None:
-    """gradients *= factor in place; the host does not wait for a device."""
-    if backend != "cpu":
-        implementation(backend, "mfd_loss").scale_gradients_(gradients, factor)
-    elif (number := factor.item()) != 1.0:
-        torch._foreach_mul_(gradients, number)
-
-
-def _with_leaves(problem: MFDProblem, leaves: Sequence[Tensor | None]) -> MFDProblem:
+def _with_leaves(problem: MFDProblem, leaves: Sequence[Any]) -> MFDProblem:
     query, bias, head_weight, head_bias, *features = leaves
     pool = replace(problem.pool, query=query, bias=bias, features=features)
     return replace(problem, pool=pool, head_weight=head_weight, head_bias=head_bias)
@@ -98,9 +96,7 @@ def _composed(problem: MFDProblem, backend: str) -> MFDOutput:
     def attention(features: list[Tensor], present: Tensor | None, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
         p = problem.pool
         leading = features[0].shape[:-1]
-        flat = replace(
-            p, features=features, stacked=False, present=present, temperature=temperature, leading=leading
-        )
+        flat = replace(p, features=features, stacked=False, present=present, temperature=temperature, leading=leading)
         return pool(flat, backend)
 
     def terms(rows: Rows, soft: bool, hard: bool) -> tuple[Tensor, Tensor]:
@@ -112,7 +108,11 @@ def _composed(problem: MFDProblem, backend: str) -> MFDOutput:
         soft_rows, hard_rows, *_ = row_terms(rows, backend, False, torch.compiler.is_compiling())
         return soft_rows, hard_rows
 
-    return reference_loss(problem, attention, terms)
+    def distance(pooled: Tensor, target: Tensor, kind: str) -> Tensor:
+        tap = Tap(pooled, target, None, None, 1.0)
+        return distances(FeatureProblem([tap], kind, "none", pooled.dtype, pooled.device), backend)[0]
+
+    return reference_loss(problem, attention, terms, distance)
 
 
 def _gradients_fit_one_pass(p: MFDProblem) -> bool:
@@ -245,6 +245,6 @@ def mfd_loss(
     if chained or not _has_one_pass(problem, name):
         return _composed(problem, name)
     p = problem
-    return MFDOutput(
-        *_ScalarLoss.apply(p, name, p.pool.query, p.pool.bias, p.head_weight, p.head_bias, *p.pool.features)
-    )
+    others: list[Tensor] = []
+    loss = _ScalarLoss.apply(p, name, others, p.pool.query, p.pool.bias, p.head_weight, p.head_bias, *p.pool.features)
+    return MFDOutput(loss, *others)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -92,6 +92,7 @@ def check_mfd_loss(
     if logits.dtype != pool.dtype:
         logits = head_weight.detach().new_zeros(()).to(pool.dtype).expand(*leading, classes)
     rows = contract.check_rows(op, logits, teacher_logits, labels, **options)
+    pool.dtype = pool.out_dtype = rows.dtype
     for name, value in (
         ("soft_weight", soft_weight),
         ("hard_weight", hard_weight),
@@ -118,7 +119,7 @@ def check_mfd_loss(
     contract.check_reduction(op, reduction, normalizer)
     return MFDProblem(
         rows,
-        replace(pool, dtype=rows.dtype, out_dtype=rows.dtype),
+        pool,
         head_weight,
         head_bias,
         teacher_features,

@@ -20,7 +20,6 @@ from ..types import ModalPool
 from . import pool_registered as registered
 from .pool_problem import PoolProblem, by_reference, check_pool, differentiable_gradients
 
-
 # ------------------------------------------------------------------------------------------------- autograd
 
 

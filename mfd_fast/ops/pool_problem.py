@@ -150,11 +150,10 @@ def differentiable_gradients(
 ) -> list[Tensor | None]:
     """backward(create_graph=True): gradients of query, scores, bias, temperature and features, differentiable."""
     # One alias per role: a tensor that serves in two of them gets each role's gradient once.
-    leaves = [
-        None if t is None else t.view_as(t)
-        for t in (problem.query, problem.scores, problem.bias, problem.temperature_tensor, *problem.features)
-    ]
-    query, scores, bias, temperature, *features = leaves
+    features = [x.view_as(x) for x in problem.features]
+    tensors = (problem.query, problem.scores, problem.bias, problem.temperature_tensor)
+    query, scores, bias, temperature = others = [None if t is None else t.view_as(t) for t in tensors]
+    leaves = [*others, *features]
     alias = replace(
         problem,
         features=features,

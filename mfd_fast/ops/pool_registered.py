@@ -113,7 +113,10 @@ def _backward_fake(*args: Any) -> tuple[Any, ...]:
     features, query, scores, bias, temperature = args[:5]
     weights, needs = args[_N], args[-1]
     like = (query, scores, bias, temperature, *features)
-    found = [weights.new_empty(t.shape, dtype=t.dtype) if n else weights.new_empty(0) for t, n in zip(like, needs, strict=True)]
+    found = [
+        weights.new_empty(t.shape, dtype=t.dtype) if n else weights.new_empty(0)
+        for t, n in zip(like, needs, strict=True)
+    ]
     return found[4:], *found[:4]
 
 

@@ -38,11 +38,16 @@ def reference_terms(rows: Rows, soft: bool, hard: bool) -> tuple[Tensor, Tensor]
     return terms.soft, terms.hard
 
 
-def mfd_loss(problem: Any, attention: Attention | None = None, terms: Terms = reference_terms) -> MFDOutput:
+def mfd_loss(
+    problem: Any,
+    attention: Attention | None = None,
+    terms: Terms = reference_terms,
+    distance: Callable[[Tensor, Tensor, str], Tensor] = row_distance,
+) -> MFDOutput:
     """The single pass, term by term; ``problem`` is :class:`mfd_fast.ops.mfd_problem.MFDProblem`.
 
     A backend may pass its own ``attention(features, present, temperature) -> (pooled, weights)`` over ``[N, D]``
-    features and its own ``terms``.
+    features, its own ``terms`` and its own ``distance`` between rows.
     """
     p = problem
     rows: Rows = p.rows
@@ -73,7 +78,7 @@ def mfd_loss(problem: Any, attention: Attention | None = None, terms: Terms = re
     feature = torch.zeros_like(soft)
     if is_used(p.feature_weight):
         target = p.teacher_features.reshape(n, width).to(dtype)
-        feature = _existing(row_distance(pooled, _existing(target, counted), p.feature_kind), counted)
+        feature = _existing(distance(pooled, _existing(target, counted), p.feature_kind), counted)
     per_row = torch.zeros_like(soft)
     for weight, term in ((p.soft_weight, soft), (p.hard_weight, hard), (p.feature_weight, feature)):
         if is_used(weight):

@@ -14,7 +14,7 @@ from .. import allocate
 from . import distill_loss, native
 from .modal_pool import can_run as pool_can_run
 from .modal_pool import feature_gradients, native_pool
-from .rows import NO_ROWS, address, dense, rows_argument, streams
+from .rows import NO_ROWS, address, cast, dense, rows_argument, streams
 
 #: Logits of fewer rows may be shared between threads by columns, which read what others would overwrite.
 IN_PLACE_ROWS = 64
@@ -66,11 +66,11 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
     module.mfd_pool(call, pooled.data_ptr(), weights.data_ptr(), threads)
 
     # out= keeps autocast away: logits are never rounded to 16 bits.
-    head_weight = p.head_weight.to(dtype)
+    head_weight = cast(p.head_weight, dtype)
     if p.head_bias is None:
         torch.mm(pooled, head_weight.t(), out=logits)
     else:
-        torch.addmm(p.head_bias.to(dtype), pooled, head_weight.t(), out=logits)
+        torch.addmm(cast(p.head_bias, dtype), pooled, head_weight.t(), out=logits)
 
     need_query, need_bias, need_head_weight, need_head_bias, *need_features = needs
     need_pool = need_query or need_bias or any(need_features)
@@ -100,7 +100,7 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
     if need_head_weight:
         d_head_weight = allocate.empty_large(torch.Size([classes, width]), dtype, device)
         d_head_weight.zero_() if d_logits is None else torch.mm(d_logits.t(), pooled, out=d_head_weight)
-        d_head_weight = d_head_weight.to(p.head_weight.dtype)
+        d_head_weight = cast(d_head_weight, p.head_weight.dtype)
     if need_pool and d_logits is not None:
         d_pooled = torch.mm(d_logits, head_weight, out=allocate.empty_large(pooled.shape, dtype, device))
     if need_head_bias:
@@ -127,9 +127,9 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
         threads,
     )
     if d_query is not None:
-        d_query = d_query.to(pool.query.dtype)
+        d_query = cast(d_query, pool.query.dtype)
     if d_bias is not None:
-        d_bias = d_bias.to(pool.bias.dtype)
+        d_bias = cast(d_bias, pool.bias.dtype)
     if d_head_bias is not None:
-        d_head_bias = d_head_bias.to(p.head_bias.dtype)
+        d_head_bias = cast(d_head_bias, p.head_bias.dtype)
     return fields, [d_query, d_bias, d_head_weight, d_head_bias, *d_features]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import allocate
 from . import native
-from .rows import DTYPES, NO_ROWS, address, dense, rows_argument, stacked_arguments, streams, temperature_argument
+from .rows import DTYPES, NO_ROWS, address, cast, dense, rows_argument, stacked_arguments, streams, temperature_argument
 
 #: Modalities that the kernels have room for.
 MAX_MODALITIES = 32
@@ -27,9 +27,7 @@ def can_run(problem: Any) -> str | None:
 
 def native_pool(module: Any, p: Any, keep: list[Tensor]) -> Any:
     """The native description of a pool; tensors it points into are appended to ``keep``."""
-    features = (
-        stacked_arguments(p.features[0], keep) if p.stacked else [rows_argument(x, keep) for x in p.features]
-    )
+    features = stacked_arguments(p.features[0], keep) if p.stacked else [rows_argument(x, keep) for x in p.features]
     temperature = p.temperature
     if isinstance(temperature, Tensor) and temperature.dim():
         temperature = temperature.reshape(-1).to(p.dtype).contiguous()
@@ -86,9 +84,7 @@ def backward(
     keep: list[Tensor] = []
     need_query, need_scores, need_bias, need_temperature, *need_features = needs
     dtype, device = p.dtype, p.device
-    d_features, addresses, row_stride = feature_gradients(
-        p.features, need_features, p.stacked, p.modalities, p.width
-    )
+    d_features, addresses, row_stride = feature_gradients(p.features, need_features, p.stacked, p.modalities, p.width)
 
     def empty(need: bool, *shape: int) -> Tensor | None:
         return allocate.empty(shape, dtype, device) if need else None
@@ -113,9 +109,9 @@ def backward(
         torch.get_num_threads(),
     )
     if d_query is not None:
-        d_query = d_query.to(p.query.dtype)
+        d_query = cast(d_query, p.query.dtype)
     if d_scores is not None:
-        d_scores = d_scores.to(p.scores.dtype)
+        d_scores = cast(d_scores, p.scores.dtype)
     if d_bias is not None:
-        d_bias = d_bias.to(p.bias.dtype)
+        d_bias = cast(d_bias, p.bias.dtype)
     return [d_query, d_scores, d_bias, d_temperature, *d_features]

@@ -61,6 +61,11 @@ def dense(value: Tensor | None, dtype: torch.dtype, keep: list[Tensor]) -> int:
     return value.data_ptr()
 
 
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value.to(dtype)`` without the call where nothing changes: a small step calls it six times."""
+    return value if value.dtype is dtype else value.to(dtype)
+
+
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

@@ -22,9 +22,6 @@ from . import distill_loss
 from . import modal_pool as pooling
 from .launch import finish, kernels, launch, number
 from .reduce_columns import ColumnSums
-from .scale import scale_gradients_
-
-__all__ = ["can_run", "has_one_pass", "scalar", "scale_gradients_"]
 
 ROWS = 16  # of a program: the least that a tensor core takes
 TILE = 128  # columns of a tile
