@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from aot_recorder import recorded
+from aot_recorder import Launch, recorded
 
 from mfd_fast.backends.triton import mfd_loss, scale
 from mfd_fast.ops.mfd_problem import check_mfd_loss
@@ -16,13 +16,13 @@ NAMES = [f"mfd_single_pass-{SHAPE}-bf16-{cc}" for cc in (80, 90, 100)]
 NAMES += [f"mfd_single_pass-{SHAPE}-fp32-90", "mfd_single_pass-2x512x2048-bf16-90", "scale_all_in_place-3x768x1000-bf16-90"]
 
 
-def launches(name: str) -> tuple[Any, dict[str, Any], int, int]:
-    """(kernel, arguments, capability, warps) of the launch called ``kernel-MxDxC-dtype-capability``."""
+def launches(name: str) -> Launch:
+    """(kernel, arguments, capability, warps, options) of the launch called ``kernel-MxDxC-dtype-capability``."""
     kernel, shape, dtype, capability = name.split("-")
     return recorded(kernel, int(capability), lambda: _run(shape, dtype))
 
 
-def variants(name: str) -> list[tuple[Any, dict[str, Any], int, int]]:
+def variants(name: str) -> list[Launch]:
     """The same launch with other numbers; all must use one compiled kernel."""
     kernel, shape, dtype, capability = name.split("-")
     changes: list[dict[str, Any]] = [{}, {"temperature": 7.5, "soft_weight": 0.1}, {"n": 17, "label_smoothing": 0.3}, {"n": 1}]

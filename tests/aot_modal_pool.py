@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from aot_recorder import recorded
+from aot_recorder import Launch, recorded
 
 from mfd_fast.backends.triton import modal_pool
 from mfd_fast.ops.pool_problem import check_pool
@@ -16,12 +16,12 @@ NAMES += [f"pool_backward-{shape}-90" for shape in ("3x768-fp32", "2x512-bf16", 
 NAMES += ["pool_forward-3x768-fp32-90", "pool_forward-8x8192-bf16-80", "reduce_columns-4x1024-bf16-90"]
 
 
-def launches(name: str) -> tuple[Any, dict[str, Any], int, int]:
-    """(kernel, arguments, capability, warps) of the launch called ``kernel-MxD-dtype-capability``."""
+def launches(name: str) -> Launch:
+    """(kernel, arguments, capability, warps, options) of the launch called ``kernel-MxD-dtype-capability``."""
     return recorded(name.split("-")[0], int(name.split("-")[-1]), lambda: _run(*name.split("-")[1:3]))
 
 
-def variants(name: str) -> list[tuple[Any, dict[str, Any], int, int]]:
+def variants(name: str) -> list[Launch]:
     """The same launch with other numbers; all must use one compiled kernel."""
     kernel, shape, dtype, capability = name.split("-")
     changes: list[dict[str, Any]] = [{}, {"temperature": 7.5}, {"n": 17, "scale": 0.3}, {"n": 1}]

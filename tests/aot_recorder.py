@@ -8,13 +8,15 @@ from typing import Any
 
 from mfd_fast.backends.triton import launch as launching
 
+Launch = tuple[Any, dict[str, Any], int, int, dict[str, Any]]
 
-def recorded(wanted: str, capability: int, call: Callable[[], Any]) -> tuple[Any, dict[str, Any], int, int]:
-    """(kernel, arguments, capability, warps) of the last launch of the kernel named ``wanted`` during ``call()``."""
-    found: dict[str, tuple[Any, dict[str, Any], int]] = {}
 
-    def record(kernel: Any, programs: int, device: Any, warps: int, arguments: dict[str, Any]) -> None:
-        found[kernel.__name__] = (kernel, arguments, warps)
+def recorded(wanted: str, capability: int, call: Callable[[], Any]) -> Launch:
+    """(kernel, arguments, capability, warps, options) of the last launch of the kernel named ``wanted`` during ``call()``."""
+    found: dict[str, tuple[Any, dict[str, Any], int, dict[str, Any]]] = {}
+
+    def record(kernel: Any, programs: int, device: Any, warps: int, arguments: dict[str, Any], **options: Any) -> None:
+        found[kernel.__name__] = (kernel, arguments, warps, options)
 
     original = launching.launch
     package = launching.__name__.rsplit(".", 1)[0]
@@ -26,5 +28,5 @@ def recorded(wanted: str, capability: int, call: Callable[[], Any]) -> tuple[Any
     finally:
         for module in users:
             module.launch = original
-    kernel, arguments, warps = found[wanted]
-    return kernel, arguments, capability, warps
+    kernel, arguments, warps, options = found[wanted]
+    return kernel, arguments, capability, warps, options

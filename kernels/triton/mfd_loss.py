@@ -8,6 +8,8 @@ the L2 cache (y, z and dz of a program's rows), so that the registers hold one t
     dy = dz W + feature part  by tiles of the width
     ds, dx_m, partial dquery  the backward pass of `modal_pool`
 A row that is not counted has no modalities and no logits: nothing of it is read, its weights and gradients are 0.
+Rows of z and dz are padded to z_stride, dz with 0; class counts and teacher strides come divided by UNIT, a power of
+two: so the compiler sees the alignment of every row.
 """
 
 import triton
@@ -65,6 +67,14 @@ def multiply_add(a, b, total):
 
 
 @triton.jit
+def reciprocal(x):
+    """1/x in float64 by Newton's iteration: a division would be a call, around which registers are spilled."""
+    r = divide(tl.full(x.shape, 1.0, tl.float32), x.to(tl.float32)).to(tl.float64)
+    r = r * (2.0 - x * r)
+    return r * (2.0 - x * r)
+
+
+@triton.jit
 def pool_divergence(target_ptr, row, counted, weights, M: tl.constexpr, DTYPE: tl.constexpr):
     """KL(teacher's pool weights || weights) with 0*log 0 = 0, at least 0; the teacher's weights and their sum."""
     kl, total = tl.zeros(row.shape, DTYPE), tl.zeros(row.shape, DTYPE)
@@ -76,6 +86,172 @@ def pool_divergence(target_ptr, row, counted, weights, M: tl.constexpr, DTYPE: t
         total += p
         target = target + (p,)
     return tl.where(kl < 0.0, 0.0, kl), target, total
+
+
+@triton.jit
+def logit_rows(
+    row,
+    add,
+    pid,
+    per_row,
+    z_ptr,
+    dz_ptr,
+    head_bias_partial_ptr,
+    teacher_ptr,
+    teacher_inner,
+    teacher_outer,
+    teacher_stride,
+    labels_ptr,
+    mask_ptr,
+    weight_ptr,
+    temperature_ptr,
+    teacher_temperature_ptr,
+    soft_weight_ptr,
+    hard_weight_ptr,
+    temperature,
+    teacher_temperature,
+    soft_weight,
+    hard_weight,
+    smoothing,
+    n_rows,
+    ignore_index,
+    classes,
+    z_stride,
+    T_FLAT: tl.constexpr,
+    T_STEP: tl.constexpr,
+    TT_STEP: tl.constexpr,
+    SOFT: tl.constexpr,
+    HARD: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    SQUARED: tl.constexpr,
+    EXACT: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """[ROWS] shares of loss, soft and hard in the total, from the parked logits z; writes dz.
+
+    The sum of dz over these rows goes to head_bias_partial[pid], added if `add`.
+    """
+    exists = row < n_rows
+    label, counted, bad = row_labels(labels_ptr, mask_ptr, row, n_rows, classes, ignore_index, ROWS)
+    one = tl.full([ROWS], 1.0, DTYPE)
+    z_row = row * z_stride
+    teacher_start = row_start(row, teacher_inner, teacher_outer, teacher_stride, T_FLAT, UNIT)
+    Ts = row_scalar(temperature, temperature_ptr, row, exists, T_STEP, ROWS, DTYPE)
+    Tt = row_scalar(teacher_temperature, teacher_temperature_ptr, row, exists, TT_STEP, ROWS, DTYPE)
+    cs = per_temperature(Ts, EXACT)
+    ct = per_temperature(Tt, EXACT)
+    of_label = tl.zeros([ROWS], DTYPE)
+    if HARD:
+        of_label = label_logit(z_ptr, z_row, label, counted, 1.0, 1.0, False, False, DTYPE)
+    shift = tl.where(tl.abs(of_label) < float("inf"), of_label, 0.0)
+    col = columns(LANES, VEC, CONTIGUOUS)
+    ms, mt, ss, st, cross, blocked, s1, spread, _xs, _yt, _ix, _iy, _nans = stream_rows(
+        z_ptr,
+        z_row,
+        teacher_ptr,
+        teacher_start,
+        col,
+        counted,
+        classes,
+        cs,
+        ct,
+        divide(Tt, Ts),
+        shift,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        SOFT,
+        HARD,
+        SMOOTH,
+        False,
+        False,
+        False,
+        False,
+        False,
+        ROWS,
+        LANES,
+        VEC,
+        DTYPE,
+    )
+    w = one
+    if weight_ptr is not None:
+        w = tl.load(weight_ptr + row, mask=counted, other=0.0)
+    share64 = w.to(tl.float64) * per_row
+    share = share64.to(DTYPE)
+    none = tl.zeros([ROWS], DTYPE)
+    soft, hard, loss = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
+    q_factor, ratio, ratio_rest, q1_factor, hard_share = none, none, none, none, none
+    if SOFT:
+        ss = tl.where(bad, float("nan"), valid_sum(ss))
+        st = valid_sum(st)
+        soft = kl_value(ss, st, cross, blocked, mt, ct, Tt).to(tl.float64)
+        slope = divide(one, Ts)
+        if SQUARED:
+            soft = soft * Ts * Ts
+            slope = Ts
+        soft_w = row_scalar(soft_weight, soft_weight_ptr, row, exists, 0, ROWS, tl.float64)
+        soft = tl.where(counted, share64 * soft, 0.0)
+        loss += soft_w * soft
+        q_factor = divide(slope * (soft_w.to(DTYPE) * share), ss)
+        ratio, ratio_rest = split_ratio(ss, st)
+    eps = tl.full([ROWS], smoothing, DTYPE)
+    n_classes = tl.full([ROWS], classes, DTYPE)
+    if HARD:
+        s1 = tl.where(bad, float("nan"), valid_sum(s1))
+        hard_w = row_scalar(hard_weight, hard_weight_ptr, row, exists, 0, ROWS, tl.float64)
+        hard = hard_value(s1, ms, of_label, spread, eps, n_classes, SMOOTH)
+        hard = tl.where(counted, share64 * hard, 0.0)
+        loss += hard_w * hard
+        hard_share = hard_w.to(DTYPE) * share
+        q1_factor = divide(hard_share, s1)
+    if dz_ptr is not None:
+        OPERAND: tl.constexpr = dz_ptr.dtype.element_ty
+        label_share = hard_share * (1.0 - eps * divide(n_classes - 1.0, n_classes))
+        even_share = divide(hard_share * eps, n_classes)
+        for first in range(0, z_stride, LANES * VEC):
+            here = col + first
+            keep = counted[:, None, None] & (here < classes)
+            x = read(z_ptr, z_row, here, keep, 1.0, 1.0, False, False, DTYPE, "evict_last")
+            y = x
+            if SOFT:
+                y = read(teacher_ptr, teacher_start, here, keep, 1.0, 1.0, False, False, DTYPE, "evict_first")
+            grad = student_gradient(
+                x,
+                y,
+                here,
+                ms,
+                mt,
+                cs,
+                ct,
+                q_factor,
+                ratio,
+                ratio_rest,
+                q1_factor,
+                label,
+                label_share,
+                even_share,
+                1.0,
+                1.0,
+                SOFT,
+                HARD,
+                SMOOTH,
+                False,
+                False,
+            )
+            grad = tl.where(keep, grad, 0.0)
+            to = dz_ptr + z_row[:, None, None] + here
+            tl.store(to, operand(grad, OPERAND), mask=exists[:, None, None] & (here < z_stride))
+            if head_bias_partial_ptr is not None:
+                at = head_bias_partial_ptr + pid * classes + here
+                before = tl.load(at, mask=(here < classes) & add, other=0.0)
+                tl.store(at, before + tl.sum(grad, 0, keep_dims=True), mask=here < classes)
+    return loss, soft, hard
 
 
 @triton.jit(do_not_specialize=["n_rows", "ignore_index"])
@@ -136,6 +312,7 @@ def mfd_single_pass(
     ignore_index: tl.int64,
     width,
     classes,
+    z_stride,
     M: tl.constexpr,
     M_TILE: tl.constexpr,
     FLAT: tl.constexpr,
@@ -153,7 +330,9 @@ def mfd_single_pass(
     EXACT: tl.constexpr,
     POOL_EXACT: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -166,9 +345,17 @@ def mfd_single_pass(
     pid = tl.program_id(0).to(tl.int64)
     row = pid * ROWS + tl.arange(0, ROWS)
     exists = row < n_rows
+    classes = classes * UNIT
     label, counted, bad = row_labels(labels_ptr, mask_ptr, row, n_rows, classes, ignore_index, ROWS)
-    one = tl.full([ROWS], 1.0, DTYPE)
     d_col = tl.arange(0, BLOCK_D)
+    by = tl.full([1], 1.0, tl.float64)
+    if COUNT:
+        by = by * counted_rows(labels_ptr, mask_ptr, n_rows, ignore_index, 512)
+    elif normalizer_ptr is not None:
+        by = by * tl.load(normalizer_ptr)
+    else:
+        by = by * normalizer
+    per_row = reciprocal(by)
 
     # Pool and feature distance.
     pool_scale = tl.full([1], pool_scale, DTYPE)
@@ -212,7 +399,7 @@ def mfd_single_pass(
     best = tl.full([ROWS], float("-inf"), DTYPE)
     best_at = tl.full([ROWS], LAST, tl.int32)
     nan_at = best_at
-    z_row = row * classes
+    z_row = row * z_stride
     k = tl.arange(0, BLOCK_K)
     for c_first in range(0, classes, BLOCK_C):
         c = c_first + tl.arange(0, BLOCK_C)
@@ -226,7 +413,7 @@ def mfd_single_pass(
         if head_bias_ptr is not None:
             z += tl.load(head_bias_ptr + c, mask=c < classes, other=0.0).to(DTYPE)[None, :]
         inside = (c < classes)[None, :]
-        tl.store(z_ptr + z_row[:, None] + c[None, :], z, mask=exists[:, None] & inside)
+        tl.store(z_ptr + z_row[:, None] + c[None, :], z, mask=exists[:, None] & (c < z_stride)[None, :])
         top = tl.max(tl.where(inside, z, float("-inf")), 1)
         at = tl.min(tl.where(inside & (z == top[:, None]), c[None, :], LAST), 1)
         best_at = tl.where(top > best, at, tl.where(top == best, tl.minimum(best_at, at), best_at))
@@ -236,89 +423,72 @@ def mfd_single_pass(
     tl.store(predictions_ptr + row, tl.where(counted, found, -1).to(tl.int64), mask=exists)
     tl.debug_barrier()
 
-    # Statistics of the rows of z and of the teacher's logits.
-    teacher_start = row_start(row, teacher_inner, teacher_outer, teacher_stride, T_FLAT, 1)
-    Ts = row_scalar(temperature, temperature_ptr, row, exists, T_STEP, ROWS, DTYPE)
-    Tt = row_scalar(teacher_temperature, teacher_temperature_ptr, row, exists, TT_STEP, ROWS, DTYPE)
-    cs = per_temperature(Ts, EXACT)
-    ct = per_temperature(Tt, EXACT)
-    rho = divide(Tt, Ts)
-    of_label = tl.zeros([ROWS], DTYPE)
-    if HARD:
-        of_label = label_logit(z_ptr, z_row, label, counted, 1.0, 1.0, False, False, DTYPE)
-    shift = tl.where(tl.abs(of_label) < float("inf"), of_label, 0.0)
-    col = columns(LANES, VEC, CONTIGUOUS)
-    ms, mt, ss, st, cross, blocked, s1, spread, _xs, _yt, _ix, _iy, _nans = stream_rows(
-        z_ptr,
-        z_row,
-        teacher_ptr,
-        teacher_start,
-        col,
-        counted,
-        classes,
-        cs,
-        ct,
-        rho,
-        shift,
-        1.0,
-        1.0,
-        1.0,
-        1.0,
-        SOFT,
-        HARD,
-        SMOOTH,
-        False,
-        False,
-        False,
-        False,
-        False,
-        ROWS,
-        LANES,
-        VEC,
-        DTYPE,
-    )
+    # Loss of the logits and its gradient, one row per warp at a time.
+    soft_total = tl.zeros([GROUP], tl.float64)
+    hard_total, loss_total = soft_total, soft_total
+    for group in range(0, ROWS, GROUP):
+        part = pid * ROWS + group + tl.arange(0, GROUP)
+        loss, soft, hard = logit_rows(
+            part,
+            group > 0,
+            pid,
+            per_row,
+            z_ptr,
+            dz_ptr,
+            head_bias_partial_ptr,
+            teacher_ptr,
+            teacher_inner,
+            teacher_outer,
+            teacher_stride,
+            labels_ptr,
+            mask_ptr,
+            weight_ptr,
+            temperature_ptr,
+            teacher_temperature_ptr,
+            soft_weight_ptr,
+            hard_weight_ptr,
+            temperature,
+            teacher_temperature,
+            soft_weight,
+            hard_weight,
+            smoothing,
+            n_rows,
+            ignore_index,
+            classes,
+            z_stride,
+            T_FLAT,
+            T_STEP,
+            TT_STEP,
+            SOFT,
+            HARD,
+            SMOOTH,
+            SQUARED,
+            EXACT,
+            CONTIGUOUS,
+            UNIT,
+            GROUP,
+            LANES,
+            VEC,
+            DTYPE,
+        )
+        loss_total += loss
+        soft_total += soft
+        hard_total += hard
 
-    # Loss of each row and the factors of its gradient.
-    w = one
+    # What features and pool weights add to the loss.
+    w = tl.full([ROWS], 1.0, DTYPE)
     if weight_ptr is not None:
         w = tl.load(weight_ptr + row, mask=counted, other=0.0)
-    if COUNT:
-        by = tl.full([1], counted_rows(labels_ptr, mask_ptr, n_rows, ignore_index, 512), tl.float64)
-    else:
-        by = row_scalar(normalizer, normalizer_ptr, row, exists, 0, ROWS, tl.float64)
-    share64 = w.to(tl.float64) / by
+    share64 = w.to(tl.float64) * per_row
     share = share64.to(DTYPE)
     none = tl.zeros([ROWS], DTYPE)
-    soft, hard, feature = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
-    loss = soft
-    q_factor, ratio, ratio_rest, q1_factor, hard_share = none, none, none, none, none
-    if SOFT:
-        ss = tl.where(bad, float("nan"), valid_sum(ss))
-        st = valid_sum(st)
-        soft = kl_value(ss, st, cross, blocked, mt, ct, Tt).to(tl.float64)
-        slope = divide(one, Ts)
-        if SQUARED:
-            soft = soft * Ts * Ts
-            slope = Ts
-        soft_w = row_scalar(soft_weight, soft_weight_ptr, row, exists, 0, ROWS, tl.float64)
-        loss += soft_w * soft
-        q_factor = divide(slope * (soft_w.to(DTYPE) * share), ss)
-        ratio, ratio_rest = split_ratio(ss, st)
-    eps = tl.full([ROWS], smoothing, DTYPE)
-    n_classes = tl.full([ROWS], classes, DTYPE)
-    if HARD:
-        s1 = tl.where(bad, float("nan"), valid_sum(s1))
-        hard_w = row_scalar(hard_weight, hard_weight_ptr, row, exists, 0, ROWS, tl.float64)
-        hard = hard_value(s1, ms, of_label, spread, eps, n_classes, SMOOTH).to(tl.float64)
-        loss += hard_w * hard
-        hard_share = hard_w.to(DTYPE) * share
-        q1_factor = divide(hard_share, s1)
+    extra, feature = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
     of_y, of_t = none, none
     if features_ptr is not None:
         sum_a, sum_b, sum_c = tl.sum(terms_a, 1), tl.sum(terms_b, 1), tl.sum(terms_c, 1)
         feature_w = row_scalar(feature_weight, feature_weight_ptr, row, exists, 0, ROWS, tl.float64)
-        feature = distance_value(sum_a, sum_b, sum_c, width, KIND).to(tl.float64)
-        loss += feature_w * feature
+        feature = tl.where(counted, share64 * distance_value(sum_a, sum_b, sum_c, width, KIND), 0.0)
+        extra += feature_w * feature
         of_y, of_t, _of_tt = gradient_factors(
             sum_a, sum_b, sum_c, feature_w.to(DTYPE) * share, width, KIND
         )
@@ -326,52 +496,12 @@ def mfd_single_pass(
     if pool_target_ptr is not None:
         pool_w = row_scalar(pool_weight, pool_weight_ptr, row, exists, 0, ROWS, tl.float64)
         pool_kl, target, target_sum = pool_divergence(pool_target_ptr, row, counted, weights, M, DTYPE)
-        loss += pool_w * pool_kl
+        extra += pool_w * tl.where(counted, share64 * pool_kl, 0.0)
         pool_share = pool_w.to(DTYPE) * share
-    tl.store(terms_ptrs[0] + pid, tl.sum(tl.where(counted, share64 * loss, 0.0), 0))
-    tl.store(terms_ptrs[1] + pid, tl.sum(tl.where(counted, share64 * soft, 0.0), 0))
-    tl.store(terms_ptrs[2] + pid, tl.sum(tl.where(counted, share64 * hard, 0.0), 0))
-    tl.store(terms_ptrs[3] + pid, tl.sum(tl.where(counted, share64 * feature, 0.0), 0))
-
-    if dz_ptr is not None:
-        label_share = hard_share * (1.0 - eps * divide(n_classes - 1.0, n_classes))
-        even_share = divide(hard_share * eps, n_classes)
-        for first in range(0, classes, LANES * VEC):
-            here = col + first
-            keep = counted[:, None, None] & (here < classes)
-            x = read(z_ptr, z_row, here, keep, 1.0, 1.0, False, False, DTYPE, "evict_last")
-            y = x
-            if SOFT:
-                y = read(teacher_ptr, teacher_start, here, keep, 1.0, 1.0, False, False, DTYPE, "evict_first")
-            grad = student_gradient(
-                x,
-                y,
-                here,
-                ms,
-                mt,
-                cs,
-                ct,
-                q_factor,
-                ratio,
-                ratio_rest,
-                q1_factor,
-                label,
-                label_share,
-                even_share,
-                1.0,
-                1.0,
-                SOFT,
-                HARD,
-                SMOOTH,
-                False,
-                False,
-            )
-            grad = tl.where(keep, grad, 0.0)
-            to = dz_ptr + z_row[:, None, None] + here
-            tl.store(to, operand(grad, OPERAND), mask=exists[:, None, None] & (here < classes))
-            if head_bias_partial_ptr is not None:
-                each = tl.sum(grad, 0, keep_dims=True)
-                tl.store(head_bias_partial_ptr + pid * classes + here, each, mask=here < classes)
+    tl.store(terms_ptrs[0] + pid, tl.sum(loss_total, 0) + tl.sum(extra, 0))
+    tl.store(terms_ptrs[1] + pid, tl.sum(soft_total, 0))
+    tl.store(terms_ptrs[2] + pid, tl.sum(hard_total, 0))
+    tl.store(terms_ptrs[3] + pid, tl.sum(feature, 0))
 
     if dy_ptr is not None:
         tl.debug_barrier()
@@ -379,12 +509,12 @@ def mfd_single_pass(
         for d_first in range(0, width, BLOCK_C):
             d = d_first + tl.arange(0, BLOCK_C)
             dy = tl.zeros([ROWS, BLOCK_C], DTYPE)
-            for c_first in range(0, classes, BLOCK_K):
+            for c_first in range(0, z_stride, BLOCK_K):
                 c = c_first + k
                 head_at = head_ptr + c.to(tl.int64)[:, None] * head_stride + d[None, :]
                 head = tl.load(head_at, mask=(c < classes)[:, None] & (d < width)[None, :], other=0.0)
                 dz_at = dz_ptr + z_row[:, None] + c[None, :]
-                dz = tl.load(dz_at, mask=exists[:, None] & (c < classes)[None, :], other=0.0)
+                dz = tl.load(dz_at, mask=exists[:, None] & (c < z_stride)[None, :], other=0.0)
                 dy = multiply_add(dz, head.to(OPERAND), dy)
             keep = exists[:, None] & (d < width)[None, :]
             at = dy_ptr + y_row + d[None, :]

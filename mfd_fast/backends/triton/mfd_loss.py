@@ -20,13 +20,16 @@ from .. import allocate
 from ..layout import row_layout
 from . import distill_loss
 from . import modal_pool as pooling
+from .blocks import common_unit
 from .launch import finish, kernels, launch, number
 from .reduce_columns import ColumnSums
 
 ROWS = 16  # of a program: the least that a tensor core takes
-TILE = 128  # columns of a tile
-TILE_K = 64  # summands of a matrix product per step
+TILE_BYTES = 256  # of each row of a tile of a matrix product
+TILE_D = 64  # columns of a tile of features
+STEP_BYTES = 128  # of each row's summands per step of a matrix product
 WARPS = 4
+OPTIONS = {"num_stages": 3, "maxnreg": 255}  # the next tiles are on their way; no spills for the sake of occupancy
 # Beyond these the library's GEMMs and kernels that own a whole row are the better tiles, or the code too long.
 MAX_CLASSES = 2048
 MAX_WIDTH = 2048
@@ -64,6 +67,11 @@ def _operand_dtype(p: Any) -> torch.dtype:
     return first if sixteen and all(x.dtype == first for x in p.pool.features) else torch.float32
 
 
+def _padded(classes: int) -> int:
+    """Length of a parked row of logits: whole 16-byte words of any dtype."""
+    return -(-classes // 16) * 16
+
+
 def _tile(most: int, *counts: int) -> int:
     return max(16, min(most, 1 << (max(counts) - 1).bit_length()))
 
@@ -91,8 +99,8 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
         pool_needed = need_query or need_bias or any(need_features)
         scratch = {
             "y_ptr": allocate.empty((n, width), operand, device),
-            "z_ptr": allocate.empty((n, classes), dtype, device),
-            "dz_ptr": allocate.empty((n, classes), operand, device) if any(needs) else None,
+            "z_ptr": allocate.empty((n, _padded(classes)), dtype, device),
+            "dz_ptr": allocate.empty((n, _padded(classes)), operand, device) if any(needs) else None,
             "dy_ptr": allocate.empty((n, width), dtype, device) if pool_needed else None,
         }
         outputs = {
@@ -104,12 +112,13 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
             "head_bias_partial_ptr": None if head_bias is None else head_bias[0],
         }
         arguments = _pool_arguments(pool) | _row_arguments(p) | scratch | outputs | feature_outputs
-        launch(kernels("mfd_loss").mfd_single_pass, sums.n_partials, device, WARPS, arguments)
+        launch(kernels("mfd_loss").mfd_single_pass, sums.n_partials, device, WARPS, arguments, **OPTIONS)
         sums.run()
         d_head_weight = None
         if need_head_weight:
             with torch.autocast(device.type, enabled=False):
-                d_head_weight = (scratch["dz_ptr"].t() @ scratch["y_ptr"]).to(p.head_weight.dtype)
+                dz = scratch["dz_ptr"][:, :classes]
+                d_head_weight = (dz.t() @ scratch["y_ptr"]).to(p.head_weight.dtype)
     gradients = [
         None if query is None else query[1],
         None if bias is None else bias[1],
@@ -140,6 +149,9 @@ def _row_arguments(p: Any) -> dict[str, Any]:
     n, classes = rows.n_rows, rows.classes
     head = p.head_weight if p.head_weight.stride(1) == 1 or p.pool.width == 1 else p.head_weight.contiguous()
     teacher = row_layout(rows.teacher)
+    flat = teacher.inner >= n
+    outer = 0 if flat else teacher.outer_stride
+    unit = common_unit(classes, outer, teacher.row_stride)
     soft, hard = _is_used(p.soft_weight), rows.labels is not None and _is_used(p.hard_weight)
     features = row_layout(p.teacher_features) if _is_used(p.feature_weight) else None
     target = p.teacher_pool_weights.contiguous() if _is_used(p.pool_weight) else None
@@ -157,8 +169,9 @@ def _row_arguments(p: Any) -> dict[str, Any]:
     everything = rows.labels is None and rows.mask is None
     divisor = 1.0 if p.reduction == "sum" else float(n) if count else p.normalizer
     numbers["normalizer"], numbers["normalizer_ptr"] = number(divisor, head)
-    vec = min(4, 1 << (classes - 1).bit_length())
-    lanes = min(TILE, 1 << (classes - 1).bit_length()) // vec
+    size = 1 << (classes - 1).bit_length()
+    vec = min(8, size)
+    lanes = min(32, size // vec)  # a warp per row
     steps = (numbers["temperature_ptr"], numbers["teacher_temperature_ptr"])
     return numbers | {
         "head_ptr": head,
@@ -166,9 +179,9 @@ def _row_arguments(p: Any) -> dict[str, Any]:
         "head_bias_ptr": None if p.head_bias is None else p.head_bias.contiguous(),
         "teacher_ptr": teacher.tensor,
         "teacher_inner": teacher.inner,
-        "teacher_outer": teacher.outer_stride,
-        "teacher_stride": teacher.row_stride,
-        "T_FLAT": teacher.inner >= n,
+        "teacher_outer": outer // unit,
+        "teacher_stride": teacher.row_stride // unit,
+        "T_FLAT": flat,
         "labels_ptr": rows.labels,
         "mask_ptr": rows.mask,
         "weight_ptr": p.weight,
@@ -181,7 +194,8 @@ def _row_arguments(p: Any) -> dict[str, Any]:
         "smoothing": float(rows.label_smoothing),
         "n_rows": n,
         "ignore_index": rows.ignore_index,
-        "classes": classes,
+        "classes": classes // unit,
+        "z_stride": _padded(classes),
         "T_STEP": 0 if steps[0] is None or steps[0].dim() == 0 else 1,
         "TT_STEP": 0 if steps[1] is None or steps[1].dim() == 0 else 1,
         "COUNT": count and not everything,
@@ -192,11 +206,13 @@ def _row_arguments(p: Any) -> dict[str, Any]:
         "KIND": KINDS.index(p.feature_kind),
         # 16-bit logits do not deserve the slower exponentials.
         "EXACT": torch.float32 in (_operand_dtype(p), teacher.tensor.dtype),
-        "CONTIGUOUS": classes % vec == 0,
+        "CONTIGUOUS": unit >= 4,
+        "UNIT": unit,
         "ROWS": ROWS,
-        "BLOCK_C": _tile(TILE, classes, p.pool.width),
-        "BLOCK_D": _tile(TILE, p.pool.width),
-        "BLOCK_K": _tile(TILE_K, classes, p.pool.width),
+        "GROUP": WARPS,
+        "BLOCK_C": _tile(TILE_BYTES // _operand_dtype(p).itemsize, classes, p.pool.width),
+        "BLOCK_D": _tile(TILE_D, p.pool.width),
+        "BLOCK_K": _tile(STEP_BYTES // _operand_dtype(p).itemsize, classes, p.pool.width),
         "LANES": lanes,
         "VEC": vec,
     }
