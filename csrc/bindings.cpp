@@ -251,8 +251,12 @@ void mfd_pool(Mfd& m, Address pooled, Address weights, int threads) {
   mfd::pool_forward(f, threads);
 }
 
-void mfd_rows(Mfd& m, Address loss, Address soft, Address hard, Address feature, Address predictions,
-              Address grad, bool stream, int threads) {
+// `logits` and `grad` are [N, C] in the compute dtype, contiguous; they may be the same.
+void mfd_rows(Mfd& m, Address logits, Address loss, Address soft, Address hard, Address feature,
+              Address predictions, Address grad, bool stream, int threads) {
+  const int64_t n = m.problem.n_rows, classes = m.problem.classes;
+  const mfd::Dtype dtype = m.pool.is_double ? mfd::Dtype::kFloat64 : mfd::Dtype::kFloat32;
+  m.problem.student = {pointer(logits), dtype, n, 0, classes, classes, 1.0, 0.0};
   mfd::MfdRows r{};
   r.problem = m.problem;
   r.use_soft = m.use_soft;
@@ -278,14 +282,13 @@ void mfd_rows(Mfd& m, Address loss, Address soft, Address hard, Address feature,
   put_value(feature, is_double, sums.feature);
 }
 
-void mfd_backward(const Mfd& m, Address weights, Address pooled, Address d_pooled, Address d_logits,
+void mfd_backward(const Mfd& m, Address weights, Address pooled, const Rows& d_pooled, Address d_logits,
                   const std::vector<Address>& d_features, int64_t d_row_stride, bool stream, Address d_query,
                   Address d_bias, Address d_head_bias, int threads) {
   mfd::PoolBackward g{};
   g.pool = &m.pool;
   g.weights = pointer(weights);
-  const mfd::Dtype dtype = m.pool.is_double ? mfd::Dtype::kFloat64 : mfd::Dtype::kFloat32;
-  g.d_pooled = {pointer(d_pooled), dtype, m.pool.n_rows, 0, m.pool.width};
+  g.d_pooled = matrix(d_pooled);
   set_gradients(g, d_features, d_row_stride, stream, d_query, d_bias);
   g.pooled = pointer(pooled);
   g.target = m.target;

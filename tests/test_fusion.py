@@ -35,7 +35,7 @@ def test_any_number_of_modalities(modalities, dtype):
 def test_more_modalities_than_the_kernel_has_room_for():
     features = [torch.randn(2, 3) for _ in range(33)]
     with pytest.raises(
-        mfd.BackendError, match="modal_pool: backend 'cpu' cannot run .*room for 32 modalities, not for 33"
+        mfd.BackendError, match=r"modal_pool: backend 'cpu' cannot run .*room for 32 modalities, not for 33"
     ):
         mfd.modal_pool(features, backend="cpu")
     assert mfd.explain(mfd.modal_pool, features).backend == "reference"
@@ -120,6 +120,22 @@ def test_one_output_alone_backpropagates(end):
             torch.testing.assert_close(a, b)
 
 
+def test_a_mask_or_teacher_that_changes_before_it_is_read_again_is_noticed():
+    x, t = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+    mask, present = torch.ones(4, dtype=torch.bool), torch.ones(4, 2, dtype=torch.bool)
+    pooled = mfd.modal_pool([x, 2 * x], present=present, backend="cpu").pooled
+    rows = mfd.feature_loss(x, t, mask=mask, reduction="none", backend="cpu")
+    whole = mfd.mfd_loss([x, 2 * x], None, torch.randn(5, 3), None, torch.randn(4, 5), backend="cpu").loss
+    logits = torch.randn(4, 5)
+    other = mfd.mfd_loss([x, 2 * x], None, torch.randn(5, 3), None, logits, backend="cpu").loss
+    present[0] = mask[0] = False
+    logits.zero_()
+    for value in (pooled, rows, other):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.sum().backward()
+    whole.backward()
+
+
 def test_large_gradients_come_from_recycled_memory():
     features = [torch.randn(1024, 600).requires_grad_() for _ in range(2)]
     query = torch.randn(600, requires_grad=True)
@@ -150,6 +166,28 @@ def test_both_roads_of_mfd_loss_agree(rows):
             torch.testing.assert_close(one.outputs[key], value, rtol=1e-5, atol=1e-6, msg=key)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(96, 300, 160), (64, 31, 512)], ids=str)
+def test_mfd_loss_at_sizes_where_the_products_matter(dtype, shape):
+    """Large enough for the gradients' products to run in bfloat16, and for several chunks of rows."""
+    rows, classes, width = shape
+    names = ("features", "query", "bias", "head_weight", "head_bias")
+    actual, exact, eager = [], [], []
+    for seed in range(4):
+        arguments = dict(MFD.samples(dtype=dtype, rows=rows, classes=classes, seed=seed)["everything"])
+        features, query, bias, _ = modal_inputs(rows, 3, width, dtype=dtype, seed=seed)
+        rng = torch.Generator().manual_seed(seed)
+        arguments["features"], arguments["query"], arguments["bias"] = features, query, bias
+        arguments["head_weight"] = (torch.randn(classes, width, generator=rng) * width**-0.5).to(dtype)
+        arguments["teacher_features"] = torch.randn(rows, width, generator=rng).to(dtype)
+        actual.append(evaluate(MFD, on(MFD, "cpu"), arguments, names=names))
+        exact.append(reference64(MFD, arguments, names=names))
+        eager.append(evaluate(MFD, lambda **a: eager_outputs(MFD, a), arguments, names=names))
+        for result in (actual[-1], exact[-1]):
+            result.outputs.pop("predictions")  # the argmax of rounded logits
+    assert_obeys_rule(*(stacked(r) for r in (actual, exact, eager)), f"mfd_loss {shape}")
+
+
 def test_predictions_are_the_first_argmax():
     features = [torch.tensor([[1.0], [1.0], [1.0], [1.0]])]
     head = torch.tensor([[2.0], [5.0], [5.0], [1.0]])
@@ -169,7 +207,7 @@ def test_schedules_never_recompile(record, name):
         for key in ("temperature", "pool_temperature", "soft_weight", "feature_weight"):
             if key in arguments:
                 arguments[key] = torch.tensor(0.5 + 0.25 * step)
-        found = evaluate(record, lambda a=arguments, **k: record.outputs(call(**k)), arguments)
+        found = evaluate(record, lambda **k: record.outputs(call(**k)), arguments)
         expected = evaluate(record, on(record, "cpu"), arguments)
         for (key, a), (_, b) in zip(found.items(), expected.items(), strict=True):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6, msg=key)

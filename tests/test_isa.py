@@ -12,6 +12,7 @@ from mfd_fast.backends import cpu
 HERE = pathlib.Path(__file__).parent
 FILES = (
     "test_special_values.py",
+    "test_special_fusion.py",
     "test_values.py",
     "test_layouts.py",
     "test_poisoned_outputs.py",

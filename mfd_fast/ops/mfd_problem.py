@@ -18,7 +18,7 @@ from .pool_problem import PoolProblem, check_pool, check_vector
 
 @dataclass
 class MFDProblem:
-    """A checked mfd_loss call. ``rows.student`` stands for the logits that are still to be computed."""
+    """A checked mfd_loss call. ``rows.student`` has the shape of the logits that are still to be computed."""
 
     rows: Rows
     pool: PoolProblem
@@ -92,6 +92,7 @@ def check_mfd_loss(
     if logits.dtype != pool.dtype:
         logits = head_weight.detach().new_zeros(()).to(pool.dtype).expand(*leading, classes)
     rows = contract.check_rows(op, logits, teacher_logits, labels, **options)
+    rows.student = teacher_logits
     pool.dtype = pool.out_dtype = rows.dtype
     for name, value in (
         ("soft_weight", soft_weight),

@@ -12,12 +12,17 @@ from ...reference.feature_loss import KINDS
 from ...types import ForwardKL
 from .. import allocate
 from . import distill_loss, native
+from .gemm import linear
 from .modal_pool import can_run as pool_can_run
 from .modal_pool import feature_gradients, native_pool
 from .rows import NO_ROWS, address, cast, dense, rows_argument, streams
 
 #: Logits of fewer rows may be shared between threads by columns, which read what others would overwrite.
 IN_PLACE_ROWS = 64
+
+
+#: Below this many multiplications bfloat16 saves less than the conversions cost.
+NARROW_PRODUCTS = 1 << 22
 
 
 def can_run(problem: Any) -> str | None:
@@ -39,8 +44,6 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
     use_soft, use_hard = _is_used(p.soft_weight), rows.labels is not None and _is_used(p.hard_weight)
     use_feature, use_pool = _is_used(p.feature_weight), _is_used(p.pool_weight)
 
-    logits = allocate.empty_large(torch.Size([n, classes]), dtype, device)
-    rows = rows.replace(student=logits)
     problem = distill_loss.native_problem(module, rows, rows.labels, keep)
     counted = distill_loss.count(module, rows, problem)
     divisor = 1.0
@@ -65,12 +68,9 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
     weights = allocate.empty((*p.leading, pool.modalities), dtype, device)
     module.mfd_pool(call, pooled.data_ptr(), weights.data_ptr(), threads)
 
-    # out= keeps autocast away: logits are never rounded to 16 bits.
+    # Logits are never rounded to 16 bits.
     head_weight = cast(p.head_weight, dtype)
-    if p.head_bias is None:
-        torch.mm(pooled, head_weight.t(), out=logits)
-    else:
-        torch.addmm(cast(p.head_bias, dtype), pooled, head_weight.t(), out=logits)
+    logits = linear(pooled, head_weight, None if p.head_bias is None else cast(p.head_bias, dtype))
 
     need_query, need_bias, need_head_weight, need_head_bias, *need_features = needs
     need_pool = need_query or need_bias or any(need_features)
@@ -83,6 +83,7 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
     predictions = allocate.empty(tuple(p.leading), torch.int64, device)
     module.mfd_rows(
         call,
+        logits.data_ptr(),
         loss.data_ptr(),
         soft.data_ptr(),
         hard.data_ptr(),
@@ -97,12 +98,18 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
         return fields, [None] * len(needs)
 
     d_pooled = d_head_weight = d_head_bias = None
-    if need_head_weight:
-        d_head_weight = allocate.empty_large(torch.Size([classes, width]), dtype, device)
-        d_head_weight.zero_() if d_logits is None else torch.mm(d_logits.t(), pooled, out=d_head_weight)
-        d_head_weight = cast(d_head_weight, p.head_weight.dtype)
-    if need_pool and d_logits is not None:
-        d_pooled = torch.mm(d_logits, head_weight, out=allocate.empty_large(pooled.shape, dtype, device))
+    if d_logits is not None and (need_pool or need_head_weight):
+        # Gradients that end in bfloat16 may pass through it, as eager's do, where that saves time.
+        narrow = p.head_weight.dtype is torch.bfloat16 and n * classes * width >= NARROW_PRODUCTS
+        up, y, w = d_logits, pooled, head_weight
+        if narrow:
+            up, y, w = d_logits.bfloat16(), pooled.bfloat16(), p.head_weight
+        if need_head_weight:
+            d_head_weight = cast(linear(up.t(), y.t()), p.head_weight.dtype)
+        if need_pool:
+            d_pooled = linear(up, w.t())
+    elif need_head_weight:
+        d_head_weight = allocate.empty((classes, width), p.head_weight.dtype, device).zero_()
     if need_head_bias:
         d_head_bias = allocate.empty((classes,), dtype, device)
         if d_logits is None:
@@ -116,7 +123,7 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
         call,
         weights.data_ptr(),
         pooled.data_ptr(),
-        address(d_pooled),
+        NO_ROWS if d_pooled is None else rows_argument(d_pooled, keep),
         address(d_logits),
         addresses,
         row_stride,
