@@ -100,7 +100,7 @@ def tap_rows(
     return tl.where(on, distance_value(a, b, c, width, KIND), 0.0)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit
 def match_taps(
     student_ptrs,
     student_inners,
@@ -120,7 +120,7 @@ def match_taps(
     d_student_ptrs,
     d_teacher_ptrs,
     partial_ptr,
-    n_rows,
+    coded_rows,
     widths,
     TAPS: tl.constexpr,
     TILES: tl.constexpr,
@@ -130,14 +130,14 @@ def match_taps(
 ):
     """Distances and gradients of every tap's rows; partial[program] = its share of the weighted loss.
 
-    TILES[k] = (LOOP, ROWS, BLOCK). The upstream gradient of a row is up[k][row] or, for the scalar loss, what the
+    coded_rows[k] = 2*rows + 3, TILES[k] = (LOOP, ROWS, BLOCK). The upstream gradient of a row is up[k][row] or, for the scalar loss, what the
     row counts for in it. A number weight arrives in two parts, as numbers in tuples are float32.
     """
     pid = tl.program_id(0).to(tl.int64)
     block = pid
     for k in tl.static_range(TAPS):
         ROWS: tl.constexpr = TILES[k][1]
-        rows = n_rows[k].to(tl.int64)
+        rows = (coded_rows[k].to(tl.int64) - 3) // 2
         width = widths[k]
         if (block >= 0) & (block * ROWS < rows):
             row = block * ROWS + tl.arange(0, ROWS)

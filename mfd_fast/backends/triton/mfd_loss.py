@@ -154,6 +154,8 @@ def _row_arguments(p: Any) -> dict[str, Any]:
     unit = common_unit(classes, outer, teacher.row_stride)
     soft, hard = _is_used(p.soft_weight), rows.labels is not None and _is_used(p.hard_weight)
     features = row_layout(p.teacher_features) if _is_used(p.feature_weight) else None
+    # Row counts must not reach the compiler as the inner counts of flat layouts.
+    features_flat = features is None or features.inner >= n
     target = p.teacher_pool_weights.contiguous() if _is_used(p.pool_weight) else None
     numbers: dict[str, Any] = {}
     for name, value in (
@@ -178,7 +180,7 @@ def _row_arguments(p: Any) -> dict[str, Any]:
         "head_stride": head.stride(0),
         "head_bias_ptr": None if p.head_bias is None else p.head_bias.contiguous(),
         "teacher_ptr": teacher.tensor,
-        "teacher_inner": teacher.inner,
+        "teacher_inner": 1 if flat else teacher.inner,
         "teacher_outer": outer // unit,
         "teacher_stride": teacher.row_stride // unit,
         "T_FLAT": flat,
@@ -186,10 +188,10 @@ def _row_arguments(p: Any) -> dict[str, Any]:
         "mask_ptr": rows.mask,
         "weight_ptr": p.weight,
         "features_ptr": None if features is None else features.tensor,
-        "features_inner": 1 if features is None else features.inner,
-        "features_outer": 0 if features is None else features.outer_stride,
+        "features_inner": 1 if features_flat else features.inner,
+        "features_outer": 0 if features_flat else features.outer_stride,
         "features_stride": 0 if features is None else features.row_stride,
-        "F_FLAT": features is None or features.inner >= n,
+        "F_FLAT": features_flat,
         "pool_target_ptr": target,
         "smoothing": float(rows.label_smoothing),
         "n_rows": n,

@@ -168,8 +168,8 @@ def backward(
         outputs = {
             "weights_ptr": weights.contiguous(),
             "d_pooled_ptr": None if up is None else up.tensor,
-            "d_pooled_inners": None if up is None else (up.inner,),
-            "d_pooled_outers": None if up is None else (up.outer_stride,),
+            "d_pooled_inners": None if up is None or up.inner >= n else (up.inner,),
+            "d_pooled_outers": None if up is None or up.inner >= n else (up.outer_stride,),
             "d_pooled_strides": None if up is None else (up.row_stride,),
             "D_FLAT": up is None or up.inner >= n,
             "d_weights_ptr": _dense(d_weights),
