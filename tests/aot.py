@@ -36,8 +36,7 @@ class Report:
 def compile_all(module: str, names: list[str]) -> dict[str, Report]:
     """``module.launches(name)`` for every name, compiled in two fresh processes without the interpreter.
 
-    ``launches(name)`` returns ``(kernel, arguments, capability, warps[, options])`` as for :func:`compile_kernel`; ``module``
-    lies beside this file.
+    ``launches(name)`` returns the arguments of :func:`compile_kernel`; ``module`` lies beside this file.
     """
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         halves = [names[k::2] for k in range(2)]

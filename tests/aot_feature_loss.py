@@ -11,7 +11,12 @@ from mfd_fast.backends.triton import feature_loss
 from mfd_fast.ops.feature_problem import check_feature_loss
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-NAMES = ["match_taps-mse-bf16-80", "match_taps-cosine-bf16-90", "match_taps-cosine-fp32-90", "match_taps-smooth_l1-bf16-100"]
+NAMES = [
+    "match_taps-mse-bf16-80",
+    "match_taps-cosine-bf16-90",
+    "match_taps-cosine-fp32-90",
+    "match_taps-smooth_l1-bf16-100",
+]
 
 
 def launches(name: str) -> Launch:

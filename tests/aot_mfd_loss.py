@@ -13,7 +13,11 @@ from mfd_fast.ops.mfd_problem import check_mfd_loss
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHAPE = "3x768x1000"
 NAMES = [f"mfd_single_pass-{SHAPE}-bf16-{cc}" for cc in (80, 90, 100)]
-NAMES += [f"mfd_single_pass-{SHAPE}-fp32-90", "mfd_single_pass-2x512x2048-bf16-90", "scale_all_in_place-3x768x1000-bf16-90"]
+NAMES += [
+    f"mfd_single_pass-{SHAPE}-fp32-90",
+    "mfd_single_pass-2x512x2048-bf16-90",
+    "scale_all_in_place-3x768x1000-bf16-90",
+]
 
 
 def launches(name: str) -> Launch:
@@ -25,7 +29,12 @@ def launches(name: str) -> Launch:
 def variants(name: str) -> list[Launch]:
     """The same launch with other numbers; all must use one compiled kernel."""
     kernel, shape, dtype, capability = name.split("-")
-    changes: list[dict[str, Any]] = [{}, {"temperature": 7.5, "soft_weight": 0.1}, {"n": 17, "label_smoothing": 0.3}, {"n": 1}]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"temperature": 7.5, "soft_weight": 0.1},
+        {"n": 17, "label_smoothing": 0.3},
+        {"n": 1},
+    ]
     return [recorded(kernel, int(capability), lambda c=c: _run(shape, dtype, **c)) for c in changes]
 
 
@@ -59,7 +68,14 @@ def _run(shape: str, dtype_name: str, n: int = 2, **options: Any) -> None:
     }
     labels = torch.zeros(n, dtype=torch.int64)
     problem = check_mfd_loss(
-        "aot", [zeros(n, width) for _ in range(count)], zeros(width), zeros(classes, width), zeros(classes), zeros(n, classes), labels, **given
+        "aot",
+        [zeros(n, width) for _ in range(count)],
+        zeros(width),
+        zeros(classes, width),
+        zeros(classes),
+        zeros(n, classes),
+        labels,
+        **given,
     )
     (loss, *_), gradients = mfd_loss.scalar(problem, [True] * (4 + count))
     scale.scale_gradients_(gradients, loss)

@@ -13,7 +13,7 @@ Launch = tuple[Any, dict[str, Any], int, int, dict[str, Any]]
 
 
 def recorded(wanted: str, capability: int, call: Callable[[], Any]) -> Launch:
-    """(kernel, arguments, capability, warps, options) of the last launch of the kernel named ``wanted`` during ``call()``."""
+    """(kernel, arguments, capability, warps, options) of the last launch of ``wanted`` during ``call()``."""
     found: dict[str, tuple[Any, dict[str, Any], int, dict[str, Any]]] = {}
 
     def record(kernel: Any, programs: int, device: Any, warps: int, arguments: dict[str, Any], **options: Any) -> None:
@@ -44,7 +44,9 @@ def _replaced(launch: Callable[..., None]) -> Iterator[None]:
     """Every wrapper calls ``launch`` instead of the launcher."""
     original = launching.launch
     package = launching.__name__.rsplit(".", 1)[0]
-    users = [m for name, m in sys.modules.items() if name.startswith(package) and getattr(m, "launch", None) is original]
+    users = [
+        m for name, m in sys.modules.items() if name.startswith(package) and getattr(m, "launch", None) is original
+    ]
     for module in users:
         module.launch = launch
     try:

@@ -23,9 +23,7 @@ def tap_start(row, inner, outer, stride):
 
 
 @triton.jit
-def write_gradients(
-    s, t, factors, d_student_ptr, d_teacher_ptr, row, exists, on, col, width, KIND: tl.constexpr
-):
+def write_gradients(s, t, factors, d_student_ptr, d_teacher_ptr, row, exists, on, col, width, KIND: tl.constexpr):
     """The wanted gradients of one tile, 0 on rows that do not exist."""
     of_s, of_t, of_tt = factors
     at = (row * width)[:, None] + col[None, :]
@@ -130,26 +128,26 @@ def match_taps(
 ):
     """Distances and gradients of every tap's rows; partial[program] = its share of the weighted loss.
 
-    coded_rows[k] = 2*rows + 3, TILES[k] = (LOOP, ROWS, BLOCK). The upstream gradient of a row is up[k][row] or, for the scalar loss, what the
-    row counts for in it. A number weight arrives in two parts, as numbers in tuples are float32.
+    coded_rows[k] = 2*rows + 3, TILES[k] = (LOOP, ROWS, BLOCK). The upstream gradient of a row is up[k][row] or, for
+    the scalar loss, what the row counts for in it. A number weight arrives in two parts, as numbers in tuples are
+    float32.
     """
     pid = tl.program_id(0).to(tl.int64)
     block = pid
     for k in tl.static_range(TAPS):
-        ROWS: tl.constexpr = TILES[k][1]
         rows = (coded_rows[k].to(tl.int64) - 3) // 2
         width = widths[k]
-        if (block >= 0) & (block * ROWS < rows):
-            row = block * ROWS + tl.arange(0, ROWS)
+        if (block >= 0) & (block * TILES[k][1] < rows):
+            row = block * TILES[k][1] + tl.arange(0, TILES[k][1])
             exists = row < rows
             on = exists
             if mask_ptrs[k] is not None:
                 on = on & (tl.load(mask_ptrs[k] + row, mask=exists, other=0) != 0)
-            each = tl.full([ROWS], 1.0, tl.float64)
+            each = tl.full([TILES[k][1]], 1.0, tl.float64)
             if partial_ptr is not None:
                 if weight_ptrs[k] is None:
-                    low = tl.full([ROWS], weights_low[k], tl.float64)
-                    each = each * (tl.full([ROWS], weights[k], tl.float64) + low)
+                    low = tl.full([TILES[k][1]], weights_low[k], tl.float64)
+                    each = each * (tl.full([TILES[k][1]], weights[k], tl.float64) + low)
                 else:
                     each = each * tl.load(weight_ptrs[k]).to(tl.float64)
                 if MEAN:
@@ -179,11 +177,11 @@ def match_taps(
                 KIND,
                 DTYPE,
                 TILES[k][0],
-                ROWS,
+                TILES[k][1],
                 TILES[k][2],
             )
             if distance_ptrs[k] is not None:
                 tl.store(distance_ptrs[k] + row, distance, mask=exists)
             if partial_ptr is not None:
                 tl.store(partial_ptr + pid, tl.sum(tl.where(on, each * distance, 0.0), 0))
-        block -= tl.cdiv(rows, ROWS)
+        block -= tl.cdiv(rows, TILES[k][1])

@@ -171,34 +171,32 @@ def pool_forward(
     col = tl.arange(0, BLOCK_D)
     scale = tl.full([1], scale, DTYPE)
     tau = row_scalar(temperature, temperature_ptr, row, exists, STEP, ROWS, DTYPE)
-    starts, ons, xs, scores = (), (), (), ()
+    starts, active, xs, scores = (), (), (), ()
     for m in tl.static_range(M):
         start = feature_start(row, x_inners, x_outers, x_strides, m, FLAT)
         on = presence(present_ptr, row, exists, m, M)
         s = tl.zeros([ROWS], DTYPE)
         if LOOP:
             if query_ptr is not None:
-                s = scale * streamed_dot(
-                    x_ptrs[m], start, on, query_ptr, None, None, width, ROWS, BLOCK_D, DTYPE
-                )
+                s = scale * streamed_dot(x_ptrs[m], start, on, query_ptr, None, None, width, ROWS, BLOCK_D, DTYPE)
         else:
             x = feature_tile(x_ptrs[m], start, col, width, on, DTYPE)
             xs = xs + (x,)
             if query_ptr is not None:
                 s = tl.sum(x * vector_tile(query_ptr, col, width, DTYPE), 1) * scale
         starts = starts + (start,)
-        ons = ons + (on,)
+        active = active + (on,)
         scores = scores + (score(s, scores_ptr, bias_ptr, row, on, m, M, DTYPE),)
-    weights = attention(scores, ons, per_temperature(tau, EXACT), M)
+    weights = attention(scores, active, per_temperature(tau, EXACT), M)
     store_packed(weights_ptr, packed(weights, M, M_TILE), row, exists, M, M_TILE)
 
     pooled_row = pooled_ptr + (row * width)[:, None]
     if LOOP:
         for first in range(0, width, BLOCK_D):
             here = col + first
-            pooled = weights[0][:, None] * feature_tile(x_ptrs[0], starts[0], here, width, ons[0], DTYPE)
+            pooled = weights[0][:, None] * feature_tile(x_ptrs[0], starts[0], here, width, active[0], DTYPE)
             for m in tl.static_range(1, M):
-                x = feature_tile(x_ptrs[m], starts[m], here, width, ons[m], DTYPE)
+                x = feature_tile(x_ptrs[m], starts[m], here, width, active[m], DTYPE)
                 pooled += weights[m][:, None] * x
             keep = exists[:, None] & (here < width)[None, :]
             tl.store(pooled_row + here[None, :], pooled.to(pooled_ptr.dtype.element_ty), mask=keep)
@@ -341,7 +339,7 @@ def pool_backward(
             up_start = feature_start(row, d_pooled_inners, d_pooled_outers, d_pooled_strides, 0, D_FLAT)
             if not LOOP:
                 d_pooled = feature_tile(d_pooled_ptr, up_start, col, width, exists, DTYPE)
-        starts, ons, xs, weights, g = (), (), (), (), ()
+        starts, active, xs, weights, g = (), (), (), (), ()
         for m in tl.static_range(M):
             start = feature_start(row, x_inners, x_outers, x_strides, m, FLAT)
             on = presence(present_ptr, row, exists, m, M)
@@ -359,17 +357,17 @@ def pool_backward(
             if d_weights_ptr is not None:
                 dot += tl.load(d_weights_ptr + row * M + m, mask=on, other=0.0).to(DTYPE)
             starts = starts + (start,)
-            ons = ons + (on,)
+            active = active + (on,)
             weights = weights + (weight,)
             g = g + (dot,)
-        ds = score_gradients(weights, ons, g, tau, M)
+        ds = score_gradients(weights, active, g, tau, M)
         if (d_scores_ptr is not None) or (bias_partial_ptr is not None):
             tile = packed(ds, M, M_TILE)
             if d_scores_ptr is not None:
                 store_packed(d_scores_ptr, tile, row, exists, M, M_TILE)
             d_bias += tile
         if (d_temperature_ptr is not None) or (temperature_partial_ptr is not None):
-            moment = temperature_gradient(weights, ons, g, tau, M)
+            moment = temperature_gradient(weights, active, g, tau, M)
             if d_temperature_ptr is not None:
                 tl.store(d_temperature_ptr + row, moment.to(d_temperature_ptr.dtype.element_ty), mask=exists)
             d_tau += moment
@@ -377,7 +375,7 @@ def pool_backward(
             streamed_gradients(
                 x_ptrs,
                 starts,
-                ons,
+                active,
                 weights,
                 ds,
                 d_pooled_ptr,
@@ -405,7 +403,7 @@ def pool_backward(
                         dx_stride,
                         row,
                         exists,
-                        ons[m],
+                        active[m],
                         col,
                         width,
                         d_pooled,

@@ -56,7 +56,7 @@ def _run(problem: Any, tiles: tuple[tuple[bool, int, int], ...], partial: Tensor
     nothing = (None,) * len(taps)
     names = ("weight_ptrs", "count_ptrs", "up_ptrs", "distance_ptrs", "d_student_ptrs", "d_teacher_ptrs")
     tl = kernels("feature_loss").tl
-    arguments = {name: nothing for name in names} | {"weights": (0.0,) * len(taps), "weights_low": (0.0,) * len(taps)}
+    arguments = dict.fromkeys(names, nothing) | {"weights": (0.0,) * len(taps), "weights_low": (0.0,) * len(taps)}
     arguments |= per_tap
     for side in ("student", "teacher"):
         arguments |= _addresses(side, [getattr(tap, side) for tap in taps])
