@@ -13,11 +13,7 @@ from mfd_fast.ops.mfd_problem import check_mfd_loss
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHAPE = "3x768x1000"
 NAMES = [f"mfd_single_pass-{SHAPE}-bf16-{cc}" for cc in (80, 90, 100)]
-NAMES += [
-    f"mfd_single_pass-{SHAPE}-fp32-90",
-    "mfd_single_pass-2x512x2048-bf16-90",
-    "scale_all_in_place-3x768x1000-bf16-90",
-]
+NAMES += [f"mfd_single_pass-{SHAPE}-fp32-90", f"scale_all_in_place-{SHAPE}-bf16-90"]
 
 
 def launches(name: str) -> Launch:

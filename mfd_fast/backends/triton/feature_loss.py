@@ -56,8 +56,8 @@ def _run(problem: Any, tiles: tuple[tuple[bool, int, int], ...], partial: Tensor
     nothing = (None,) * len(taps)
     names = ("weight_ptrs", "count_ptrs", "up_ptrs", "distance_ptrs", "d_student_ptrs", "d_teacher_ptrs")
     tl = kernels("feature_loss").tl
-    arguments = dict.fromkeys(names, nothing) | {"weights": (0.0,) * len(taps), "weights_low": (0.0,) * len(taps)}
-    arguments |= per_tap
+    zeros = (0.0,) * len(taps)
+    arguments: dict[str, Any] = {**dict.fromkeys(names, nothing), "weights": zeros, "weights_low": zeros, **per_tap}
     for side in ("student", "teacher"):
         arguments |= _addresses(side, [getattr(tap, side) for tap in taps])
     arguments |= {

@@ -97,7 +97,7 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
     else:
         operand = _operand_dtype(p)
         pool_needed = need_query or need_bias or any(need_features)
-        scratch = {
+        scratch: dict[str, Any] = {
             "y_ptr": allocate.empty((n, width), operand, device),
             "z_ptr": allocate.empty((n, _padded(classes)), dtype, device),
             "dz_ptr": allocate.empty((n, _padded(classes)), operand, device) if any(needs) else None,
@@ -155,7 +155,9 @@ def _row_arguments(p: Any) -> dict[str, Any]:
     soft, hard = _is_used(p.soft_weight), rows.labels is not None and _is_used(p.hard_weight)
     features = row_layout(p.teacher_features) if _is_used(p.feature_weight) else None
     # Row counts must not reach the compiler as the inner counts of flat layouts.
-    features_flat = features is None or features.inner >= n
+    inner, features_outer = 1, 0
+    if features is not None and features.inner < n:
+        inner, features_outer = features.inner, features.outer_stride
     target = p.teacher_pool_weights.contiguous() if _is_used(p.pool_weight) else None
     numbers: dict[str, Any] = {}
     for name, value in (
@@ -188,10 +190,10 @@ def _row_arguments(p: Any) -> dict[str, Any]:
         "mask_ptr": rows.mask,
         "weight_ptr": p.weight,
         "features_ptr": None if features is None else features.tensor,
-        "features_inner": 1 if features_flat else features.inner,
-        "features_outer": 0 if features_flat else features.outer_stride,
+        "features_inner": inner,
+        "features_outer": features_outer,
         "features_stride": 0 if features is None else features.row_stride,
-        "F_FLAT": features_flat,
+        "F_FLAT": features is None or features.inner >= n,
         "pool_target_ptr": target,
         "smoothing": float(rows.label_smoothing),
         "n_rows": n,
