@@ -10,11 +10,6 @@
 
 namespace mfd {
 
-#if defined(MFD_EMULATED_LANES)
-namespace isa_emulated {
-const Kernels& kernels();
-}
-#endif
 namespace isa_baseline {
 const Kernels& kernels();
 }
@@ -66,9 +61,6 @@ const std::vector<Isa>& isas() {
     all.push_back({"avx2", features.avx2, isa_avx2::kernels});
 #endif
     all.push_back({"baseline", true, isa_baseline::kernels});
-#if defined(MFD_EMULATED_LANES)
-    all.push_back({"emulated", true, isa_emulated::kernels});
-#endif
     return all;
   }();
   return list;

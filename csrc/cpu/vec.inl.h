@@ -158,20 +158,40 @@ struct F32 {
     return a * b + c;
 #endif
   }
-  // A fixed tree, so the result does not depend on the instruction set's shuffles.
+  // Lane i and lane i + width meet, width = kLanes/2 .. 1: the same tree with shuffles and without.
   MFD_INLINE T sum(V v) {
-    T lane[kLanes];
-    __builtin_memcpy(lane, &v, sizeof(V));
-    for (int width = kLanes / 2; width > 0; width /= 2)
-      for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-    return lane[0];
+    return reduce(v, [](auto a, auto b) { return a + b; });
   }
   MFD_INLINE T largest(V v) {
+    return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
+  }
+
+  template <class Combine>
+  MFD_INLINE T reduce(V v, Combine combine) {
+#if defined(__SSE2__)
+    typedef float Quad __attribute__((vector_size(16)));
+#if MFD_AVX512
+    typedef float Eight __attribute__((vector_size(32)));
+    const Eight low8 = (Eight)_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0);
+    const Eight eight = combine(low8, (Eight)_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
+#elif MFD_AVX2
+    const V eight = v;
+#endif
+#if MFD_AVX512 || MFD_AVX2
+    const Quad low4 = (Quad)_mm256_castps256_ps128((__m256)eight);
+    const Quad quad = combine(low4, (Quad)_mm256_extractf128_ps((__m256)eight, 1));
+#else
+    const Quad quad = v;
+#endif
+    const Quad pair = combine(quad, (Quad)_mm_movehl_ps((__m128)quad, (__m128)quad));
+    return combine(pair[0], pair[1]);
+#else
     T lane[kLanes];
     __builtin_memcpy(lane, &v, sizeof(V));
     for (int width = kLanes / 2; width > 0; width /= 2)
-      for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+      for (int i = 0; i < width; ++i) lane[i] = combine(lane[i], lane[i + width]);
     return lane[0];
+#endif
   }
 
   MFD_INLINE V from_bfloat(const uint16_t* p) {
