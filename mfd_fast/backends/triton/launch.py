@@ -26,14 +26,16 @@ def kernels(name: str) -> ModuleType:
     return module
 
 
-def launch(kernel: Any, programs: int, device: torch.device, warps: int, arguments: dict[str, Any]) -> None:
-    """Runs ``kernel`` on ``programs`` programs of the current stream of ``device``."""
+def launch(
+    kernel: Any, programs: int, device: torch.device, warps: int, arguments: dict[str, Any], **more: Any
+) -> None:
+    """Runs ``kernel`` on ``programs`` programs of the current stream of ``device``; ``more``: compiler options."""
     if interpreting():
         with _quiet():
             kernel[(programs,)](**arguments)
         return
     # Contraction to FMA off: a student equal to its teacher gives gradients of exactly 0.
-    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False, **more}
     if device.index is None or device.index == torch.cuda.current_device():
         kernel[(programs,)](**arguments, **options)
         return
