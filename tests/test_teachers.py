@@ -15,6 +15,9 @@ TOPK = [b for b in RECORD.backends if "topk" in BACKEND_FEATURES[b]]
 SEVERAL = [b for b in RECORD.backends if "teachers" in BACKEND_FEATURES[b]]
 ORDINARY = ["forward_kl", "reverse_kl", mfd.JSD(0.3), mfd.SkewKL(), mfd.SkewReverseKL(), "tvd", mfd.AlphaBeta(0.6, 0.3)]
 LABELLED = ["dkd", "nkd"]
+#: (backend with several teachers, divergence that it does not have for them).
+NOT_MIXED = {("triton", "nkd")}
+MIXED = [(b, d) for b in SEVERAL for d in ORDINARY + LABELLED if (b, d) not in NOT_MIXED]
 
 
 def sparse(rows=5, classes=9, k=4, dtype=torch.float64, seed=0):
@@ -212,8 +215,16 @@ def three(dtype=torch.float64, rows=5, classes=7):
     return made[0].student, [m.teacher for m in made], made[0].labels
 
 
-@pytest.mark.parametrize("backend", SEVERAL)
-@pytest.mark.parametrize("divergence", ORDINARY + LABELLED, ids=str)
+@pytest.mark.parametrize(("backend", "divergence"), sorted(NOT_MIXED))
+def test_a_mixture_without_a_kernel_is_refused_by_name_and_runs_on_the_reference(backend, divergence):
+    student, teachers, labels = three(torch.float32)
+    with pytest.raises(mfd.BackendError, match=f"distill_loss: backend '{backend}' cannot run .* several teachers"):
+        loss(student, teachers, labels, backend, divergence=divergence)
+    found = mfd.distill_loss(student, teachers, labels, divergence=divergence)
+    torch.testing.assert_close(found, loss(student, teachers, labels, divergence=divergence)[0].mean())
+
+
+@pytest.mark.parametrize(("backend", "divergence"), MIXED, ids=str)
 @pytest.mark.parametrize("weights", ["equal", "shared", "per_row"])
 def test_several_teachers_are_the_mixture_of_their_probabilities(backend, divergence, weights):
     student, teachers, labels = three()
@@ -298,6 +309,17 @@ def test_one_tensor_in_every_role(backend):
     same = mfd.distill_loss(leaf, [leaf, leaf], divergence="jsd", backend=backend)
     assert float(same.detach().abs()) < 1e-12
     assert float(torch.autograd.grad(same, leaf)[0].abs().max()) < 1e-12
+
+
+def test_modules_take_every_kind_of_teacher():
+    student, values, indices, _ = sparse(classes=7)
+    _, teachers, _ = three()
+    for teacher, options in (
+        (mfd.TopK(values, indices), {"divergence": "jsd"}),
+        (teachers, {"teacher_weights": torch.tensor([1.0, 2.0, 3.0])}),
+    ):
+        module = mfd.nn.DistillationLoss(temperature=2.0, **options)
+        assert_bitwise_equal(module(student, teacher), mfd.distill_loss(student, teacher, temperature=2.0, **options))
 
 
 def test_the_tables_name_known_backends():

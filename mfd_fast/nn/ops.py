@@ -34,7 +34,7 @@ class DistillationLoss(_Loss):
     def forward(
         self,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | types.TopK | Sequence[Tensor],
         labels: Tensor | None = None,
         *,
         mask: Tensor | None = None,
