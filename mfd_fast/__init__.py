@@ -1,6 +1,6 @@
 """Multimodal knowledge distillation at hardware speed."""
 
-from . import balance, nn, schedules
+from . import balance, nn, presets, schedules
 from .backends import BackendError, Choice, use_backend
 from .divergences import (
     DKD,
@@ -49,6 +49,7 @@ __all__ = [
     "mfd_loss",
     "modal_pool",
     "nn",
+    "presets",
     "schedules",
     "use_backend",
 ]

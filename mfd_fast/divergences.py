@@ -60,9 +60,18 @@ class Divergence:
         first, second = (*map(float, astuple(self)), 0.0, 0.0)[:2]
         return first, second
 
+    @property
+    def near_a_limit(self) -> bool:
+        """The value is a small difference or quotient of large terms; only the reference keeps its digits."""
+        return False
+
     def canonical(self) -> Divergence:
         """The simplest divergence that is exactly this one; what the backends receive."""
         return self
+
+
+#: A parameter that differs from a limit by less than this is near it.
+_NEAR = 0.01
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,10 @@ class JSD(Divergence):
 
     def __post_init__(self) -> None:
         _check_number("JSD: beta", self.beta, 0, 1, "in [0, 1]")
+
+    @property
+    def near_a_limit(self) -> bool:
+        return min(self.beta, 1 - self.beta) < _NEAR
 
     def canonical(self) -> Divergence:
         return ForwardKL() if self.beta == 0 else ReverseKL() if self.beta == 1 else self
@@ -182,7 +195,8 @@ class AlphaBeta(Divergence):
         α = −β:  1/α² Σ (log(q^α/p^α) + p^α/q^α − 1)
         α = β = 0:  ½ Σ (log p − log q)².
     All of them are f = (D_{α+β} − q^β D_α)/β with D_s the difference quotient above
-    (D_{α+β} = (p^(α+β) − q^(α+β))/(α+β), q^β D_α = (p^α q^β − q^(α+β))/α), free of cancellation by expm1.
+    (D_{α+β} = (p^(α+β) − q^(α+β))/(α+β), q^β D_α = (p^α q^β − q^(α+β))/α), free of cancellation by expm1 where β is
+    the larger exponent; α and β may be exchanged together with p and q.
     It has no name by itself: two exponents without a customary default. Cichocki, Cruces, Amari: Generalized
     Alpha-Beta Divergences, Entropy 13 (2011); Wang et al.: ABKD, arXiv:2505.04560.
 
@@ -200,6 +214,10 @@ class AlphaBeta(Divergence):
     def __post_init__(self) -> None:
         for field in ("alpha", "beta"):
             _check_number(f"AlphaBeta: {field}", getattr(self, field), -math.inf, math.inf, "finite")
+
+    @property
+    def near_a_limit(self) -> bool:
+        return any(0 < abs(value) < _NEAR for value in (self.alpha, self.beta, self.alpha + self.beta))
 
     def canonical(self) -> Divergence:
         ends: dict[tuple[float, float], Divergence] = {(1.0, 0.0): ForwardKL(), (0.0, 1.0): ReverseKL()}

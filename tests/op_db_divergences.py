@@ -16,7 +16,7 @@ DIVERGENCES: dict[str, mfd.Divergence] = {
         mfd.ForwardKL(),
         mfd.ReverseKL(),
         mfd.JSD(0.3),
-        mfd.SkewKL(0.15),
+        mfd.SkewKL(0.25),
         mfd.SkewReverseKL(0.2),
         mfd.TVD(),
         mfd.AlphaBeta(0.6, 0.3),
@@ -48,10 +48,10 @@ def samples(dtype: torch.dtype, distance: str, seed: int, rows: int, classes: in
     mask[1:2] = False
     both: dict[str, Any] = {"student": base.student, "teacher": base.teacher}
     labelled = {**both, "labels": base.labels, "mask": mask}
-    per_row = {"temperature": uniform(rows, low=1.2, high=3.0), "weight": uniform(rows), "reduction": "none"}
+    per_row = {"temperature": uniform(rows, low=1.2, high=2.0), "weight": uniform(rows), "reduction": "none"}
     shared = {"temperature": torch.tensor(1.7, dtype=acc), "hard_weight": 0.5, "soft_weight": 0.8}
 
-    k = max(classes // 2, 1)
+    k = min(max(classes // 2, 1), 1024)
     log_p = torch.log_softmax(base.teacher.double(), -1)
     values, indices = log_p.topk(k, -1)
     if rows:  # unordered, and the label is not always the first
@@ -73,7 +73,7 @@ def samples(dtype: torch.dtype, distance: str, seed: int, rows: int, classes: in
         "skew_reverse_kl": {**labelled, **shared, "divergence": DIVERGENCES["skew_reverse_kl"]},
         "tvd": {**both, **per_row, "divergence": "tvd"},
         "alpha_beta": {**labelled, **shared, "divergence": DIVERGENCES["alpha_beta"]},
-        "alpha_beta_limit": {**both, **per_row, "divergence": mfd.AlphaBeta(0.2, -0.2)},
+        "alpha_beta_limit": {**both, **per_row, "divergence": mfd.AlphaBeta(0.7, 0.0)},
         "dkd": {**labelled, **per_row, "divergence": DIVERGENCES["dkd"]},
         "nkd": {**labelled, **shared, "divergence": DIVERGENCES["nkd"]},
         "topk_bucket": {**listed, **per_row, "student": base.student, "teacher": sparse("bucket"), "divergence": "dkd"},

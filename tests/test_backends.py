@@ -80,15 +80,16 @@ def test_the_backend_that_was_asked_for_is_the_one_that_runs(monkeypatch, backen
         mfd.distill_loss(student, SAMPLE["teacher"], backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["cpu"])
-def test_standardize_is_refused_by_name_and_falls_to_the_reference_by_default(backend):
-    options = {"student_transform": mfd.LogitTransform(standardize=True)}
-    with pytest.raises(mfd.BackendError, match=f"backend '{backend}' cannot run .*standardi"):
-        mfd.distill_loss(**SAMPLE, **options, backend=backend)
-    choice = mfd.explain(mfd.distill_loss, **SAMPLE, **options)
-    assert choice.backend == "reference"
-    assert "standardi" in choice.rejected["cpu"]
-    assert mfd.distill_loss(**SAMPLE, **options).isfinite()
+def test_a_refusal_names_the_reason_and_the_default_passes_on():
+    rows = SAMPLE["student"].shape[0]
+    sparse = mfd.TopK(torch.full((rows, 2), -1.0), torch.tensor([[0, 1]] * rows))
+    call = {**SAMPLE, "teacher": sparse}
+    with pytest.raises(mfd.BackendError, match=r"backend 'triton' cannot run .*TopK"):
+        mfd.distill_loss(**call, backend="triton")
+    choice = mfd.explain(mfd.distill_loss, **call)
+    assert choice.backend == "cpu"
+    assert "TopK" in choice.rejected["triton"]
+    assert mfd.distill_loss(**call).isfinite()
 
 
 STANDARDIZE = mfd.LogitTransform(standardize=True)

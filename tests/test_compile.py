@@ -1,5 +1,6 @@
 """torch.compile(fullgraph=True, dynamic=True), forward and backward, with no recompilation."""
 
+import op_db_divergences
 import pytest
 import torch
 from harness import evaluate, map_tensors, on
@@ -58,6 +59,16 @@ def test_choice_of_backend_is_made_when_the_graph_runs():
     record = RECORDS["distill_loss"]
     call = torch.compile(record.op, fullgraph=True, dynamic=True, backend="aot_eager")
     assert_agrees(record, "cpu", call, record.samples()["labels"], ("student",))
+
+
+@pytest.mark.parametrize("wrt", ["one", "all"])
+@pytest.mark.parametrize("name", op_db_divergences.samples(torch.float32, "far", 0, 6, 11))
+def test_every_divergence_and_teacher_without_a_backend_named(name, wrt):
+    """The op chooses when it runs: the kernels that have the sample, else the reference."""
+    record = RECORDS["distill_loss"]
+    call = torch.compile(record.op, fullgraph=True, dynamic=True, backend="aot_eager")
+    names = ("student",) if wrt == "one" else record.differentiable
+    assert_agrees(record, "reference", call, record.samples()[name], names)
 
 
 def changed(arguments, factor):

@@ -120,6 +120,22 @@ def test_one_output_alone_backpropagates(end):
             torch.testing.assert_close(a, b)
 
 
+def test_a_mask_or_teacher_that_changes_before_it_is_read_again_is_noticed():
+    x, t = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+    mask, present = torch.ones(4, dtype=torch.bool), torch.ones(4, 2, dtype=torch.bool)
+    pooled = mfd.modal_pool([x, 2 * x], present=present, backend="cpu").pooled
+    rows = mfd.feature_loss(x, t, mask=mask, reduction="none", backend="cpu")
+    whole = mfd.mfd_loss([x, 2 * x], None, torch.randn(5, 3), None, torch.randn(4, 5), backend="cpu").loss
+    logits = torch.randn(4, 5)
+    other = mfd.mfd_loss([x, 2 * x], None, torch.randn(5, 3), None, logits, backend="cpu").loss
+    present[0] = mask[0] = False
+    logits.zero_()
+    for value in (pooled, rows, other):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.sum().backward()
+    whole.backward()
+
+
 def test_large_gradients_come_from_recycled_memory():
     features = [torch.randn(1024, 600).requires_grad_() for _ in range(2)]
     query = torch.randn(600, requires_grad=True)

@@ -117,7 +117,11 @@ def test_gradients_that_the_reference_backend_writes_out(record, name, wrt):
             torch.testing.assert_close(a, b, msg=f"{names} {key}")
 
 
-@pytest.mark.parametrize("name", samples_on(LOSS, "cpu"))
+# Those of a TopK and of a label treated apart are the kernel's own.
+COMMON = [name for name in samples_on(LOSS, "cpu") if not name.startswith(("topk", "dkd", "nkd"))]
+
+
+@pytest.mark.parametrize("name", COMMON)
 def test_statistics_of_the_reference_are_those_of_the_kernels(name):
     """The first five; the others belong to the backend that wrote them."""
     arguments = LOSS.samples(dtype=torch.float64)[name]

@@ -136,14 +136,24 @@ static void linear_slopes(const LinearSlopes& s, const Logs<S>& logs, const type
                           const typename S::T* y, int64_t n, const BlockSlopes<S>& b) {
   typedef typename S::T T;
   typedef typename S::V V;
-  const V student = S::splat(static_cast<T>(s.student)), teacher = S::splat(static_cast<T>(s.teacher));
+  // DKD as teacher*(q - p) + (student - teacher)*q, q - p = -q*expm1(r) where the teacher is near: beta
+  // magnifies what the two exponentials round away.
+  const V teacher = S::splat(static_cast<T>(s.teacher)),
+          extra = S::splat(static_cast<T>(s.student - s.teacher));
   const V relation = S::splat(static_cast<T>(s.relation)), mean = S::splat(static_cast<T>(s.mean));
   const V pull = S::splat(static_cast<T>(s.pull)),
           zero = S::splat(static_cast<T>(s.mean != s.mean ? kNan : 0.0));
   over_vectors<S>(x, y, n, [&](V logit_x, V logit_y, int64_t i) {
     const V p = S::load(b.p + i);
     const V t = s.of_student ? -logs.log_q(logit_x) : logs.template r<kClose>(logit_x, logit_y);
-    S::store(b.to_u + i, student * S::load(b.q + i) - teacher * p);
+    const V q = S::load(b.q + i);
+    V difference = q - p;
+    if (s.student != s.teacher) {
+      const V r = logs.template r<kClose>(logit_x, logit_y), half = S::splat(T(0.5));
+      const auto near = (r < half) & (r > -half);
+      difference = S::select(near, -(q * expm1_of(S::select(near, r, V{}))), difference);
+    }
+    S::store(b.to_u + i, S::fma(extra, q, teacher * difference));
     S::store(b.to_v + i, S::select(p == V{}, zero, p * (relation * (t - mean) + pull)));
   });
 }

@@ -119,9 +119,9 @@ static void block_sums(const typename S::T* x, const typename S::T* y, int64_t n
     sums_step<S, kSoft, kHard>(S::load_first(x + i, left, pad), kSoft ? S::load_first(y + i, left, pad) : V{},
                                mx, my, scales, kept.after(i), a);
   }
-  out->sum_s = S::sum(a.s + b.s);
-  out->sum_h = kHard == 1 ? out->sum_s : kHard ? S::sum(a.h + b.h) : 0.0;
-  out->sum_t = kSoft ? S::sum(a.t + b.t) : 0.0;
+  out->sum_s = S::sum(a.s) + S::sum(b.s);
+  out->sum_h = kHard == 1 ? out->sum_s : kHard ? S::sum(a.h) + S::sum(b.h) : 0.0;
+  out->sum_t = kSoft ? S::sum(a.t) + S::sum(b.t) : 0.0;
   out->cross = kSoft == kCross ? S::sum(a.cross + b.cross) : 0.0;
 }
 

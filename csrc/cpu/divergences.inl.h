@@ -73,8 +73,8 @@ struct JSD {
       : wq(S::splat(static_cast<typename S::T>(1 - beta))), wp(S::splat(static_cast<typename S::T>(beta))) {}
   __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V, V) const {
     const MeanOf<S> m(q, p, r, wq, wp);
-    const V g = m.student * m.log_qm;
-    return {S::fma(m.teacher, m.log_pm, g), g, m.teacher * m.log_pm};
+    const V g = weighed<S>(q, wq * m.log_qm), h = weighed<S>(p, wp * m.log_pm);
+    return {g + h, g, h};
   }
 };
 

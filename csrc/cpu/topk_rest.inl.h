@@ -11,8 +11,10 @@ struct Listed {
   int64_t label;  // position of the label among them; -1 where it is not listed
 };
 
-// Sums over the other classes relative to `max`: e_s of (x - max)/T, h at T = 1, and e_s^degree.
+// Sums over the other classes relative to `max`, little more than their largest logit: e_s of (x - max)/T, h
+// at T = 1, and e_s^degree.
 struct RestSums {
+  double max;
   double sum_s, sum_h, powers;
   double dot_s, dot_powers;  // sum e*(x - max)
   double sum_x;              // sum x over all classes
@@ -28,7 +30,7 @@ struct TopKRow {
   const Scratch& scratch;
   int64_t row, label, blocks;
   double ts, tt;
-  bool renormalized, apart, unit, entropies;
+  bool use_hard, renormalized, apart, unit, entropies;
   bool all_classes;  // something depends on the classes that are not listed
   bool powers;       // the divergence of a class without teacher is not proportional to q
   double pass_t;     // temperature of the pass over all classes
@@ -43,14 +45,15 @@ struct TopKRow {
     ts = at<T>(p.student_temperature, row);
     tt = at<T>(p.teacher_temperature, row);
     const Tail tail = pass.teacher.tail;
+    use_hard = f.use_hard && at<T>(pass.grad_hard, row) != 0;
     renormalized = tail == Tail::kRenormalize;
     apart = sets_label_apart(p.divergence);
     unit = p.divergence == Divergence::kNKD;
     entropies = f.student_entropy != nullptr;
-    all_classes = !renormalized || f.use_hard || entropies;
+    all_classes = !renormalized || use_hard || entropies;
     powers = tail == Tail::kZero && p.divergence == Divergence::kAlphaBeta && degree() != 1.0;
     pass_t = renormalized && !entropies ? 1.0 : ts;
-    hard = f.use_hard || (unit && !renormalized) ? hard_mode(pass_t) : kNoHard;
+    hard = use_hard || (unit && !renormalized) ? hard_mode(pass_t) : kNoHard;
     x = {&p.student, row_offset(p.student, row), -1, {}};
     if (p.student.standardize) x.centre = row_centre<S>(x, p.classes, static_cast<T*>(scratch.block_x));
     const auto array = [&](int i) { return static_cast<T*>(scratch.listed[i]); };
@@ -138,7 +141,7 @@ static void rest_block(const TopKRow<S>& c, const Scales<S>& scales, int64_t b) 
   const Ahead ahead = {block.raw + (p.classes < kBlock ? p.classes : kBlock) * size, block.raw, size, 0};
   block_sums_of<S, kNoSoft>(c.hard, x, x, n, scales, ahead, kept, &out);
   // In double precision, hence relative to nothing.
-  if (c.f.use_hard && p.smoothing != 0)
+  if (c.use_hard && p.smoothing != 0)
     out.sum_x = block_shifted_sum<S>(x, n, out.max_s) + static_cast<double>(n) * out.max_s;
   if (begin < end) {
     for (int64_t m = begin; m < end; ++m) c.listed.x[scratch.slots[m]] = x[scratch.columns[m] - start];
@@ -167,28 +170,21 @@ static void rest_block(const TopKRow<S>& c, const Scales<S>& scales, int64_t b) 
   }
 }
 
-// What the exponentials of the classes not listed are relative to: little more than the largest of their
-// logits.
 template <class S>
-static double rest_max(const TopKRow<S>& c) {
-  double max = c.scratch.sums[0].max_s;
-  for (int64_t b = 1; b < c.blocks; ++b)
-    if (c.scratch.sums[b].max_s > max) max = c.scratch.sums[b].max_s;
-  return max;
-}
-
-template <class S>
-static RestSums merge_rest(const TopKRow<S>& c, double max) {
+static RestSums merge_rest(const TopKRow<S>& c) {
   RestSums rest{};
-  const bool dots = c.entropies || c.pass.d_temperature, smoothed = c.f.use_hard && c.p.smoothing != 0;
+  rest.max = c.scratch.sums[0].max_s;
+  for (int64_t b = 1; b < c.blocks; ++b)
+    if (c.scratch.sums[b].max_s > rest.max) rest.max = c.scratch.sums[b].max_s;
+  const bool dots = c.entropies || c.pass.d_temperature, smoothed = c.use_hard && c.p.smoothing != 0;
   for (int64_t b = 0; b < c.blocks; ++b) {
     const BlockSums& s = c.scratch.sums[b];
-    const double below = s.max_s - max, weight = block_weight(s.max_s, max, c.pass_t);
+    const double below = s.max_s - rest.max, weight = block_weight(s.max_s, rest.max, c.pass_t);
     rest.sum_s += weight * s.sum_s;
-    if (c.hard) rest.sum_h += (c.pass_t == 1.0 ? weight : block_weight(s.max_s, max, 1.0)) * s.sum_h;
+    if (c.hard) rest.sum_h += (c.pass_t == 1.0 ? weight : block_weight(s.max_s, rest.max, 1.0)) * s.sum_h;
     if (dots && s.sum_s != 0) rest.dot_s += weight * (s.dot_s + s.sum_s * below);
     if (c.powers && s.sum_t != 0) {
-      const double risen = block_weight(s.max_s, max, c.ts / c.degree());
+      const double risen = block_weight(s.max_s, rest.max, c.ts / c.degree());
       rest.powers += risen * s.sum_t;
       if (dots) rest.dot_powers += risen * (s.dot_t + s.sum_t * below);
     }

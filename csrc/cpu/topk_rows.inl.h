@@ -14,7 +14,8 @@ struct AllClasses {
 // label's own.
 struct TopKSlopes {
   double soft, hard, unit, at_one, shift;
-  double rest, powers;  // factors of e_s and e_s^degree of the classes not listed
+  double rest,
+      powers;  // factors of e_s (relative to the rest's maximum) and e_s^degree of the classes not listed
 };
 
 template <class S>
@@ -23,10 +24,12 @@ static void write_topk_by_products(const TopKRow<S>& c) {
   const Forward& f = c.f;
   const Listed<S>& l = c.listed;
   const double rest_y = load_values<S>(c);
-  const double max = max_with<S>(l.x, l.count, rest_max<S>(c)), max_t = max_with<S>(l.y, l.count, rest_y);
-  const RestSums rest = merge_rest<S>(c, max);
-  const double listed_s = exponential_sum<S>(l.x, l.count, max, Exponent<S>(c.ts), l.q);
-  const double sum = listed_s + rest.sum_s, dot = weighted_sum<S>(l.q, l.x, l.count, max) + rest.dot_s;
+  const RestSums rest = merge_rest<S>(c);
+  const double max = max_with<S>(l.x, l.count, rest.max), max_t = max_with<S>(l.y, l.count, rest_y);
+  const double weight = block_weight(rest.max, max, c.ts);
+  const double sum = weight * rest.sum_s + exponential_sum<S>(l.x, l.count, max, Exponent<S>(c.ts), l.q);
+  const double rest_dot = rest.sum_s == 0 ? 0.0 : weight * (rest.dot_s + rest.sum_s * (rest.max - max));
+  const double dot = rest_dot + weighted_sum<S>(l.q, l.x, l.count, max);
   const double listed_t = exponential_sum<S>(l.y, l.count, max_t, Exponent<S>(c.tt), l.p);
   const double beside = rest_y == -kInf ? 0.0 : exp((rest_y - max_t) / c.tt);
   const double sum_t = listed_t + beside;
@@ -52,10 +55,11 @@ static AllClasses all_classes(const TopKRow<S>& c, double label) {
   AllClasses all{};
   all.label = label;
   if (!c.all_classes) return all;
-  all.max = max_with<S>(l.x, l.count, rest_max<S>(c));
-  all.rest = merge_rest<S>(c, all.max);
+  all.rest = merge_rest<S>(c);
+  all.max = max_with<S>(l.x, l.count, all.rest.max);
   if (!c.hard) return all;
-  const double sum_h = all.rest.sum_h + exponential_sum<S>(l.x, l.count, all.max, Exponent<S>(1.0));
+  const double sum_h = all.rest.sum_h * block_weight(all.rest.max, all.max, 1.0) +
+                       exponential_sum<S>(l.x, l.count, all.max, Exponent<S>(1.0));
   all.lse_h = log(c.apart || sum_h != 0 ? sum_h : kNan);
   if (c.apart) {
     all.hard_odds = odds_of(label - all.max, 1.0, all.lse_h);
@@ -78,12 +82,12 @@ static TopKSlopes topk_slopes(const TopKRow<S>& c, const AllClasses& all, const 
   const double factor = w * c.f.soft_factor * at<T>(c.pass.grad_soft, c.row);
   TopKSlopes out{};
   out.soft = factor * (c.p.scale_by_temperature ? c.ts : 1.0 / c.ts);
-  if (c.f.use_hard) out.hard = w * c.f.hard_factor * at<T>(c.pass.grad_hard, c.row);
+  if (c.use_hard) out.hard = w * c.f.hard_factor * at<T>(c.pass.grad_hard, c.row);
   out.unit = factor * s.slopes.unit;
   out.at_one = out.hard + (c.renormalized ? 0.0 : out.unit);
   out.shift = out.hard * c.p.smoothing / static_cast<double>(c.p.classes);
   if (c.renormalized) return out;
-  out.rest = c.powers ? -out.soft * s.mean_g / s.sum_s : ratio_or_zero(out.soft * s.rest_u, all.rest.sum_s);
+  out.rest = ratio_or_zero(out.soft * (c.powers ? -s.q * s.mean_g : s.rest_u), all.rest.sum_s);
   if (c.powers) out.powers = -out.soft * exp(-c.degree() * s.lse_s) / c.p.first;
   return out;
 }
@@ -109,7 +113,7 @@ static void listed_gradient(const TopKRow<S>& c, const AllClasses& all, const So
     label =
         static_cast<T>(times(slopes.soft, s.slopes.label) - times(slopes.unit, s.target.hard_student.rest) -
                        times(slopes.hard, all.hard_odds.rest) + (slopes.hard * c.p.smoothing - slopes.shift));
-  } else if (c.f.use_hard) {
+  } else if (c.use_hard) {
     label = static_cast<T>(slopes.soft) * l.to_u[l.label] +
             (static_cast<T>(slopes.hard) * h[l.label] - static_cast<T>(slopes.hard * label_share(c.p)));
   }
@@ -124,7 +128,7 @@ static void topk_block(const TopKRow<S>& c, const AllClasses& all, const TopKSlo
   const int64_t start = b * kBlock, n = c.block_size(b);
   const double max = scratch.sums[b].max_s;
   Factors<T> factors{};
-  double a = slopes.rest * block_weight(max, all.max, c.pass_t), h = 0;
+  double a = slopes.rest * block_weight(max, all.rest.max, c.pass_t), h = 0;
   if (c.hard) h = slopes.at_one * exp(-all.lse_h) * block_weight(max, all.max, 1.0);
   if (c.powers) factors.b = static_cast<T>(slopes.powers * block_weight(max, all.max, c.ts / c.degree()));
   factors.shift = static_cast<T>(slopes.shift);
@@ -136,7 +140,7 @@ static void topk_block(const TopKRow<S>& c, const AllClasses& all, const TopKSlo
   factors.h = static_cast<T>(one_factor ? a + h : h);
   Exception<T> own = {-1, T(0)};
   const int64_t label = c.label - start;
-  if (c.f.use_hard && label >= 0 && label < n) {
+  if (c.use_hard && label >= 0 && label < n) {
     Factors<T> at_label = factors;
     at_label.shift = static_cast<T>(slopes.hard * label_share(c.p));
     own = {label,
@@ -218,12 +222,16 @@ static void temperature_gradients(const TopKRow<S>& c, const AllClasses& all, co
     double excess = plain_sum<S>(l.to_u, l.count) + s.slopes.label;
     double mean_x = weighted_sum<S>(l.q, l.x, l.count, s.max_s);
     if (!c.renormalized) {
-      const double rest_x = ratio_or_zero(all.rest.dot_s, all.rest.sum_s);
+      const RestSums& rest = all.rest;
+      const double rest_x = rest.sum_s == 0 ? 0.0 : rest.dot_s / rest.sum_s + s.rest_x;
       mean_x += s.q * rest_x;
       excess += s.rest_u;
-      slope += c.powers
-                   ? all.rest.dot_powers * exp(-c.degree() * s.lse_s) / c.p.first - s.mean_g * s.q * rest_x
-                   : s.rest_u * rest_x;
+      if (c.powers) {
+        const double scale = exp(c.degree() * (s.rest_x / c.ts - s.lse_s)) / c.p.first;
+        slope += scale * (rest.dot_powers + times(rest.powers, s.rest_x)) - s.mean_g * s.q * rest_x;
+      } else {
+        slope += s.rest_u * rest_x;
+      }
     }
     if (excess != 0) slope -= excess * mean_x;
     const double own = c.p.scale_by_temperature ? factor * 2.0 * c.ts * s.value : 0.0;
@@ -291,10 +299,10 @@ static void topk_row(const TopKPass& pass, int64_t row, const Scratch& scratch) 
   const SoftTerm s = soft_term<S>(c, all.max, all.rest, label);
   const double soft =
       (c.p.scale_by_temperature ? c.ts * c.ts : 1.0) * s.value + (c.unit ? s.slopes.drive : 0.0);
-  const double hard = f.use_hard ? hard_term<S>(c, all) : 0.0;
+  const double hard = c.use_hard ? hard_term<S>(c, all) : 0.0;
   if (f.row_loss)
     f.row_loss[row] =
-        at<T>(f.weight, row) * (f.soft_factor * soft + (f.use_hard ? f.hard_factor * hard : 0.0));
+        at<T>(f.weight, row) * (f.soft_factor * soft + (c.use_hard ? f.hard_factor * hard : 0.0));
   put<T>(f.soft, row, soft);
   put<T>(f.hard, row, hard);
   if (!(f.grad || pass.d_values || pass.d_temperature || pass.d_teacher_temperature)) return;

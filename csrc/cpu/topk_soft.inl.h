@@ -10,6 +10,7 @@ struct SoftTerm {
   double lse_s, lse_t;                // 0 where the sum is
   double rest;                        // y of the rest: log(1 - sum of the listed); -inf for none
   double q, p, log_q, log_p;          // of the rest
+  double rest_x;                      // its largest logit minus max_s
   double mean_g, mean_h;              // E_q[df/dq], E_p[df/dp]
   double rest_u, rest_v;              // dD/du and dD/dv of the rest
   double label_x, label_y;            // minus the maxima, where the label is apart
@@ -179,7 +180,8 @@ static SoftTerm soft_term(const TopKRow<S>& c, double max, const RestSums& rest,
     l.y[l.label] = static_cast<T>(-kInf);
   }
   s.max_t = max_with<S>(l.y, l.count, s.rest);
-  const double beside = c.renormalized ? 0.0 : rest.sum_s;
+  s.rest_x = rest.max - s.max_s;
+  const double beside = c.renormalized ? 0.0 : rest.sum_s * exp(s.rest_x / c.ts);
   const Exponent<S> by_ts(c.ts), by_tt(c.tt);
   s.sum_s = beside + exponential_sum<S>(l.x, l.count, s.max_s, by_ts);
   s.sum_t = teacher_sum<S>(c, s.max_t, s.rest, c.tt);
@@ -192,17 +194,18 @@ static SoftTerm soft_term(const TopKRow<S>& c, double max, const RestSums& rest,
   s.lse_t = s.sum_t == 0 ? 0.0 : log(s.sum_t);
   probabilities<S>(l.x, l.count, s.max_s, s.lse_s, by_ts, l.q);
   probabilities<S>(l.y, l.count, s.max_t, s.lse_t, by_tt, l.p);
-  s.log_q = log(beside) - s.lse_s;
+  s.log_q = c.renormalized ? -kInf : log(rest.sum_s) + s.rest_x / c.ts - s.lse_s;
   s.log_p = (s.rest - s.max_t) / c.tt - s.lse_t;
   s.q = s.sum_s == 0 ? 0.0 : beside / s.sum_s;
   s.p = static_cast<T>(exp(s.log_p));
   if (!c.apart) {
-    pointwise_value<S>(c, c.powers ? rest.powers * exp(-c.degree() * s.lse_s) : 0.0, s);
+    pointwise_value<S>(c, c.powers ? rest.powers * exp(c.degree() * (s.rest_x / c.ts - s.lse_s)) : 0.0, s);
     return s;
   }
   if (c.unit) {
     const Exponent<S> at_one(1.0);
-    s.sum_h = (c.renormalized ? 0.0 : rest.sum_h) + exponential_sum<S>(l.x, l.count, s.max_s, at_one);
+    s.sum_h = (c.renormalized ? 0.0 : rest.sum_h * exp(s.rest_x)) +
+              exponential_sum<S>(l.x, l.count, s.max_s, at_one);
     s.sum_u = teacher_sum<S>(c, s.max_t, s.rest, 1.0);
   }
   s.label_x = label - s.max_s;

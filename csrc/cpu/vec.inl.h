@@ -170,37 +170,58 @@ struct F32 {
 #endif
   }
   // Lane i and lane i + width meet, width = kLanes/2 .. 1: the same tree with shuffles and without.
-  MFD_INLINE T sum(V v) {
-    return reduce(v, [](auto a, auto b) { return a + b; });
+  // In double precision: a row with one dominating class would lose what the others add to it.
+  MFD_INLINE double sum(V v) {
+#if defined(__SSE2__)
+    typedef double Double2 __attribute__((vector_size(16)));
+#if MFD_AVX512 || MFD_AVX2
+    typedef double Double4 __attribute__((vector_size(32)));
+#if MFD_AVX512
+    typedef float Float8 __attribute__((vector_size(32)));
+    typedef double Double8 __attribute__((vector_size(64)));
+    const Float8 low8 = (Float8)_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0);
+    const Float8 high8 = (Float8)_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1);
+    const Double8 eight = __builtin_convertvector(low8, Double8) + __builtin_convertvector(high8, Double8);
+    const Double4 four = (Double4)_mm512_maskz_extractf64x4_pd(0xf, (__m512d)eight, 0) +
+                         (Double4)_mm512_maskz_extractf64x4_pd(0xf, (__m512d)eight, 1);
+#else
+    const Double4 four = (Double4)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)) +
+                         (Double4)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+#endif
+    const Double2 two =
+        (Double2)_mm256_castpd256_pd128((__m256d)four) + (Double2)_mm256_extractf128_pd((__m256d)four, 1);
+#else
+    const Double2 two =
+        (Double2)_mm_cvtps_pd((__m128)v) + (Double2)_mm_cvtps_pd(_mm_movehl_ps((__m128)v, (__m128)v));
+#endif
+    return two[0] + two[1];
+#else
+    double lane[kLanes];
+    for (int i = 0; i < kLanes; ++i) lane[i] = v[i];
+    for (int width = kLanes / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+    return lane[0];
+#endif
   }
   MFD_INLINE T largest(V v) {
-    return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
-  }
-
-  template <class Combine>
-  MFD_INLINE T reduce(V v, Combine combine) {
 #if defined(__SSE2__)
-    typedef float Quad __attribute__((vector_size(16)));
 #if MFD_AVX512
-    typedef float Eight __attribute__((vector_size(32)));
-    const Eight low8 = (Eight)_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0);
-    const Eight eight = combine(low8, (Eight)_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
+    const __m256 low8 = _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0);
+    const __m256 eight = _mm256_max_ps(_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1), low8);
+    const __m128 quad = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 #elif MFD_AVX2
-    const V eight = v;
-#endif
-#if MFD_AVX512 || MFD_AVX2
-    const Quad low4 = (Quad)_mm256_castps256_ps128((__m256)eight);
-    const Quad quad = combine(low4, (Quad)_mm256_extractf128_ps((__m256)eight, 1));
+    const __m256 eight = (__m256)v;
+    const __m128 quad = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 #else
-    const Quad quad = v;
+    const __m128 quad = (__m128)v;
 #endif
-    const Quad pair = combine(quad, (Quad)_mm_movehl_ps((__m128)quad, (__m128)quad));
-    return combine(pair[0], pair[1]);
+    const __m128 pair = _mm_max_ps(quad, _mm_movehl_ps(quad, quad));
+    return pair[0] > pair[1] ? pair[0] : pair[1];
 #else
     T lane[kLanes];
     __builtin_memcpy(lane, &v, sizeof(V));
     for (int width = kLanes / 2; width > 0; width /= 2)
-      for (int i = 0; i < width; ++i) lane[i] = combine(lane[i], lane[i + width]);
+      for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
     return lane[0];
 #endif
   }

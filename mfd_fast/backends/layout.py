@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 #: Columns of the statistics that the per-row forward saves for its backward: kStats of csrc/common/types.h, which says
-#: what they hold; a backend leaves alone what it does not need.
+#: what they hold; a backend writes 0 where it needs none.
 STATISTICS = 11
 
 

@@ -58,6 +58,11 @@ def _with_sides(problem: FeatureProblem, sides: Sequence[Tensor]) -> FeatureProb
     return replace(problem, taps=taps)
 
 
+def _masks(problem: FeatureProblem) -> list[Tensor]:
+    """Saved with the features, so that autograd notices if they change before they are read again."""
+    return [tap.mask for tap in problem.taps if tap.mask is not None]
+
+
 def _differentiable_gradients(
     problem: FeatureProblem,
     sides: Sequence[Tensor],
@@ -88,13 +93,14 @@ class _ScalarLoss(torch.autograd.Function):
         if any(needs):
             ctx.gradients = gradients
             ctx.call = (problem, backend)
-            ctx.save_for_backward(*students, *(tap.teacher for tap in problem.taps))
+            ctx.save_for_backward(*students, *(tap.teacher for tap in problem.taps), *_masks(problem))
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         problem, backend = ctx.call
-        sides, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[2:]
+        sides = ctx.saved_tensors[: 2 * len(needs)]
         if torch.is_grad_enabled():
 
             def loss_of(p: FeatureProblem) -> list[Tensor]:
@@ -121,13 +127,14 @@ class _Distances(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: FeatureProblem, backend: str, *sides: Tensor) -> tuple[Tensor, ...]:
         ctx.call = (problem, backend)
-        ctx.save_for_backward(*sides)
+        ctx.save_for_backward(*sides, *_masks(problem))
         return tuple(implementation(backend, "feature_loss").distances(problem))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         problem, backend = ctx.call
-        sides, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[2:]
+        sides = ctx.saved_tensors[: len(needs)]
         if torch.is_grad_enabled():
             return (None, None, *_differentiable_gradients(problem, sides, _reference_distances, grads, needs))
         found = implementation(backend, "feature_loss").distances_backward(_with_sides(problem, sides), grads, needs)

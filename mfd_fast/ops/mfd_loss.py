@@ -52,13 +52,15 @@ class _ScalarLoss(torch.autograd.Function):
         if True in needs:
             ctx.gradients = gradients
             ctx.call = (problem, backend)
-            ctx.save_for_backward(query, bias, head_weight, head_bias, *features)
+            # The last three are read again by a second backward only; autograd notices if they have changed.
+            told = (problem.rows.teacher, problem.teacher_features, problem.teacher_pool_weights)
+            ctx.save_for_backward(query, bias, head_weight, head_bias, *features, *told)
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         problem, backend = ctx.call
-        leaves = ctx.saved_tensors
+        leaves = ctx.saved_tensors[:-3]
         needs = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
             return (None, None, None, *_differentiable_gradients(problem, leaves, grad_loss, needs))

@@ -39,7 +39,7 @@ class _Pool(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         pooled, weights = implementation(backend, "modal_pool").forward(problem)
         ctx.call = (problem, backend)
-        ctx.save_for_backward(weights, query, scores, bias, temperature, *features)
+        ctx.save_for_backward(weights, problem.present, query, scores, bias, temperature, *features)
         ctx.set_materialize_grads(False)
         return pooled, weights
 
@@ -48,10 +48,11 @@ class _Pool(torch.autograd.Function):
         if d_pooled is None and d_weights is None:
             return (None,) * len(ctx.needs_input_grad)
         problem, backend = ctx.call
-        weights, query, scores, bias, temperature, *features = ctx.saved_tensors
+        weights, present, query, scores, bias, temperature, *features = ctx.saved_tensors
         problem = replace(
             problem,
             features=features,
+            present=present,
             query=query,
             scores=scores,
             bias=bias,

@@ -225,7 +225,7 @@ def soft_value(rows: Rows, sides: Sides) -> Tensor:
 def row_terms(rows: Rows, op: str = "distill_loss", *, soft: bool = True, hard: bool = True) -> RowTerms:
     """All per-row terms; a term that is not wanted is zeros and costs nothing."""
     sides = both_sides(rows, op)
-    soft_term = hard_term = sides.x.new_zeros(rows.n_rows)
+    soft_term = hard_term = sides.x[:, :0].sum(-1)  # zeros whose gradient is zero
     if soft:
         soft_term = soft_value(rows, sides)
     if hard and sides.labels is not None:
@@ -308,6 +308,8 @@ def combine_rows(
 ) -> Tensor:
     """The loss from the per-row terms ``[N]``; a term whose weight is the number 0 has no part in it."""
     per_row = torch.zeros_like(soft)
+    if not (_is_used(soft_weight) or _is_used(hard_weight)):  # 0, with a gradient of 0
+        per_row = soft.masked_fill(torch.ones_like(soft, dtype=torch.bool), 0.0)
     if _is_used(soft_weight):
         per_row = per_row + soft_weight * soft
     if _is_used(hard_weight):

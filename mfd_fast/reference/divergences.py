@@ -16,6 +16,8 @@ from ..divergences import DKD, JSD, TVD, AlphaBeta, Divergence, ForwardKL, Rever
 
 #: Exponents of AlphaBeta below this are treated like their limit: by differences, never by quotients of them.
 SMALL_EXPONENT = 1e-3
+#: exp of this is finite in float32.
+LARGE = 80.0
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor, *, complete: bool = True) -> Tensor:
@@ -40,7 +42,7 @@ def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor, complete: bo
         return forward_kl(log_q, log_p, complete=complete)
     p, q = log_p.exp(), log_q.exp()
     if isinstance(divergence, TVD):
-        return 0.5 * (p - q).abs().sum(-1)
+        return 0.5 * ((p - q) * sign(p - q)).sum(-1)
     if isinstance(divergence, AlphaBeta):
         return _alpha_beta(log_p, log_q, *divergence.parameters)
     log_p_over_m, log_q_over_m = over_mixture(divergence, log_p, log_q)
@@ -52,6 +54,12 @@ def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor, complete: bo
     else:
         value = (q * log_q_over_m).sum(-1)
     return not_negative(value) if complete else value
+
+
+def sign(values: Tensor) -> Tensor:
+    """−1, 0, 1 or NaN, without a graph: the sign of NaN is 0 in PyTorch."""
+    values = values.detach()
+    return torch.where(values != values, values, torch.sign(values))
 
 
 def _teacher_share(divergence: Divergence) -> float:
@@ -67,19 +75,18 @@ def _teacher_share(divergence: Divergence) -> float:
 def over_mixture(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """log(p/m) and log(q/m), m = w p + (1−w) q; 0 where p, or q, is 0 and the other factor makes it 0 anyhow.
 
-    From r: log(q/m) = −log1p(w expm1(r)) if r <= 0, log(p/m) = −log1p((1−w) expm1(−r)) else, and the other of
-    the two differs from it by r.
+    From r: log(q/m) = −log1p(w expm1(r)) and log(p/m) = −log1p((1−w) expm1(−r)), which keep their digits for
+    small r and small w alike; where expm1 would overflow, from each other: they differ by r.
     """
     share = _teacher_share(divergence)
     p_zero, q_zero = log_p.exp() == 0, log_q.exp() == 0
     none = p_zero | q_zero
     zero = torch.zeros_like(log_p)
     r = torch.where(none, zero, log_p) - torch.where(none, zero, log_q)
-    above = r > 0
-    log_q_over_m = -torch.log1p(share * torch.expm1(torch.where(above, zero, r)))
-    log_p_over_m = -torch.log1p((1 - share) * torch.expm1(-torch.where(above, r, zero)))
-    p_side = torch.where(above, log_p_over_m, log_q_over_m + r)
-    q_side = torch.where(above, log_p_over_m - r, log_q_over_m)
+    high, low = r > LARGE, r < -LARGE
+    p_side = -torch.log1p((1 - share) * torch.expm1(-torch.where(low, zero, r)))
+    q_side = -torch.log1p(share * torch.expm1(torch.where(high, zero, r)))
+    p_side, q_side = torch.where(low, q_side + r, p_side), torch.where(high, p_side - r, q_side)
     # Where one side is 0 the mixture is the other side times its share.
     p_side = torch.where(q_zero & ~p_zero, torch.full_like(r, -math.log(share)), p_side)
     q_side = torch.where(p_zero & ~q_zero, torch.full_like(r, -math.log1p(-share)), q_side)
@@ -87,25 +94,25 @@ def over_mixture(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[
 
 
 def _alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
-    """Σ (D_{α+β} − q^β D_α)/β with D_s = (p^s − q^s)/s; β = 0 by its own limit."""
+    """Σ (D_{α+β} − q^β D_α)/β with D_s = (p^s − q^s)/s, and ½ Σ r² at α = β = 0."""
+    if abs(beta) < abs(alpha):  # by symmetry; the larger exponent is the one to divide by
+        log_p, log_q, alpha, beta = log_q, log_p, beta, alpha
     p_zero, q_zero = log_p == -torch.inf, log_q == -torch.inf
     none, zero = p_zero | q_zero, torch.zeros_like(log_p)
     a, b = torch.where(none, zero, log_p), torch.where(none, zero, log_q)
     total, r = alpha + beta, a - b
-    if beta != 0:
+    if beta == 0:
+        value = 0.5 * r.square()
+    else:
         value = difference(total * a, total * b, total, r) - difference(alpha * a + beta * b, total * b, alpha, r)
         value = value / beta
-        if min(abs(alpha), abs(beta), abs(total)) > SMALL_EXPONENT:
-            # The same sum as it is usually written has the better conditioned derivative, if the mixed term
-            # shares its rounding with the power from which the smaller exponent's quotient subtracts it.
-            mixed = total * a - beta * r if abs(beta) <= abs(alpha) else total * b + alpha * r
-            plain = mixed.exp() - (alpha * (total * a).exp() + beta * (total * b).exp()) / total
-            plain = -plain / (alpha * beta)
+        if min(abs(alpha), abs(total)) > SMALL_EXPONENT:
+            # The same sum as it is usually written has the better conditioned derivative, if the mixed term shares
+            # its rounding with q^(α+β), from which (q^(α+β) − p^α q^β)/α subtracts it.
+            mixed = (total * b + alpha * r).exp()
+            plain = (alpha * (total * a).exp() + beta * (total * b).exp()) / total - mixed
+            plain = plain / (alpha * beta)
             value = plain + (value - plain).detach()
-    elif alpha != 0:  # (p^α log(p^α/q^α) − p^α + q^α)/α²
-        value = ((alpha * a).exp() * r - difference(alpha * a, alpha * b, alpha, r)) / alpha
-    else:
-        value = 0.5 * r.square()
     value = torch.where(none, zero, value)
     for absent, other, exponent in ((p_zero, log_q, alpha), (q_zero, log_p, beta)):
         alone = absent & ~(p_zero & q_zero)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...divergences import DKD, JSD, NKD, TVD, AlphaBeta, Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
 from ...reference.distill_loss import STANDARDIZE_EPS
-from ...reference.divergences import difference, over_mixture, without_label
+from ...reference.divergences import difference, over_mixture, sign, without_label
 from ...types import LogitTransform
 
 Slopes = tuple[Tensor, Tensor]
@@ -28,8 +28,8 @@ def slopes(divergence: Divergence, log_p: Tensor, log_q: Tensor, label: Tensor |
     if isinstance(divergence, ReverseKL):
         return _times(q, log_q, log_p), -q
     if isinstance(divergence, TVD):
-        sign = 0.5 * torch.sign(q - p)
-        return q * sign, -p * sign
+        half = 0.5 * sign(q - p)
+        return q * half, -p * half
     if isinstance(divergence, AlphaBeta):
         return _alpha_beta(log_p, log_q, *divergence.parameters)
     if isinstance(divergence, (DKD, NKD)):

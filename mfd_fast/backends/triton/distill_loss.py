@@ -46,6 +46,8 @@ def can_run(rows: Rows) -> str | None:
         return f"no kernel for {rows.divergence}"
     if rows.topk is not None:
         return "no kernel for a TopK teacher yet"
+    if rows.divergence.near_a_limit:
+        return f"{rows.divergence} is so close to a limit that the kernel would lose its digits"
     if len(rows.teachers) > 1:
         if len(rows.teachers) > MAX_TEACHERS:
             return f"at most {MAX_TEACHERS} teachers"
