@@ -2,7 +2,8 @@
 
 The exponent is the least-squares slope of log cost over log size where the cost has left its constant (more than three
 times the smallest). Linear work has exponent 1; what the machine itself adds (leaving a cache, fresh pages) shows in
-the exponent of the floor, which is fitted over the same sizes.
+the exponent of the floor, which is fitted over the same sizes. Where a backend passes a call on (more modalities than
+its kernel has room for), only the sizes of the backend that runs the largest are fitted.
 """
 
 from __future__ import annotations
@@ -82,12 +83,14 @@ def measure_axis(axis: Axis, device: torch.device, seconds: float = 0.25) -> dic
         points.append(
             {
                 "size": workload.sizes[axis.axis],
+                "backend": backend,
                 "ms": times["mfd_fast"].median,
                 "floor_ms": times["floor"].median,
                 "extra_bytes": memory.peak_extra_bytes(step, device),
             }
         )
-    sizes = [float(p["size"]) for p in points]
+    fitted = [p for p in points if p["backend"] == backend]
+    sizes = [float(p["size"]) for p in fitted]
     return {
         "op": axis.op,
         "axis": axis.axis,
@@ -95,9 +98,9 @@ def measure_axis(axis: Axis, device: torch.device, seconds: float = 0.25) -> dic
         "fixed": {key: value for key, value in axis.sizes.items() if key != axis.axis},
         "backend": backend,
         "points": points,
-        "time_exponent": fitted_exponent(sizes, [p["ms"] for p in points]),
-        "floor_exponent": fitted_exponent(sizes, [p["floor_ms"] for p in points]),
-        "memory_exponent": fitted_exponent(sizes, [float(p["extra_bytes"] or 0) for p in points]),
+        "time_exponent": fitted_exponent(sizes, [p["ms"] for p in fitted]),
+        "floor_exponent": fitted_exponent(sizes, [p["floor_ms"] for p in fitted]),
+        "memory_exponent": fitted_exponent(sizes, [float(p["extra_bytes"] or 0) for p in fitted]),
     }
 
 
@@ -107,6 +110,12 @@ def measure_all(device: torch.device, said: Callable[[str], None]) -> list[dict[
         said(f"growth of {axis.op} with {axis.letter}")
         found.append(measure_axis(axis, device))
     return found
+
+
+def range_of(grown: dict[str, Any]) -> tuple[int, int]:
+    """The smallest and the largest size that the exponents were fitted over."""
+    sizes = [p["size"] for p in grown["points"] if p["backend"] == grown["backend"]]
+    return sizes[0], sizes[-1]
 
 
 def judgement(grown: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from mfd_fast.bench import results
 from mfd_fast.bench.results import Result, mebibytes, milliseconds, number
 
 from . import table
-from .growth import judgement
+from .growth import judgement, range_of
 
 COMMAND = "python -m benchmarks --suite {suite} --growth --publish"
 
@@ -169,7 +169,7 @@ def _growth(grown: list[dict[str, Any]] | None) -> str:
             f"`{one['op']}`",
             one["backend"],
             f"{one['letter']} ({one['axis']})",
-            f"{one['points'][0]['size']} … {one['points'][-1]['size']}",
+            " … ".join(map(str, range_of(one))),
             *(
                 "–" if one[key] is None else f"{one[key]:.2f}"
                 for key in ("time_exponent", "floor_exponent", "memory_exponent")

@@ -94,12 +94,12 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def growth_line(grown: dict[str, Any]) -> str:
-    from .growth import judgement
+    from .growth import judgement, range_of
 
     def shown(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f}"
 
-    first, last = grown["points"][0]["size"], grown["points"][-1]["size"]
+    first, last = range_of(grown)
     return (
         f"growth     {grown['op']} with {grown['letter']} ({grown['axis']} {first} to {last}, {grown['backend']}): "
         f"time ^{shown(grown['time_exponent'])} (floor ^{shown(grown['floor_exponent'])}), memory "

@@ -55,7 +55,10 @@ def document() -> dict[str, Any]:
     wrong = result(
         distill(64, 100), red("mfd_fast:cpu", "mfd_fast (cpu)", "a row is off"), measured("eager", "eager PyTorch", 1.0)
     )
-    points = [{"size": 4 * 10**k, "ms": 0.1 * 10**k, "floor_ms": 0.05 * 10**k, "extra_bytes": 10**k} for k in range(5)]
+    points = [
+        {"size": 4 * 10**k, "backend": "cpu", "ms": 0.1 * 10**k, "floor_ms": 0.05 * 10**k, "extra_bytes": 10**k}
+        for k in range(5)
+    ]
     grown = {
         "op": "distill_loss", "axis": "rows", "letter": "N", "fixed": {"classes": 1000}, "backend": "cpu",
         "points": points, "time_exponent": 1.0, "floor_exponent": 1.0, "memory_exponent": 1.31,
