@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...contract import check_labels_in_range
+from ...divergences import ForwardKL
 from ...reference.feature_loss import KINDS
-from ...types import ForwardKL
 from .. import allocate
 from ..layout import row_layout
 from . import distill_loss
