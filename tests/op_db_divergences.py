@@ -64,6 +64,10 @@ def samples(dtype: torch.dtype, distance: str, seed: int, rows: int, classes: in
         given = values if values_are == "logprobs" else base.teacher.gather(-1, indices)
         return mfd.TopK(given, indices, tail=tail, values_are=values_are)
 
+    # TVD's slope is the sign of p − q, which has no meaning below the resolution of float32.
+    apart = distill_inputs(
+        (rows, classes), distance="near" if distance == "almost" else distance, dtype=dtype, seed=seed
+    )
     two = {"student": base.student, "teacher": [base.teacher, second.teacher]}
     standard = mfd.LogitTransform(standardize=True)
     return {
@@ -71,7 +75,7 @@ def samples(dtype: torch.dtype, distance: str, seed: int, rows: int, classes: in
         "jsd": {**labelled, **shared, "divergence": DIVERGENCES["jsd"]},
         "skew_kl": {**both, **per_row, "divergence": DIVERGENCES["skew_kl"]},
         "skew_reverse_kl": {**labelled, **shared, "divergence": DIVERGENCES["skew_reverse_kl"]},
-        "tvd": {**both, **per_row, "divergence": "tvd"},
+        "tvd": {"student": apart.student, "teacher": apart.teacher, **per_row, "divergence": "tvd"},
         "alpha_beta": {**labelled, **shared, "divergence": DIVERGENCES["alpha_beta"]},
         "alpha_beta_limit": {**both, **per_row, "divergence": mfd.AlphaBeta(0.7, 0.0)},
         "dkd": {**labelled, **per_row, "divergence": DIVERGENCES["dkd"]},

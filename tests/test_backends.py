@@ -92,25 +92,6 @@ def test_a_refusal_names_the_reason_and_the_default_passes_on():
     assert mfd.distill_loss(**call).isfinite()
 
 
-STANDARDIZE = mfd.LogitTransform(standardize=True)
-REFUSED = {
-    "no kernel for NKD of several teachers": {"divergence": "nkd"},
-    "no kernel for several standardized teachers": {"teacher_transform": STANDARDIZE},
-    "at most 8 teachers": {"teacher": [SAMPLE["teacher"]] * 9},
-}
-
-
-@pytest.mark.parametrize("reason", REFUSED)
-def test_what_triton_refuses_of_several_teachers(reason):
-    two = {
-        **SAMPLE,
-        "teacher": [SAMPLE["teacher"]] * 2,
-        "labels": torch.zeros(len(SAMPLE["student"]), dtype=torch.int64),
-    }
-    with pytest.raises(mfd.BackendError, match=f"backend 'triton' cannot run .*{reason}"):
-        mfd.distill_loss(**{**two, **REFUSED[reason]}, backend="triton")
-
-
 def python(code, **environment):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MFD_FAST", "TRITON"))}
     return subprocess.run(

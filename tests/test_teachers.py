@@ -16,7 +16,7 @@ SEVERAL = [b for b in RECORD.backends if "teachers" in BACKEND_FEATURES[b]]
 ORDINARY = ["forward_kl", "reverse_kl", mfd.JSD(0.3), mfd.SkewKL(), mfd.SkewReverseKL(), "tvd", mfd.AlphaBeta(0.6, 0.3)]
 LABELLED = ["dkd", "nkd"]
 #: (backend with several teachers, divergence that it does not have for them).
-NOT_MIXED = {("triton", "nkd")}
+NOT_MIXED = {(b, "forward_kl") for b, features in BACKEND_FEATURES.items() if "teachers" not in features}
 MIXED = [(b, d) for b in SEVERAL for d in ORDINARY + LABELLED if (b, d) not in NOT_MIXED]
 
 
