@@ -29,14 +29,14 @@ class Report:
     load_widths: dict[str, int]
     store_widths: dict[str, int]
     double_instructions: int
+    tensor_core_instructions: int
     ttir: str
 
 
 def compile_all(module: str, names: list[str]) -> dict[str, Report]:
     """``module.launches(name)`` for every name, compiled in two fresh processes without the interpreter.
 
-    ``launches(name)`` returns ``(kernel, arguments, capability, warps)`` as for :func:`compile_kernel`; ``module``
-    lies beside this file.
+    ``launches(name)`` returns the arguments of :func:`compile_kernel`; ``module`` lies beside this file.
     """
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         halves = [names[k::2] for k in range(2)]
@@ -60,7 +60,9 @@ def _in_process(task: str, module: str, names: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compile_kernel(kernel: Any, arguments: dict[str, Any], capability: int, warps: int) -> Report:
+def compile_kernel(
+    kernel: Any, arguments: dict[str, Any], capability: int, warps: int, more: dict[str, Any] | None = None
+) -> Report:
     """Compiles ``kernel`` as its launch with ``arguments`` on a GPU of ``capability`` (90: sm_90) would.
 
     Tensors among the arguments may live anywhere: only dtype and alignment count.
@@ -73,7 +75,7 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], capability: int, warp
 
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
-    options = compile_options(warps)
+    options = compile_options(warps) | (more or {})
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     known = {name: value for name, value in arguments.items() if name in kernel.arg_names}
     assert len(known) == len(arguments), f"unknown arguments: {arguments.keys() - known.keys()}"
@@ -116,6 +118,8 @@ def inspect_cubin(cubin: bytes, shared: int, ttir: str) -> Report:
         load_widths=_widths(operations, "LDG"),
         store_widths=_widths(operations, "STG"),
         double_instructions=sum(op.split(".")[0] in ("DADD", "DMUL", "DFMA", "DSETP") for op in operations),
+        # mma.sync, wgmma and tcgen05.mma in machine code
+        tensor_core_instructions=sum(bool(re.match(r"(HMMA|HGMMA|UTC\w*MMA)\b", op)) for op in operations),
         ttir=ttir,
     )
 

@@ -17,6 +17,22 @@ def divisor(value, ptr, counts_ptr, n_counts, COUNTS: tl.constexpr, DTYPE: tl.co
         return tl.full([1], value, DTYPE)
 
 
+@triton.jit
+def counted_rows(labels_ptr, mask_ptr, n_rows, ignore_index, BLOCK: tl.constexpr):
+    """How many of all rows are counted, at least 1: what a program that needs it works out for itself."""
+    total = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, n_rows, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        exists = row < n_rows
+        counted = exists
+        if mask_ptr is not None:
+            counted = counted & (tl.load(mask_ptr + row, mask=exists, other=0) != 0)
+        if labels_ptr is not None:
+            counted = counted & (tl.load(labels_ptr + row, mask=exists, other=0) != ignore_index)
+        total += counted.to(tl.int32)
+    return tl.maximum(tl.sum(total, 0), 1)
+
+
 @triton.jit(do_not_specialize=["n_rows", "ignore_index"])
 def count_rows(labels_ptr, mask_ptr, counts_ptr, n_rows: tl.int64, ignore_index: tl.int64, BLOCK: tl.constexpr):
     """counts[program] = counted rows among every num_programs-th block of rows."""

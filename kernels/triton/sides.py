@@ -53,7 +53,7 @@ def tanh(z):
 def per_temperature(T, EXACT: tl.constexpr):
     """log2(e)/T, the c of `power`: float64 where the exponentials are to be exact."""
     if EXACT:
-        return LOG2E / T.to(tl.float64)
+        return tl.full(T.shape, LOG2E, tl.float64) / T.to(tl.float64)
     else:
         return divide(tl.full(T.shape, LOG2E, T.dtype), T)
 

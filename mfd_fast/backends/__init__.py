@@ -20,9 +20,9 @@ from ..contract import value_error
 NAMES = ("cuda", "triton", "cpu", "reference")  # best first
 OPS: dict[str, tuple[str, ...]] = {
     "distill_loss": ("triton", "cpu", "reference"),
-    "modal_pool": ("cpu", "reference"),
-    "feature_loss": ("cpu", "reference"),
-    "mfd_loss": ("cpu", "reference"),
+    "modal_pool": ("triton", "cpu", "reference"),
+    "feature_loss": ("triton", "cpu", "reference"),
+    "mfd_loss": ("triton", "cpu", "reference"),
 }
 
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("mfd_fast_backend", default=None)

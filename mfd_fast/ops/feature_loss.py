@@ -17,6 +17,7 @@ from ..backends import choose, implementation
 from ..reference.feature_loss import reduce_tap, tap_rows
 from . import feature_registered as registered
 from .feature_problem import FeatureProblem, check_feature_loss
+from .upstream import scale_gradients_
 
 # --------------------------------------------------------------------------------------- projector, reference
 
@@ -112,9 +113,7 @@ class _ScalarLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # a second backward: the buffers were given away, so the pass is run again
             _, gradients = implementation(backend, "feature_loss").scalar(_with_sides(problem, sides), needs)
-        factor = grad_loss.item()
-        if factor != 1.0:
-            torch._foreach_mul_([g for g in gradients if g is not None], factor)
+        scale_gradients_([g for g in gradients if g is not None], grad_loss, backend)
         return (None, None, *gradients)
 
 
@@ -185,7 +184,7 @@ def feature_loss(
         reduction: "mean": weighted sum over taps of each tap's mean over the existing elements (mse,
             smooth_l1) or rows (cosine), 0 where there are none; "sum"; "none": weighted sum over taps per
             row ``[...]`` of the mean over D (mse, smooth_l1) or of 1 − cos, 0 on masked rows.
-        backend: "reference", "cpu" or None for the fastest that can run.
+        backend: "reference", "cpu", "triton" or None for the fastest that can run.
 
     Returns:
         float32 tensor (float64 if a side is float64), differentiable to every floating tensor.

@@ -25,6 +25,7 @@ from .feature_loss import distances
 from .feature_problem import FeatureProblem, Tap
 from .mfd_problem import MFDProblem, check_mfd_loss
 from .modal_pool import pool
+from .upstream import scale_gradients_
 
 # ------------------------------------------------------------------------------------------- one scalar loss
 
@@ -67,9 +68,7 @@ class _ScalarLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # a second backward: the tensors were given away, so the pass is run again
             _, gradients = implementation(backend, "mfd_loss").scalar(_with_leaves(problem, leaves), needs)
-        factor = grad_loss.item()
-        if factor != 1.0:
-            torch._foreach_mul_([g for g in gradients if g is not None], factor)
+        scale_gradients_([g for g in gradients if g is not None], grad_loss, backend)
         return (None, None, None, *gradients)
 
 
@@ -141,6 +140,11 @@ def _gradients_fit_one_pass(p: MFDProblem) -> bool:
     return all(t is None or t.dtype != torch.float16 for t in (*p.pool.features, p.pool.query, p.head_weight))
 
 
+def _has_one_pass(problem: MFDProblem, backend: str) -> bool:
+    """Whether the backend computes this call in one pass; else it runs as a chain of the ops."""
+    return backend == "cpu" or bool(implementation(backend, "mfd_loss").has_one_pass(problem))
+
+
 # ------------------------------------------------------------------------------------------- public function
 
 
@@ -189,7 +193,7 @@ def mfd_loss(
         divergence, temperature, mask, weight, ignore_index, label_smoothing, scale_by_temperature,
             reduction, normalizer: as in :func:`mfd_fast.distill_loss`. A row that is masked or ignored
             contributes nothing to any term.
-        backend: "reference", "cpu" or None for the fastest that can run.
+        backend: "reference", "cpu", "triton" or None for the fastest that can run.
 
     Returns:
         :class:`~mfd_fast.types.MFDOutput`. ``loss`` is differentiable to every floating input; ``soft``,
@@ -240,7 +244,8 @@ def mfd_loss(
     name = backend or "" if compiling else choose("mfd_loss", problem, backend)
     if name == "reference":
         return reference_loss(problem)
-    if compiling or reduction == "none" or not _gradients_fit_one_pass(problem):
+    chained = compiling or reduction == "none" or not _gradients_fit_one_pass(problem)
+    if chained or not _has_one_pass(problem, name):
         return _composed(problem, name)
     p = problem
     others: list[Tensor] = []

@@ -39,13 +39,15 @@ def compile_options(warps: int) -> dict[str, Any]:
     return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False, "maxnreg": registers}
 
 
-def launch(kernel: Any, programs: int, device: torch.device, warps: int, arguments: dict[str, Any]) -> None:
-    """Runs ``kernel`` on ``programs`` programs of the current stream of ``device``."""
+def launch(
+    kernel: Any, programs: int, device: torch.device, warps: int, arguments: dict[str, Any], **more: Any
+) -> None:
+    """Runs ``kernel`` on ``programs`` programs of the current stream of ``device``; ``more``: compiler options."""
     if interpreting():
         with _quiet():
             kernel[(programs,)](**arguments)
         return
-    options = compile_options(warps)
+    options = compile_options(warps) | more
     if device.index is None or device.index == torch.cuda.current_device():
         kernel[(programs,)](**arguments, **options)
         return

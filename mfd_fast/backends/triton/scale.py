@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,3 +38,25 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
         },
     )
     return gradient.copy_(target) if emulate else gradient
+
+
+def scale_gradients_(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """Each of the contiguous ``gradients`` ``*= factor``, as :func:`scale_gradient_`, in one launch for all."""
+    filled = [g for g in gradients if g.numel()]
+    if not filled:
+        return
+    emulate = [interpreting() and g.dtype == torch.bfloat16 for g in filled]  # see launch.gradient
+    targets = [g.float() if e else g for g, e in zip(filled, emulate, strict=True)]
+    longest = max(g.numel() for g in filled)
+    arguments = {
+        "grad_ptrs": tuple(targets),
+        "lengths": tuple(g.numel() for g in filled),
+        "factor_ptr": factor.contiguous(),
+        "COUNT": len(filled),
+        "BLOCK": BLOCK,
+    }
+    programs = min(-(-longest // BLOCK), MAX_PROGRAMS)
+    launch(kernels("scale").scale_all_in_place, programs, filled[0].device, 8, arguments)
+    for g, target in zip(filled, targets, strict=True):
+        if target is not g:
+            g.copy_(target)

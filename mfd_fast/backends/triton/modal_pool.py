@@ -1,0 +1,186 @@
+"""modal_pool on Triton: arguments, allocation and launches. The kernels are in ``kernels/triton/modal_pool.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import allocate
+from ..layout import row_layout
+from . import interpreting
+from .launch import finish, gradient, kernels, launch, number
+from .reduce_columns import ColumnSums
+
+MAX_MODALITIES = 32  # the loops over modalities are unrolled
+MAX_WIDTH = 2**31 - 2**16  # column numbers are int32
+MAX_PROGRAMS = 512  # of the backward pass: so many partial sums
+PER_THREAD = 64  # registers for tiles
+
+
+class PoolBlocks(NamedTuple):
+    """Tile [rows, width] of a program of ``warps`` warps; ``loop``: the M features of a row are read in tiles."""
+
+    rows: int
+    width: int
+    loop: bool
+    warps: int
+
+
+def pool_blocks(modalities: int, width: int, double: bool) -> PoolBlocks:
+    """M features, the query, dpooled and the sum for dquery are held where they fit into the registers."""
+    budget = PER_THREAD // 2 if double else PER_THREAD
+    tile = 1 << (width - 1).bit_length()
+    tiles = modalities + 3
+    if tiles * tile <= budget * 256:
+        warps = 8 if tiles * tile > budget * 128 else 4
+        rows = 1
+        while rows < 16 and tiles * tile * 2 * rows <= budget * 32 * warps:
+            rows *= 2
+        return PoolBlocks(rows, tile, False, warps)
+    return PoolBlocks(1, min(tile, 1024 if double else 2048), True, 4)
+
+
+def can_run(problem: Any) -> str | None:
+    """None if the kernels cover this call, else the reason."""
+    if problem.modalities > MAX_MODALITIES:
+        return f"the kernel is unrolled over at most {MAX_MODALITIES} modalities, not {problem.modalities}"
+    if problem.width > MAX_WIDTH:
+        return f"at most {MAX_WIDTH} columns"
+    if interpreting():
+        return None if problem.device.type == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
+    return None if problem.device.type == "cuda" else f"the tensors are on {problem.device}, not on a GPU"
+
+
+def modalities(tensors: Sequence[Tensor], stacked: bool) -> list[Tensor]:
+    """M tensors ``[..., D]``; views of a stacked ``[..., M, D]``."""
+    return list(tensors[0].unbind(-2)) if stacked else list(tensors)
+
+
+def feature_arguments(p: Any) -> dict[str, Any]:
+    """Addresses of the features."""
+    n = p.leading.numel()
+    layouts = [row_layout(x) for x in modalities(p.features, p.stacked)]
+    flat = all(layout.inner >= n for layout in layouts)
+    return {
+        "x_ptrs": tuple(layout.tensor for layout in layouts),
+        "x_inners": () if flat else tuple(layout.inner for layout in layouts),
+        "x_outers": () if flat else tuple(layout.outer_stride for layout in layouts),
+        "x_strides": tuple(layout.row_stride for layout in layouts),
+        "FLAT": flat,
+    }
+
+
+def pool_arguments(p: Any) -> dict[str, Any]:
+    """What every kernel that pools needs, but for the shape of its tiles."""
+    tau = p.temperature
+    if isinstance(tau, Tensor) and tau.dim():
+        tau = tau.reshape(-1)
+    temperature, temperature_ptr = number(tau, p.features[0])
+    tl = kernels("modal_pool").tl
+    floating = [t for t in (*p.features, p.scores) if t is not None]
+    return feature_arguments(p) | {
+        "query_ptr": _dense(p.query),
+        "scores_ptr": _dense(p.scores),
+        "bias_ptr": _dense(p.bias),
+        "present_ptr": _dense(p.present),
+        "temperature_ptr": temperature_ptr,
+        "temperature": temperature,
+        "scale": float(p.scale),
+        "n_rows": p.leading.numel(),
+        "width": p.width,
+        "M": p.modalities,
+        "M_TILE": 1 << (p.modalities - 1).bit_length(),
+        "STEP": 0 if temperature_ptr is None or temperature_ptr.dim() == 0 else 1,
+        "DTYPE": tl.float64 if p.dtype == torch.float64 else tl.float32,
+        # 16-bit features do not deserve the slower exponentials; float64 has its own.
+        "EXACT": any(t.dtype in (torch.float32, torch.float64) for t in floating),
+    }
+
+
+def _common(p: Any) -> tuple[dict[str, Any], PoolBlocks]:
+    blocks = pool_blocks(p.modalities, p.width, p.dtype == torch.float64)
+    tile = {"LOOP": blocks.loop, "ROWS": blocks.rows, "BLOCK_D": blocks.width}
+    return pool_arguments(p) | tile, blocks
+
+
+def _dense(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.contiguous()
+
+
+def forward(p: Any) -> tuple[Tensor, Tensor]:
+    """pooled ``[..., D]`` and weights ``[..., M]``."""
+    like = p.features[0].new_empty((), dtype=p.out_dtype).expand(*p.leading, p.width)
+    written, pooled = gradient(like)
+    weights = allocate.empty((*p.leading, p.modalities), p.dtype, p.device)
+    n = p.leading.numel()
+    if n:
+        common, blocks = _common(p)
+        outputs = {"pooled_ptr": written, "weights_ptr": weights}
+        launch(kernels("modal_pool").pool_forward, -(-n // blocks.rows), p.device, blocks.warps, common | outputs)
+    return finish(written, pooled), weights
+
+
+def feature_gradients(p: Any, needs: Sequence[bool]) -> tuple[list[tuple[Tensor, Tensor] | None], dict[str, Any]]:
+    """(written, returned) per feature tensor, and the kernel's arguments for them."""
+    found = [gradient(x) if need else None for x, need in zip(p.features, needs, strict=True)]
+    if p.stacked:
+        (one,) = found
+        parts: list[Tensor | None] = [None] * p.modalities if one is None else list(one[0].unbind(-2))
+        return found, {"dx_ptrs": tuple(parts), "dx_stride": p.modalities * p.width}
+    pointers = tuple(None if pair is None else pair[0] for pair in found)
+    return found, {"dx_ptrs": pointers, "dx_stride": p.width}
+
+
+def backward(
+    p: Any, weights: Tensor, d_pooled: Tensor | None, d_weights: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of query, scores, bias, temperature and each of the features."""
+    need_query, need_scores, need_bias, need_temperature, *need_features = needs
+    n = p.leading.numel()
+    per_row = need_temperature and p.temperature.dim() > 0
+    shared = need_query or need_bias or (need_temperature and not per_row)
+    common, blocks = _common(p)
+    programs = -(-n // blocks.rows)
+    if shared:
+        programs = min(programs, MAX_PROGRAMS)
+    sums = ColumnSums(programs, p.device)
+    query_partial = bias_partial = temperature_partial = None
+    d_query = d_bias = d_temperature = None
+    if need_query:
+        query_partial, d_query = sums.add((p.width,), p.query.dtype, p.dtype)
+    if need_bias:
+        bias_partial, d_bias = sums.add((p.modalities,), p.bias.dtype, p.dtype)
+    if per_row:
+        d_temperature = allocate.empty(tuple(p.leading), p.dtype, p.device)
+    elif need_temperature:
+        temperature_partial, d_temperature = sums.add((), p.dtype, torch.float64)
+    scores = gradient(p.scores) if need_scores else None
+    d_features, feature_outputs = feature_gradients(p, need_features)
+    if n == 0:
+        for t in (d_query, d_bias, d_temperature):
+            if t is not None:
+                t.zero_()
+    else:
+        up = None if d_pooled is None else row_layout(d_pooled)
+        outputs = {
+            "weights_ptr": weights.contiguous(),
+            "d_pooled_ptr": None if up is None else up.tensor,
+            "d_pooled_inners": None if up is None or up.inner >= n else (up.inner,),
+            "d_pooled_outers": None if up is None or up.inner >= n else (up.outer_stride,),
+            "d_pooled_strides": None if up is None else (up.row_stride,),
+            "D_FLAT": up is None or up.inner >= n,
+            "d_weights_ptr": _dense(d_weights),
+            "d_scores_ptr": None if scores is None else scores[0],
+            "d_temperature_ptr": d_temperature if per_row else None,
+            "query_partial_ptr": query_partial,
+            "bias_partial_ptr": bias_partial,
+            "temperature_partial_ptr": temperature_partial,
+        }
+        arguments = common | feature_outputs | outputs
+        launch(kernels("modal_pool").pool_backward, programs, p.device, blocks.warps, arguments)
+        sums.run()
+    d_scores = None if scores is None else finish(*scores)
+    return [d_query, d_scores, d_bias, d_temperature, *(None if x is None else finish(*x) for x in d_features)]
