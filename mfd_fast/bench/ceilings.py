@@ -2,8 +2,8 @@
 
 - stream: two arrays read, one written into memory that already exists, as a loss reads student and teacher and writes
   the gradient (on a CPU with the native module's streaming add, else ``torch.add(out=)``);
-- copy: ``Tensor.copy_``; gemm: ``torch.mm(out=)`` in the given dtype; call: forward and backward of an autograd
-  function that does nothing.
+- copy: ``Tensor.copy_``; gemm: the fastest product at hand, in the given dtype; call: forward and backward of an
+  autograd function that does nothing.
 
 The floor of a workload is its bytes at the stream's rate plus its GEMMs, as a step that runs in turn with the
 implementations, so that both see the same machine in the same second.
@@ -47,8 +47,17 @@ def stream_step(nbytes: int, device: torch.device) -> Step:
 
 
 def gemm_step(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> Step:
+    """The product by whichever is faster here: ``torch.mm`` or the library that the cpu backend prefers to it."""
     left, right = torch.ones(m, k, dtype=dtype, device=device), torch.ones(k, n, dtype=dtype, device=device)
-    return functools.partial(torch.mm, left, right, out=torch.empty(m, n, dtype=dtype, device=device))
+    steps: dict[str, Step] = {
+        "mm": functools.partial(torch.mm, left, right, out=torch.empty(m, n, dtype=dtype, device=device))
+    }
+    if device.type == "cpu":
+        from ..backends.cpu import gemm
+
+        steps["linear"] = functools.partial(gemm.linear, left, right.T.contiguous())
+    times = interleaved(steps, device, 0.0, least=3)
+    return steps[min(steps, key=lambda name: min(times[name].samples))]
 
 
 def floor_step(work: Work, dtype: torch.dtype, device: torch.device) -> Step:
