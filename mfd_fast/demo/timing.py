@@ -141,7 +141,7 @@ def _fusion(config: Config) -> Workload:
         "hard_weight": 1.0,
         "feature_weight": config.feature_weight,
     }
-    what = f"mfd_loss {rows} x {sensors} x {width}, {CLASSES}"
+    what = f"mfd_loss {rows}x{sensors}x{width}, {CLASSES}"
     return Workload(what, mfd.mfd_loss, eager_mfd_loss, arguments, options)
 
 
@@ -153,7 +153,7 @@ def _logits(rows: int, classes: int) -> Workload:
         torch.randint(classes, (rows,), generator=generator),
     )
     options = {"temperature": 2.0, "hard_weight": 1.0}
-    return Workload(f"distill_loss {rows} x {classes}", mfd.distill_loss, eager_distill_loss, arguments, options)
+    return Workload(f"distill_loss {rows}x{classes}", mfd.distill_loss, eager_distill_loss, arguments, options)
 
 
 def check_backend(loads: Sequence[Workload], backend: str | None) -> None:
