@@ -43,8 +43,8 @@ class BenchOp:
         choice: ``(arguments, options, backend) -> Choice``: what ``call`` would run on; raises as the op would.
         work: ``(sizes, item size, training) -> Work``.
         mean: whether the result is a mean over rows (else one value per row, weighted by a given upstream gradient).
-        lenience: how many times eager's error is allowed to mfd_fast. 1 where a kernel of ours does the arithmetic. Where
-            it is the library's GEMMs, in another order, both sides round equally often and their 16-bit maxima come
+        lenience: how many times eager's error is allowed to mfd_fast: 1 where a kernel of ours does the arithmetic.
+            Where it is library GEMMs in another order, both sides round equally often and their 16-bit maxima come
             out within some 10 % of each other, either way (60 draws).
     """
 

@@ -27,7 +27,7 @@ def weighted_bias(a: Tensor, bias: Tensor) -> Tensor:
     """
     if a.dtype != torch.float32:  # a 16-bit product rounds once, a sum of 16-bit blocks would round more often
         return a @ bias
-    rows, blocks = a.shape[0], -(-a.shape[0] // BLOCK_ROWS)
+    rows, blocks = a.shape[0], a.shape[0] // BLOCK_ROWS + 1
     padded = F.pad(a, (0, 0, 0, blocks * BLOCK_ROWS - rows))
     product = torch.bmm(padded.view(blocks, BLOCK_ROWS, a.shape[1]), bias.expand(blocks, -1, -1))
     return product.view(blocks * BLOCK_ROWS, bias.shape[1])[:rows]
