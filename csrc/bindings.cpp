@@ -40,12 +40,28 @@ mfd::Side make_side(Address data, int dtype, int64_t inner, int64_t outer_stride
       standardize};
 }
 
+// Several teachers and the sides that `mixture` points to.
+struct Teachers {
+  std::vector<mfd::Side> sides;
+  mfd::Mixture mixture;
+};
+
+std::unique_ptr<Teachers> make_teachers(std::vector<mfd::Side> sides, Address weights, int64_t row_stride) {
+  auto teachers = std::make_unique<Teachers>();
+  teachers->sides = std::move(sides);
+  teachers->mixture = {teachers->sides.data(), static_cast<int64_t>(teachers->sides.size()), pointer(weights),
+                       row_stride};
+  return teachers;
+}
+
+// `teachers` is null for one teacher; it must outlive the problem.
 std::unique_ptr<mfd::Problem> make_problem(int64_t n_rows, int64_t classes, bool is_double,
                                            const mfd::Side& student, const mfd::Side& teacher, double ts,
                                            Address ts_rows, int64_t ts_stride, double tt, Address tt_rows,
                                            int64_t tt_stride, Address labels, Address mask,
                                            int64_t ignore_index, double smoothing, bool scale_by_temperature,
-                                           int divergence, double first, double second) {
+                                           int divergence, double first, double second,
+                                           const Teachers* teachers) {
   return std::unique_ptr<mfd::Problem>(new mfd::Problem{n_rows,
                                                         classes,
                                                         is_double,
@@ -60,7 +76,8 @@ std::unique_ptr<mfd::Problem> make_problem(int64_t n_rows, int64_t classes, bool
                                                         scale_by_temperature,
                                                         static_cast<mfd::Divergence>(divergence),
                                                         first,
-                                                        second});
+                                                        second,
+                                                        teachers ? &teachers->mixture : nullptr});
 }
 
 std::unique_ptr<mfd::TopK> make_topk(Address indices, int64_t listed, int tail, bool logprobs) {
@@ -111,8 +128,10 @@ void per_row(const mfd::Problem& problem, const mfd::TopK* topk, Address soft, A
 
 void per_row_backward(const mfd::Problem& problem, const mfd::TopK* topk, Address stats, Address grad_soft,
                       int64_t grad_soft_stride, Address grad_hard, int64_t grad_hard_stride,
-                      Address d_student, Address d_teacher, Address d_temperature,
-                      Address d_teacher_temperature, bool stream, int threads) {
+                      Address d_student, const std::vector<Address>& d_teachers, Address d_temperature,
+                      Address d_teacher_temperature, Address d_weights, bool stream, int threads) {
+  std::vector<void*> teachers;
+  for (const Address d_teacher : d_teachers) teachers.push_back(pointer(d_teacher));
   if (topk) {
     mfd::TopKPass pass{};
     pass.forward.problem = problem;
@@ -125,7 +144,7 @@ void per_row_backward(const mfd::Problem& problem, const mfd::TopK* topk, Addres
     pass.teacher = *topk;
     pass.grad_soft = {pointer(grad_soft), grad_soft_stride, 0.0};
     pass.grad_hard = {pointer(grad_hard), grad_hard_stride, 0.0};
-    pass.d_values = pointer(d_teacher);
+    pass.d_values = teachers[0];
     pass.d_temperature = pointer(d_temperature);
     pass.d_teacher_temperature = pointer(d_teacher_temperature);
     mfd::topk(pass, false, threads);
@@ -136,10 +155,12 @@ void per_row_backward(const mfd::Problem& problem, const mfd::TopK* topk, Addres
                  {pointer(grad_soft), grad_soft_stride, 0.0},
                  {pointer(grad_hard), grad_hard_stride, 0.0},
                  pointer(d_student),
-                 pointer(d_teacher),
+                 problem.mixture ? nullptr : teachers[0],
                  pointer(d_temperature),
                  pointer(d_teacher_temperature),
-                 stream},
+                 stream,
+                 teachers.data(),
+                 pointer(d_weights)},
                 threads);
 }
 
@@ -399,6 +420,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = MFD_COMPILER;
   m.attr("statistics") = mfd::kStats;
   py::class_<mfd::Side>(m, "Side").def(py::init(&make_side));
+  py::class_<Teachers>(m, "Teachers").def(py::init(&make_teachers));
   py::class_<mfd::Problem>(m, "Problem").def(py::init(&make_problem));
   py::class_<mfd::TopK>(m, "TopK").def(py::init(&make_topk));
   m.def("count_rows", &mfd::count_rows);

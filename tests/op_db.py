@@ -17,7 +17,7 @@ from mfd_fast.testing import distill_inputs, modal_inputs
 #: What the row losses of each backend have, beside the forward KL of dense logits.
 BACKEND_FEATURES = {
     "reference": op_db_divergences.FEATURES,
-    "cpu": op_db_divergences.FEATURES - {"teachers"},
+    "cpu": op_db_divergences.FEATURES,
     "triton": frozenset({"forward_kl"}),
 }
 

@@ -61,6 +61,14 @@ struct PerRow {
   double value;
 };
 
+// Several teachers of one transform; the teacher is the weighted mean of their softened probabilities.
+struct Mixture {
+  const Side* teachers;
+  int64_t count;
+  const void* weights;  // [count] or [N, count] in the compute dtype, summing to 1; null for equal ones
+  int64_t row_stride;   // 0 where all rows share the weights
+};
+
 struct Problem {
   int64_t n_rows, classes;
   bool is_double;  // arithmetic in float64, else float32
@@ -72,7 +80,8 @@ struct Problem {
   double smoothing;
   bool scale_by_temperature;
   Divergence divergence;
-  double first, second;  // its parameters
+  double first, second;    // its parameters
+  const Mixture* mixture;  // null for one teacher; `teacher` is the first
 };
 
 struct Forward {
@@ -96,6 +105,9 @@ struct Backward {
   void *d_student, *d_teacher;                  // logits' dtypes, contiguous; null when not wanted
   void *d_temperature, *d_teacher_temperature;  // [N]; null when not wanted
   bool stream;
+  // Of several teachers, in place of d_teacher; each entry, and both, may be null.
+  void* const* d_teachers;
+  void* d_weights;  // [N, count], up to a constant per row
 };
 
 // What becomes of the classes that a sparse teacher does not list; the numbers are those of Python.
@@ -142,12 +154,24 @@ struct BlockSums {
   Centre student, teacher;  // of the whole row, in its first block
 };
 
+// One row of one of several teachers.
+struct TeacherRow {
+  double max, lse;  // of the softened logits, as Stat has them
+  double weight;
+  double unit_max, unit_lse, unit_label, unit_rest;  // for NKD: max over the others, log-sum-exp of all, and
+                                                     // the label's probability at T = 1 and what it leaves
+  Centre centre;
+  double share, dot;  // backward: dD/dw, and sum gradient*y of a standardised row
+};
+
 // Memory of one worker; sized for one row.
 struct Scratch {
   // Padded rows of the compute dtype; exp_h, capped and difference may be null.
   void *exp_s, *exp_t, *exp_h, *capped, *difference;
   void *block_x, *block_y, *block_out, *to_u, *to_v;  // kBlock elements each
   BlockSums* sums;                                    // one per block, at least kBlock/kRowAlign
+  void* mixture;                                      // log p of several teachers, padded; null for one
+  TeacherRow* teachers;  // one per teacher, for each of the rows that share this scratch
   // For sparse teachers: arrays of the listed classes, kBlock elements each; the listed classes in the order
   // of their blocks, their positions, and where each block's begin.
   void* listed[7];

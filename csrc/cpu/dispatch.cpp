@@ -23,7 +23,9 @@ struct Needs {
   int64_t row;  // elements of a scratch row
   bool own_exp, capped, difference;
   size_t element;
-  bool listed = false;  // a sparse teacher's
+  bool listed = false;   // a sparse teacher's
+  int64_t teachers = 0;  // several, with this many elements of a row
+  int64_t mixture = 0;
 };
 
 void take_row(Layout& layout, const Needs& needs, int64_t blocks, Scratch& s) {
@@ -33,6 +35,11 @@ void take_row(Layout& layout, const Needs& needs, int64_t blocks, Scratch& s) {
   if (needs.own_exp) s.exp_h = layout.take(bytes);
   if (needs.capped) s.capped = layout.take(bytes);
   if (needs.difference) s.difference = layout.take(bytes);
+  if (needs.teachers) {
+    s.mixture = layout.take(static_cast<size_t>(needs.mixture) * needs.element);
+    const size_t rows = static_cast<size_t>(needs.teachers * (kBlock / kRowAlign));
+    s.teachers = static_cast<TeacherRow*>(layout.take(rows * sizeof(TeacherRow)));
+  }
   const int64_t sums = std::max(blocks, kBlock / kRowAlign);
   s.sums = static_cast<BlockSums*>(layout.take(static_cast<size_t>(sums) * sizeof(BlockSums)));
 }
@@ -126,7 +133,12 @@ void forward_by_blocks(const Forward& f, const Needs& needs, int64_t blocks, int
 }
 
 Needs needs_of(const Problem& p, bool own_exp, bool capped, bool difference, int64_t row) {
-  return {row, own_exp, capped, difference, p.is_double ? sizeof(double) : sizeof(float)};
+  Needs needs = {row, own_exp, capped, difference, p.is_double ? sizeof(double) : sizeof(float)};
+  if (p.mixture) {
+    needs.teachers = p.mixture->count;
+    needs.mixture = block_count(p.classes) * kBlock;
+  }
+  return needs;
 }
 
 }  // namespace
@@ -152,13 +164,13 @@ double forward(Forward f, bool wants_sum, int threads) {
   const int64_t blocks = block_count(p.classes);
   // Scratch rows are whole blocks, so that vectors may run past the last class.
   const bool exp_at_one = f.use_hard || (f.use_soft && p.divergence == Divergence::kNKD);
-  const bool standardized = p.student.standardize || p.teacher.standardize;
+  const bool prepared = p.student.standardize || p.teacher.standardize || (f.use_soft && p.mixture);
   const Needs needs = needs_of(p, exp_at_one, p.student.softcap > 0 || p.student.standardize,
                                f.use_soft && is_pointwise(p.divergence), blocks * kBlock);
   threads = usable_threads(threads, p.n_rows * p.classes);
-  // A standardised row needs sums over all of it before its first pass and before its gradient: not shared.
-  const bool by_blocks = threads > 1 && p.n_rows < 4 * threads && p.n_rows % threads != 0 &&
-                         blocks >= 4 * threads && !standardized;
+  // A standardised row and a mixture of teachers need sums over all of it before the first pass: not shared.
+  const bool by_blocks =
+      threads > 1 && p.n_rows < 4 * threads && p.n_rows % threads != 0 && blocks >= 4 * threads && !prepared;
 
   Layout measure(nullptr);
   Scratch unused{};

@@ -30,7 +30,7 @@ struct SlopeSums {
   double x_dot, y_dot;  // sum d_x*x, sum d_y*y of standardised logits
 };
 
-enum class Pass { kMeans, kDots, kGradients };
+enum class Pass { kMeans, kShares, kDots, kGradients };
 
 template <class S>
 struct RowGradients {
@@ -101,12 +101,13 @@ struct RowGradients {
       sums.to_v += plain_sum<S>(b.to_v, n);
       return;
     }
+    if (pass == Pass::kShares) return teachers(pass, b, start, n);
     if (pass == Pass::kGradients && g.d_temperature) {
       sums.u_x += weighted_sum<S>(b.to_u, x, n, row.max_s);
       sums.to_u += plain_sum<S>(b.to_u, n);
       sums.mean_x += weighted_sum<S>(b.q, x, n, row.max_s);
     }
-    if (pass == Pass::kGradients && g.d_teacher_temperature)
+    if (pass == Pass::kGradients && g.d_teacher_temperature && !problem.mixture)
       sums.v_y += weighted_sum<S>(b.to_v, y, n, row.max_t);
     const bool dots = pass == Pass::kDots;
     if (d_student && (!dots || problem.student.standardize)) {
@@ -124,6 +125,55 @@ struct RowGradients {
       } else {
         emit(row.y, y, row.label_y + row.max_t, sums.y_dot, start, n, out, d_teacher);
       }
+    }
+    if (problem.mixture && of_teachers()) teachers(pass, b, start, n);
+  }
+
+  // Whether several teachers, their weights or their temperature want gradients.
+  bool of_teachers() const {
+    const Backward& g = row.g;
+    for (int64_t k = 0; k < g.problem.mixture->count; ++k)
+      if (g.d_teachers[k]) return true;
+    return g.d_weights || g.d_teacher_temperature;
+  }
+
+  // One block of every teacher; takes the student's scratch.
+  void teachers(Pass pass, const BlockSlopes<S>& b, int64_t start, int64_t n) {
+    const Backward& g = row.g;
+    const int64_t label = row.label - start;
+    const bool holds_label = row.apart && label >= 0 && label < n;
+    if (holds_label) b.to_v[label] = static_cast<T>(-row.slopes.pull);
+    const T* log_p = static_cast<const T*>(scratch.mixture) + start;
+    T* const slopes = static_cast<T*>(scratch.to_u);
+    T* const out = static_cast<T*>(scratch.block_out);
+    for (int64_t k = 0; k < g.problem.mixture->count; ++k) {
+      TeacherRow& t = scratch.teachers[k];
+      const View view = teacher_view<S>(g.problem, k, row.index, t.centre);
+      const T* y = load_block<S>(view, start, n, static_cast<T*>(scratch.block_x)).x;
+      if (pass == Pass::kShares) {
+        t.share += share_sum<S>(t, row.mix_t, y, log_p, b.to_v, n);
+        continue;
+      }
+      teacher_slopes<S>(t, row.mix_t, y, log_p, b.to_v, n, slopes);
+      if (pass == Pass::kGradients && g.d_teacher_temperature)
+        sums.v_y += weighted_sum<S>(slopes, y, n, t.max);
+      if (!g.d_teachers[k]) continue;
+      const double soft = row.grad_soft * row.soft_scale / row.mix_t;
+      const double unit = row.grad_soft * times(t.weight * t.unit_label, -row.target.hard_student.log_label);
+      T* const h = row.g.problem.divergence == Divergence::kNKD ? static_cast<T*>(scratch.exp_s) : nullptr;
+      if (h) probabilities<S>(y, n, t.unit_max, t.unit_lse, Exponent<S>(1.0), h);
+      student_gradient<S>(slopes, h, n, soft, -unit, 0.0, out);
+      if (h && holds_label) out[label] = static_cast<T>(soft * slopes[label] + times(unit, t.unit_rest));
+      if (pass == Pass::kDots) {
+        if (view.side->standardize) t.dot += weighted_sum<S>(out, y, n, 0.0);
+        continue;
+      }
+      const int64_t size = dtype_size(view.side->dtype), width = view.side->width;
+      char* const row_out = static_cast<char*>(g.d_teachers[k]) + row.index * width * size;
+      if (changes_gradient(*view.side)) transform_backward<S>(view, y, n, t.dot, out);
+      convert_out(out, n, view.side->dtype, g.stream, row_out + start * size);
+      const int64_t end = start + n;
+      if (end == g.problem.classes) write_zeros(row_out + end * size, (width - end) * size, false);
     }
   }
 
@@ -166,6 +216,17 @@ struct RowGradients {
   }
 };
 
+// Zeros for a row that is not counted.
+template <class S>
+static void skip_teachers(const Backward& g, int64_t row) {
+  const Mixture& m = *g.problem.mixture;
+  for (int64_t k = 0; k < m.count; ++k) {
+    const int64_t bytes = m.teachers[k].width * dtype_size(m.teachers[k].dtype);
+    if (g.d_teachers[k]) write_zeros(static_cast<char*>(g.d_teachers[k]) + row * bytes, bytes, g.stream);
+    if (g.d_weights) put<typename S::T>(g.d_weights, row * m.count + k, 0.0);
+  }
+}
+
 template <class S>
 static void backward_row(const Backward& g, int64_t index, const Scratch& scratch) {
   typedef typename S::T T;
@@ -177,6 +238,7 @@ static void backward_row(const Backward& g, int64_t index, const Scratch& scratc
   char* d_teacher =
       g.d_teacher ? static_cast<char*>(g.d_teacher) + index * problem.teacher.width * y_size : nullptr;
   if (!is_counted(problem, index)) {
+    if (problem.mixture) skip_teachers<S>(g, index);
     if (d_student) write_zeros(d_student, problem.student.width * x_size, g.stream);
     if (d_teacher) write_zeros(d_teacher, problem.teacher.width * y_size, g.stream);
     if (g.d_temperature) static_cast<T*>(g.d_temperature)[index] = T(0);
@@ -187,8 +249,10 @@ static void backward_row(const Backward& g, int64_t index, const Scratch& scratc
   const BackwardRow<S>& row = gradients.row;
   const SlopeSums& sums = gradients.sums;
   const bool exact_g = g.d_temperature && is_pointwise(problem.divergence);
-  if (d_teacher || g.d_teacher_temperature || exact_g) gradients.settle_means();
-  if ((d_student && problem.student.standardize) || (d_teacher && problem.teacher.standardize))
+  const bool mixed = problem.mixture && gradients.of_teachers();
+  if (d_teacher || mixed || g.d_teacher_temperature || exact_g) gradients.settle_means();
+  if (mixed) gradients.run(Pass::kShares);
+  if ((d_student && problem.student.standardize) || ((d_teacher || mixed) && problem.teacher.standardize))
     gradients.run(Pass::kDots);
   gradients.run(Pass::kGradients);
   if (d_student) write_zeros(d_student + classes * x_size, (problem.student.width - classes) * x_size, false);
@@ -203,8 +267,16 @@ static void backward_row(const Backward& g, int64_t index, const Scratch& scratc
     static_cast<T*>(g.d_temperature)[index] = static_cast<T>(own - scaled * slope / (row.ts * row.ts));
   }
   if (g.d_teacher_temperature) {
-    const double slope = sums.v_y - times(row.slopes.pull, row.label_y);
-    static_cast<T*>(g.d_teacher_temperature)[index] = static_cast<T>(-scaled * slope / (row.tt * row.tt));
+    const double slope = problem.mixture ? sums.v_y : sums.v_y - times(row.slopes.pull, row.label_y);
+    const double tt = problem.mixture ? row.mix_t : row.tt;
+    static_cast<T*>(g.d_teacher_temperature)[index] = static_cast<T>(-scaled * slope / (tt * tt));
+  }
+  if (!problem.mixture || !g.d_weights) return;
+  for (int64_t k = 0; k < problem.mixture->count; ++k) {
+    const TeacherRow& t = scratch.teachers[k];
+    const double unit = times(t.unit_label, -row.target.hard_student.log_label);
+    static_cast<T*>(g.d_weights)[index * problem.mixture->count + k] =
+        static_cast<T>(scaled * t.share + row.grad_soft * unit);
   }
 }
 

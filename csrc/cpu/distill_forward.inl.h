@@ -148,7 +148,7 @@ MFD_INLINE void finish_row(const RowContext<S>& c, RowSums& sums, int64_t begin,
 
 // The part of a worker's scratch row that belongs to the k-th of several short rows.
 template <class S>
-MFD_INLINE Scratch nth_of(const Scratch& scratch, int64_t k, int64_t stride) {
+MFD_INLINE Scratch nth_of(const Scratch& scratch, int64_t k, int64_t stride, int64_t teachers) {
   typedef typename S::T T;
   Scratch s = scratch;
   s.exp_s = static_cast<T*>(s.exp_s) + k * stride;
@@ -156,6 +156,8 @@ MFD_INLINE Scratch nth_of(const Scratch& scratch, int64_t k, int64_t stride) {
   if (s.exp_h) s.exp_h = static_cast<T*>(s.exp_h) + k * stride;
   if (s.capped) s.capped = static_cast<T*>(s.capped) + k * stride;
   if (s.difference) s.difference = static_cast<T*>(s.difference) + k * stride;
+  if (s.mixture) s.mixture = static_cast<T*>(s.mixture) + k * stride;
+  s.teachers += k * teachers;
   s.sums += k;
   return s;
 }
@@ -163,8 +165,9 @@ MFD_INLINE Scratch nth_of(const Scratch& scratch, int64_t k, int64_t stride) {
 template <class S>
 static void forward_rows_of(const Forward& f, int64_t begin, int64_t end, const Scratch& scratch) {
   const Problem& p = f.problem;
-  const bool standardized = p.student.standardize || p.teacher.standardize;
-  const bool per_row = p.student_temperature.rows || p.teacher_temperature.rows;
+  const int64_t teachers = f.use_soft && p.mixture ? p.mixture->count : 0;
+  const bool prepared = p.student.standardize || p.teacher.standardize || teachers;
+  const bool per_row = p.student_temperature.rows || p.teacher_temperature.rows || teachers;
   Scales<S> scales(f.use_soft ? p.student_temperature.value : 1.0,
                    f.use_soft ? p.teacher_temperature.value : 1.0, p.divergence == Divergence::kNKD);
   const int64_t blocks = block_count(p.classes);
@@ -177,8 +180,8 @@ static void forward_rows_of(const Forward& f, int64_t begin, int64_t end, const 
     for (int64_t k = 0; k < rows; ++k) {
       if (!is_counted(p, first + k)) continue;
       RowContext<S> c(f, first + k);
-      const Scratch own = nth_of<S>(scratch, k, stride);
-      if (standardized) c.find_centres(own);
+      const Scratch own = nth_of<S>(scratch, k, stride, teachers);
+      if (prepared) c.prepare(own);
       if (per_row) scales = Scales<S>(c.ts, c.tt, c.wanted.unit);
       row_sums<S>(c, scales, 0, blocks, own);
     }
@@ -188,8 +191,8 @@ static void forward_rows_of(const Forward& f, int64_t begin, int64_t end, const 
         continue;
       }
       RowContext<S> c(f, first + k);
-      const Scratch own = nth_of<S>(scratch, k, stride);
-      if (standardized) c.recall_centres(own);
+      const Scratch own = nth_of<S>(scratch, k, stride, teachers);
+      if (prepared) c.recall(own);
       RowSums sums = finish_sums(c, own);
       if (needs_points(c)) row_points_of(c, sums, 0, blocks, own);
       finish_row(c, sums, 0, blocks, own);

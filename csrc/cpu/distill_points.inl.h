@@ -1,25 +1,6 @@
 // Second pass over a row of a pointwise divergence: f, g and h of every class from the exponentials and the
 // differences of the logits that the first pass has left in scratch.
 
-// (x - max)/T - lse for a block: a factor and two offsets, so that x - block max is exact.
-struct LogScale {
-  double block_max, inverse, shift;
-  LogScale(double block, double row_max, double temperature, double lse)
-      : block_max(block), inverse(1.0 / temperature), shift((block - row_max) / temperature - lse) {}
-};
-
-// log q or log p of a vector of logits.
-template <class S>
-struct LogOf {
-  typedef typename S::V V;
-  V max, inverse, shift;
-  explicit LogOf(const LogScale& scale)
-      : max(S::splat(static_cast<typename S::T>(scale.block_max))),
-        inverse(S::splat(static_cast<typename S::T>(scale.inverse))),
-        shift(S::splat(static_cast<typename S::T>(scale.shift))) {}
-  __attribute__((always_inline)) inline V operator()(V x) const { return S::fma(x - max, inverse, shift); }
-};
-
 // Sums of f, g and h over a block of exponentials e_s, e_t (times q_scale, p_scale the probabilities) and
 // differences d: r = d/Ts + shift. With kKeep g takes the place of e_t, for the gradient, and the sum of h is
 // left out.

@@ -10,6 +10,7 @@ struct RowContext {
   int hard;    // where the exponentials at temperature 1 come from
   Wanted wanted;
   View x, y;
+  Side mixed;  // y's, of several teachers
 
   RowContext(const Forward& forward, int64_t r) : f(forward), row(r) {
     const Problem& p = f.problem;
@@ -25,10 +26,22 @@ struct RowContext {
     wanted = {f.use_soft, at_one, unit, entropies, entropies, apart};
     x = {&p.student, row_offset(p.student, row), apart ? label : -1, {}};
     y = {&p.teacher, f.use_soft ? row_offset(p.teacher, row) : 0, x.apart, {}};
+    if (!has_mixture()) return;
+    tt = 1.0;
+    mixed = mixed_side<S>(p.classes);
+    y = {&mixed, 0, x.apart, {}};
   }
+  RowContext(const RowContext&) = delete;
 
-  // The standardised sides' centres: computed before the first pass, kept in the row's first block.
-  inline void find_centres(const Scratch& scratch) {
+  bool has_mixture() const { return f.use_soft && f.problem.mixture; }
+
+  // What needs the whole row before the first pass: the standardised sides' centres, kept in the row's first
+  // block, and the mixture of several teachers.
+  inline void prepare(const Scratch& scratch) {
+    if (has_mixture()) {
+      mix_teachers<S>(f.problem, row, at<T>(f.problem.teacher_temperature, row), scratch);
+      mixed.data = scratch.mixture;
+    }
     if (x.side->standardize)
       x.centre = scratch.sums->student =
           row_centre<S>(x, f.problem.classes, static_cast<T*>(scratch.block_x));
@@ -36,7 +49,8 @@ struct RowContext {
       y.centre = scratch.sums->teacher =
           row_centre<S>(y, f.problem.classes, static_cast<T*>(scratch.block_y));
   }
-  inline void recall_centres(const Scratch& scratch) {
+  inline void recall(const Scratch& scratch) {
+    mixed.data = scratch.mixture;
     if (x.side->standardize) x.centre = scratch.sums->student;
     if (y.side->standardize) y.centre = scratch.sums->teacher;
   }
@@ -113,7 +127,7 @@ static void row_sums(const RowContext<S>& c, const Scales<S>& scales, int64_t be
       out.sum_x = c.apart ? block_shifted_total<S>(c, const_cast<T*>(x.x), start, n, out.max_s, scratch)
                           : block_shifted_sum<S>(x.x, n, out.max_s);
     }
-    if (c.wanted.unit) {
+    if (c.wanted.unit && !c.has_mixture()) {
       out.sum_u = c.tt == 1.0 ? out.sum_t : block_unit_sum_of<S>(hard_mode(c.tt), et, y.x, n, out.max_t);
     }
     if (c.wanted.dot_s) out.dot_s = weighted_sum<S>(es, x.x, n, out.max_s);

@@ -6,15 +6,18 @@ struct BackwardRow {
   typedef typename S::T T;
   const Backward& g;
   View x, y;
+  Side mixed;  // y's, of several teachers
   double max_s, lse_s, max_t, lse_t, lse_h, lse_u, divergence, ts, tt, soft_scale, grad_soft, grad_hard;
+  double mix_t;             // temperature of several teachers, whose mixture has tt = 1
   double mean_g, mean_h;    // E_q[df/dq], E_p[df/dp]
   double label_x, label_y;  // minus the maxima
-  int64_t label;
+  int64_t index, label;
   bool apart;
   Target target;
   TargetSlopes slopes;
 
-  BackwardRow(const Backward& backward, int64_t row, const Scratch& scratch) : g(backward) {
+  BackwardRow(const BackwardRow&) = delete;
+  BackwardRow(const Backward& backward, int64_t row, const Scratch& scratch) : g(backward), index(row) {
     const Problem& p = g.problem;
     const T* s = static_cast<const T*>(g.stats) + row * kStats;
     max_s = s[kStudentMax];
@@ -36,7 +39,16 @@ struct BackwardRow {
     x = {&p.student, row_offset(p.student, row), apart ? label : -1, {}};
     y = {&p.teacher, row_offset(p.teacher, row), x.apart, {}};
     if (p.student.standardize) x.centre = row_centre<S>(x, p.classes, static_cast<T*>(scratch.block_x));
-    if (p.teacher.standardize) y.centre = row_centre<S>(y, p.classes, static_cast<T*>(scratch.block_y));
+    if (p.mixture) {
+      mix_teachers<S>(p, row, tt, scratch);
+      mixed = mixed_side<S>(p.classes);
+      mixed.data = scratch.mixture;
+      y = {&mixed, 0, x.apart, {}};
+      mix_t = tt;
+      tt = 1.0;
+    } else if (p.teacher.standardize) {
+      y.centre = row_centre<S>(y, p.classes, static_cast<T*>(scratch.block_y));
+    }
     label_x = label_y = 0;
     target = {};
     slopes = {};
@@ -44,7 +56,7 @@ struct BackwardRow {
     label_x = logit_at<S>(x, label, scratch) - max_s;
     label_y = logit_at<S>(y, label, scratch) - max_t;
     target = {odds_of(label_x, ts, lse_s), odds_of(label_y, tt, lse_t), odds_of(label_x, 1.0, lse_h),
-              odds_of(label_y, 1.0, lse_u)};
+              p.mixture ? mixed_odds(*p.mixture, scratch.teachers) : odds_of(label_y, 1.0, lse_u)};
     slopes = target_slopes(p, target);
     lse_h = whole_lse(target.hard_student, label_x, lse_h);
     lse_u = whole_lse(target.hard_teacher, label_y, lse_u);

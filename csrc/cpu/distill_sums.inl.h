@@ -139,6 +139,23 @@ static double block_shifted_sum(const typename S::T* x, int64_t n, double block_
   return S::sum(acc);
 }
 
+// sum exp((x - max)/T)
+template <class S>
+static double exponential_sum(const typename S::T* x, int64_t n, double max, const Exponent<S>& exponent,
+                              typename S::T* store = nullptr) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  const V m = S::splat(static_cast<T>(max));
+  V acc{};
+  for (int64_t i = 0; i < n; i += S::kWidth) {
+    const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
+    const V e = exponent(S::load_first(x + i, left, static_cast<T>(-kInf)) - m);
+    if (store) S::store(store + i, e);
+    acc = acc + e;
+  }
+  return S::sum(acc);
+}
+
 // sum exp(x - max), the N-th powers of the exponentials e at temperature N or computed.
 template <class S, int kHard>
 static double block_unit_sum(const typename S::T* e, const typename S::T* x, int64_t n, double block_max) {

@@ -83,7 +83,9 @@ MFD_INLINE RowResult row_result(const RowContext<S>& c, const RowSums& sums, con
       r.target.hard_student = odds_of(r.label, 1.0, r.lse_h);
       r.lse_h = whole_lse(r.target.hard_student, r.label, r.lse_h);
     }
-    if (c.wanted.unit) r.target.hard_teacher = odds_of(r.label_t, 1.0, log(sums.sum_u));
+    if (c.wanted.unit)
+      r.target.hard_teacher = c.has_mixture() ? mixed_odds(*p.mixture, scratch.teachers)
+                                              : odds_of(r.label_t, 1.0, log(sums.sum_u));
     r.rest = rest_divergence<S>(c, r.sums);
     r.k = target_divergence(p, r.target, r.rest);
   } else if (f.use_soft) {
@@ -111,7 +113,7 @@ static void write_statistics(const RowContext<S>& c, const RowResult& r) {
   values[kTeacherLseLow] = lse_t == -kInf ? 0.0 : lse_t - static_cast<T>(lse_t);
   values[kStudentMean] = r.sums.g;
   values[kTeacherMean] = c.apart ? r.rest : r.sums.h;
-  values[kTeacherHardLse] = c.wanted.unit ? log(r.sums.sum_u) : 0.0;
+  values[kTeacherHardLse] = c.wanted.unit && !c.has_mixture() ? log(r.sums.sum_u) : 0.0;
   for (int i = 0; i < kStats; ++i) put<T>(c.f.stats, c.row * kStats + i, values[i]);
 }
 

@@ -94,23 +94,6 @@ static void group_by_block(const TopKRow<S>& c) {
   }
 }
 
-// sum exp((x - max)/T)
-template <class S>
-static double exponential_sum(const typename S::T* x, int64_t n, double max, const Exponent<S>& exponent,
-                              typename S::T* store = nullptr) {
-  typedef typename S::T T;
-  typedef typename S::V V;
-  const V m = S::splat(static_cast<T>(max));
-  V acc{};
-  for (int64_t i = 0; i < n; i += S::kWidth) {
-    const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
-    const V e = exponent(S::load_first(x + i, left, static_cast<T>(-kInf)) - m);
-    if (store) S::store(store + i, e);
-    acc = acc + e;
-  }
-  return S::sum(acc);
-}
-
 // Exponentials that add up to less are taken again relative to their own maximum.
 constexpr double kTinySum = 0x1p-60;
 

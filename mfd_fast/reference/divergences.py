@@ -72,11 +72,19 @@ def _teacher_share(divergence: Divergence) -> float:
     return 1 - divergence.lam
 
 
+def _log_mean(r: Tensor, share: float) -> Tensor:
+    """log((1 − share) + share·e^r): by log1p and expm1 where that is near 0, as written where those would cancel."""
+    zero, rise = torch.zeros_like(r), share * torch.expm1(r)
+    low = rise < -0.5
+    near = torch.log1p(torch.where(low, zero, rise))
+    return torch.where(low, ((1 - share) + share * torch.where(low, r, zero).exp()).log(), near)
+
+
 def over_mixture(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """log(p/m) and log(q/m), m = w p + (1−w) q; 0 where p, or q, is 0 and the other factor makes it 0 anyhow.
 
-    From r: log(q/m) = −log1p(w expm1(r)) and log(p/m) = −log1p((1−w) expm1(−r)), which keep their digits for
-    small r and small w alike; where expm1 would overflow, from each other: they differ by r.
+    From r: log(q/m) = −log((1−w) + w e^r) and log(p/m) = −log(w + (1−w) e^−r), which keep their digits for small r
+    and small w alike; where the exponential would overflow, from each other: they differ by r.
     """
     share = _teacher_share(divergence)
     p_zero, q_zero = log_p.exp() == 0, log_q.exp() == 0
@@ -84,8 +92,8 @@ def over_mixture(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[
     zero = torch.zeros_like(log_p)
     r = torch.where(none, zero, log_p) - torch.where(none, zero, log_q)
     high, low = r > LARGE, r < -LARGE
-    p_side = -torch.log1p((1 - share) * torch.expm1(-torch.where(low, zero, r)))
-    q_side = -torch.log1p(share * torch.expm1(torch.where(high, zero, r)))
+    p_side = -_log_mean(-torch.where(low, zero, r), 1 - share)
+    q_side = -_log_mean(torch.where(high, zero, r), share)
     p_side, q_side = torch.where(low, q_side + r, p_side), torch.where(high, p_side - r, q_side)
     # Where one side is 0 the mixture is the other side times its share.
     p_side = torch.where(q_zero & ~p_zero, torch.full_like(r, -math.log(share)), p_side)

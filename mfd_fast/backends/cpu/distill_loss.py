@@ -41,14 +41,12 @@ def can_run(rows: Rows) -> str | None:
     """Why the native kernels cannot take this call, None if they can."""
     if rows.student.device.type != "cpu":
         return f"the tensors are on {rows.student.device}"
-    if len(rows.teachers) > 1:
-        return "no native kernel for several teachers yet"
     if rows.divergence.near_a_limit:
         return f"{rows.divergence} is so close to a limit that the kernel would lose its digits"
     return None
 
 
-def _side(module: Any, logits: Tensor, transform: LogitTransform | None, keep: list[Tensor]) -> Any:
+def _side(module: Any, logits: Tensor, transform: LogitTransform | None, keep: list[Any]) -> Any:
     tensor, inner, outer_stride, row_stride = row_layout(logits)
     keep.append(tensor)
     scale, softcap = (1.0, 0.0) if transform is None else (transform.scale, transform.softcap or 0.0)
@@ -66,8 +64,24 @@ def _temperature(value: float | Tensor) -> tuple[float, int, int]:
     return 1.0, value.data_ptr(), value.stride(0)
 
 
-def native_problem(module: Any, rows: Rows, labels: Tensor | None, keep: list[Tensor]) -> Any:
-    """The native description of ``rows``; tensors it points into are appended to ``keep``."""
+def _teachers(module: Any, rows: Rows, keep: list[Any]) -> Any:
+    """The native description of several teachers, None for one."""
+    if len(rows.teachers) == 1:
+        return None
+    weights = rows.teacher_weights
+    teachers = module.Teachers(
+        [_side(module, teacher, rows.teacher_transform, keep) for teacher in rows.teachers],
+        0 if weights is None else weights.data_ptr(),
+        0 if weights is None or weights.dim() == 1 else weights.stride(0),
+    )
+    keep.append(teachers)
+    return teachers
+
+
+def native_problem(module: Any, rows: Rows, labels: Tensor | None, keep: list[Any]) -> Any:
+    """The native description of ``rows``;
+    what it points into is appended to ``keep``.
+    """
     same = rows.teacher_temperature is rows.temperature
     temperature = _temperature(rows.temperature)
     return module.Problem(
@@ -85,6 +99,7 @@ def native_problem(module: Any, rows: Rows, labels: Tensor | None, keep: list[Te
         rows.scale_by_temperature,
         _DIVERGENCES[rows.divergence.name],
         *rows.divergence.parameters,
+        _teachers(module, rows, keep),
     )
 
 
@@ -114,6 +129,10 @@ def count(module: Any, rows: Rows, problem: Any) -> int:
     return counted
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _streams(gradient: Tensor | None) -> bool:
     return gradient is not None and gradient.numel() * gradient.itemsize >= STREAM_BYTES
 
@@ -130,7 +149,7 @@ def scalar(
 ) -> tuple[Tensor, Tensor | None]:
     """The scalar loss and, from the same pass, its gradient with respect to the student."""
     module = native()
-    keep: list[Tensor] = []
+    keep: list[Any] = []
     use_soft = isinstance(soft_weight, Tensor) or soft_weight != 0
     use_hard = rows.labels is not None and (isinstance(hard_weight, Tensor) or hard_weight != 0)
     problem = native_problem(module, rows, rows.labels, keep)
@@ -173,7 +192,7 @@ def _divide(factor: float, divisor: float) -> float:
 def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProducts | None]:
     """soft [N], hard [N], statistics [N, STATISTICS] for the backward, and the by-products if ``terms``."""
     module = native()
-    keep: list[Tensor] = []
+    keep: list[Any] = []
     n, device = rows.n_rows, rows.student.device
     problem = native_problem(module, rows, rows.labels, keep)
     count(module, rows, problem)
@@ -201,19 +220,24 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProdu
 
 
 def per_row_backward(
-    rows: Rows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: tuple[bool, bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of ``sum(grad_soft*soft + grad_hard*hard)`` to both logits and, per row, both temperatures."""
+    rows: Rows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``sum(grad_soft*soft + grad_hard*hard)`` to all logits and, per row, temperatures and weights."""
     module = native()
-    keep: list[Tensor] = []
+    keep: list[Any] = []
     problem = native_problem(module, rows, rows.labels, keep)
     grad_soft, grad_hard, stats = grad_soft.to(rows.dtype), grad_hard.to(rows.dtype), stats.contiguous()
     d_student = allocate.empty_gradient(rows.student) if needs[0] else None
-    d_teacher = allocate.empty_gradient(rows.teacher) if needs[1] else None
+    d_teachers = [
+        allocate.empty_gradient(teacher) if need else None
+        for teacher, need in zip(rows.teachers, (needs[1], *needs[5:]), strict=True)
+    ]
     d_temperature, d_teacher_temperature = (
-        allocate.empty((rows.n_rows,), rows.dtype, rows.student.device) if need else None for need in needs[2:]
+        allocate.empty((rows.n_rows,), rows.dtype, rows.student.device) if need else None for need in needs[2:4]
     )
-    outputs = (d_student, d_teacher, d_temperature, d_teacher_temperature)
+    d_weights = None
+    if len(needs) > 4 and needs[4]:
+        d_weights = allocate.empty((rows.n_rows, len(rows.teachers)), rows.dtype, rows.student.device)
     if rows.n_rows:
         module.per_row_backward(
             problem,
@@ -223,8 +247,13 @@ def per_row_backward(
             grad_soft.stride(0),
             grad_hard.data_ptr(),
             grad_hard.stride(0),
-            *(0 if t is None else t.data_ptr() for t in outputs),
-            _streams(d_student) or _streams(d_teacher),
+            _address(d_student),
+            [_address(d_teacher) for d_teacher in d_teachers],
+            _address(d_temperature),
+            _address(d_teacher_temperature),
+            _address(d_weights),
+            _streams(d_student) or any(_streams(d_teacher) for d_teacher in d_teachers),
             torch.get_num_threads(),
         )
-    return outputs
+    every = (d_student, d_teachers[0], d_temperature, d_teacher_temperature, d_weights, *d_teachers[1:])
+    return every[: len(needs)]

@@ -1,0 +1,50 @@
+// Gradients of one row to several teachers. With b = dD/d(log p), which sums to 0:
+//   dD/dv_k = w_k*((p_k/p)*b - p_k*S_k),  S_k = sum (p_k/p)*b = dD/dw_k up to a constant, which weights that
+//   sum to 1 do not notice.
+
+// log(p_k/p) is cut here, far above 1/w_k of a teacher that has a say.
+constexpr double kLogRatio = 80.0;
+
+// (p_k/p)*b of one vector.
+template <class S>
+MFD_INLINE typename S::V share_of(typename S::V log_pk, typename S::V log_p, typename S::V b) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  const V ratio = exp_of(S::min(S::splat(T(kLogRatio)), log_pk - log_p));
+  return S::select((b == V{}) | (log_p == S::splat(static_cast<T>(-kInf))), V{}, ratio * b);
+}
+
+// Calls act(log p_k, share, i) for every vector of a block; lanes past the end are 0.
+template <class S, class Act>
+MFD_INLINE void over_shares(const TeacherRow& t, double temperature, const typename S::T* y,
+                            const typename S::T* log_p, const typename S::T* b, int64_t n, const Act& act) {
+  typedef typename S::T T;
+  const LogOf<S> log_of_y = log_of_teacher<S>(t, temperature);
+  for (int64_t i = 0; i < n; i += S::kWidth) {
+    const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
+    const typename S::V log_pk = log_of_y(S::load_first(y + i, left, static_cast<T>(-kInf)));
+    act(log_pk, share_of<S>(log_pk, S::load_first(log_p + i, left, T(0)), S::load(b + i)), i);
+  }
+}
+
+template <class S>
+static double share_sum(const TeacherRow& t, double temperature, const typename S::T* y,
+                        const typename S::T* log_p, const typename S::T* b, int64_t n) {
+  typename S::V sum{};
+  over_shares<S>(t, temperature, y, log_p, b, n,
+                 [&](typename S::V, typename S::V share, int64_t) { sum = sum + share; });
+  return S::sum(sum);
+}
+
+// dD/dv_k of a block.
+template <class S>
+static void teacher_slopes(const TeacherRow& t, double temperature, const typename S::T* y,
+                           const typename S::T* log_p, const typename S::T* b, int64_t n,
+                           typename S::T* out) {
+  typedef typename S::T T;
+  typedef typename S::V V;
+  const V weight = S::splat(static_cast<T>(t.weight)), total = S::splat(static_cast<T>(t.share));
+  over_shares<S>(t, temperature, y, log_p, b, n, [&](V log_pk, V share, int64_t i) {
+    S::store(out + i, weight * (share - exp_of(log_pk) * total));
+  });
+}
