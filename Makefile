@@ -12,6 +12,9 @@ CPP_FILES := $(shell find csrc kernels/cuda tests -name '*.h' -o -name '*.cpp' -
 # A spinning OpenMP thread would take the core of another test worker.
 export OMP_WAIT_POLICY ?= passive
 
+# One architecture for the tests: tests/test_cuda_aot.py compiles the others.
+$(VENV)/native: export MFD_FAST_CUDA_ARCHS ?= 90
+
 .SILENT:
 .NOTPARALLEL:
 .DELETE_ON_ERROR:

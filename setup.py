@@ -4,8 +4,9 @@ Environment variables read here:
 
 ``MFD_FAST_NATIVE``      ``1``: fail when the native module cannot be built; ``0``: never build it.
 ``MFD_FAST_SANITIZE``    sanitizers for the native module, as in ``-fsanitize=`` (``address,undefined``).
+``MFD_FAST_CUDA``        ``1``: fail when nvcc is not found; ``0``: leave the CUDA kernels out.
 ``MFD_FAST_CUDA_ARCHS``  CUDA architectures, separated by semicolons (``90;100``).
-``CXX``, ``CMAKE_ARGS``  as usual.
+``CXX``, ``CUDACXX``, ``CMAKE_ARGS``  as usual.
 """
 
 from __future__ import annotations
@@ -46,6 +47,19 @@ def find_compiler() -> list[str] | None:
             if probe.returncode == 0:
                 return command
     return None
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler: CUDACXX, a toolkit, or the PyPI packages nvidia-cuda-nvcc, -runtime and -cccl."""
+    named = os.environ.get("CUDACXX")
+    if named:
+        return named
+    toolkits = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    packages = [Path(sysconfig.get_path("purelib"), "nvidia", "cu13")]
+    for nvcc in [*(t / "bin" / "nvcc" for t in toolkits), *(p / "bin" / "nvcc" for p in packages)]:
+        if nvcc.is_file():
+            return str(nvcc)
+    return shutil.which("nvcc")
 
 
 def why_pure() -> str | None:
@@ -96,6 +110,8 @@ class BuildNative(build_ext):
         except OSError:
             build = Path(self.build_temp).resolve()
             build.mkdir(parents=True, exist_ok=True)
+        cuda = {"0": "OFF", "1": "ON"}.get(os.environ.get("MFD_FAST_CUDA", ""), "AUTO")
+        nvcc = find_nvcc() if cuda != "OFF" else None
         cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
         configure = [
             *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
@@ -103,6 +119,8 @@ class BuildNative(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DMFD_FAST_SANITIZE={sanitize}",
+            f"-DMFD_FAST_CUDA={cuda}",
+            *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
             f"-DMFD_FAST_CUDA_ARCHS={os.environ.get('MFD_FAST_CUDA_ARCHS', '')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]

@@ -1,6 +1,7 @@
 // Python's view of the native kernels. Tensors cross as addresses; the Python side checks, allocates and
 // keeps them alive.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
 #include <memory>
@@ -8,7 +9,6 @@
 #include <vector>
 
 #include "common/dlpack.h"
-#include "common/types.h"
 #include "cpu/buffer_pool.h"
 #include "cpu/dispatch.h"
 #include "cpu/fusion_dispatch.h"
@@ -18,12 +18,8 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;
-
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+using mfd::Address;
+using mfd::pointer;
 
 void put_value(Address out, bool is_double, double value) {
   if (is_double) {
@@ -31,58 +27,6 @@ void put_value(Address out, bool is_double, double value) {
   } else {
     *pointer<float>(out) = static_cast<float>(value);
   }
-}
-
-mfd::Side make_side(Address data, int dtype, int64_t inner, int64_t outer_stride, int64_t row_stride,
-                    int64_t width, double scale, double softcap, bool standardize) {
-  return {
-      pointer(data), static_cast<mfd::Dtype>(dtype), inner, outer_stride, row_stride, width, scale, softcap,
-      standardize};
-}
-
-// Several teachers and the sides that `mixture` points to.
-struct Teachers {
-  std::vector<mfd::Side> sides;
-  mfd::Mixture mixture;
-};
-
-std::unique_ptr<Teachers> make_teachers(std::vector<mfd::Side> sides, Address weights, int64_t row_stride) {
-  auto teachers = std::make_unique<Teachers>();
-  teachers->sides = std::move(sides);
-  teachers->mixture = {teachers->sides.data(), static_cast<int64_t>(teachers->sides.size()), pointer(weights),
-                       row_stride};
-  return teachers;
-}
-
-// `teachers` is null for one teacher; it must outlive the problem.
-std::unique_ptr<mfd::Problem> make_problem(int64_t n_rows, int64_t classes, bool is_double,
-                                           const mfd::Side& student, const mfd::Side& teacher, double ts,
-                                           Address ts_rows, int64_t ts_stride, double tt, Address tt_rows,
-                                           int64_t tt_stride, Address labels, Address mask,
-                                           int64_t ignore_index, double smoothing, bool scale_by_temperature,
-                                           int divergence, double first, double second,
-                                           const Teachers* teachers) {
-  return std::unique_ptr<mfd::Problem>(new mfd::Problem{n_rows,
-                                                        classes,
-                                                        is_double,
-                                                        student,
-                                                        teacher,
-                                                        {pointer(ts_rows), ts_stride, ts},
-                                                        {pointer(tt_rows), tt_stride, tt},
-                                                        pointer<const int64_t>(labels),
-                                                        pointer<const unsigned char>(mask),
-                                                        ignore_index,
-                                                        smoothing,
-                                                        scale_by_temperature,
-                                                        static_cast<mfd::Divergence>(divergence),
-                                                        first,
-                                                        second,
-                                                        teachers ? &teachers->mixture : nullptr});
-}
-
-std::unique_ptr<mfd::TopK> make_topk(Address indices, int64_t listed, int tail, bool logprobs) {
-  return std::unique_ptr<mfd::TopK>(
-      new mfd::TopK{pointer<const int64_t>(indices), listed, static_cast<mfd::Tail>(tail), logprobs});
 }
 
 // `topk` is null for a teacher of all classes.
@@ -416,13 +360,13 @@ py::tuple pool_stats() {
 
 PYBIND11_MODULE(_C, m) {
   using release = py::call_guard<py::gil_scoped_release>;
-  m.doc() = "Native CPU kernels of mfd_fast.";
+  m.doc() = "Native kernels of mfd_fast.";
   m.attr("compiler") = MFD_COMPILER;
   m.attr("statistics") = mfd::kStats;
-  py::class_<mfd::Side>(m, "Side").def(py::init(&make_side));
-  py::class_<Teachers>(m, "Teachers").def(py::init(&make_teachers));
-  py::class_<mfd::Problem>(m, "Problem").def(py::init(&make_problem));
-  py::class_<mfd::TopK>(m, "TopK").def(py::init(&make_topk));
+  mfd::bind_problem(m);
+#ifdef MFD_HAVE_CUDA
+  mfd::bind_cuda(m);
+#endif
   m.def("count_rows", &mfd::count_rows);
   m.def("lists_are_valid", &mfd::lists_are_valid, release());
   m.def("scalar", &scalar, release());

@@ -14,7 +14,7 @@ import mfd_fast as mfd
 from mfd_fast.testing import assert_close_to_float64
 
 Arguments = dict[str, Any]
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ BACKEND_FEATURES = {
     "reference": op_db_divergences.FEATURES,
     "cpu": op_db_divergences.FEATURES,
     "triton": frozenset({"forward_kl"}),
+    "cuda": op_db_divergences.FEATURES - {"teachers", "topk"},
 }
 
 
@@ -223,6 +224,7 @@ def _fields(result: Any) -> dict[str, Tensor]:
 
 
 _ALL_BACKENDS = ("triton", "cpu", "reference")
+_ROW_BACKENDS = ("cuda", *_ALL_BACKENDS)
 _ROW_ARGUMENTS = ("student", "teacher", "temperature", "teacher_temperature", "teacher_weights")
 
 RECORDS = {
@@ -234,7 +236,7 @@ RECORDS = {
             samples=distill_loss_samples,
             differentiable=(*_ROW_ARGUMENTS, "weight", "soft_weight", "hard_weight", "normalizer"),
             outputs=_loss,
-            backends=_ALL_BACKENDS,
+            backends=_ROW_BACKENDS,
             errors=op_errors.distill_loss,
             registered=("distill_loss", "distill_rows", "distill_rows_backward"),
         ),
@@ -244,7 +246,7 @@ RECORDS = {
             samples=distill_terms_samples,
             differentiable=_ROW_ARGUMENTS,
             outputs=_fields,
-            backends=_ALL_BACKENDS,
+            backends=_ROW_BACKENDS,
             errors=op_errors.distill_terms,
             registered=("distill_rows", "distill_rows_backward"),
         ),
@@ -293,5 +295,5 @@ SAMPLE_CASES = [(record, backend, name) for record, backend in CASES for name in
 SAMPLE_IDS = [f"{record.name}-{backend}-{name}" for record, backend, name in SAMPLE_CASES]
 #: The same of distill_loss on the backends that have kernels: the gradient of the student comes from the forward pass.
 KERNEL_CASES = [
-    (backend, name) for backend in ("cpu", "triton") for name in samples_on(RECORDS["distill_loss"], backend)
+    (backend, name) for backend in ("cpu", "cuda", "triton") for name in samples_on(RECORDS["distill_loss"], backend)
 ]

@@ -7,7 +7,7 @@ from op_db import CASE_IDS, CASES, RECORDS, samples_on
 
 from mfd_fast.testing import assert_bitwise_equal
 
-RUNS = {"reference": 50, "cpu": 50, "triton": 50}
+RUNS = {"reference": 50, "cpu": 50, "triton": 50, "cuda": 50}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 # Samples whose gradient never comes from the forward pass.
 ROW_OUTPUT = [n for n, s in RECORDS["distill_loss"].samples().items() if s.get("reduction") == "none"]
 # Interpreted kernels are slow; the bound on one scalar is luck, so the others pool the errors of many draws.
-DRAWS = {"reference": 24, "cpu": 24, "triton": 6}
+DRAWS = {"reference": 24, "cpu": 24, "triton": 6, "cuda": 24}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -56,7 +56,9 @@ LONG = [(3, c) for c in (1000, 1021, 4095, 4097, 32000, 65537)] + [(1031, 3), (4
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("backend", "shape"),
-    [(b, s) for b in ("cpu", "triton") for s in SHAPES] + [("cpu", s) for s in LONG] + [("triton", (2, 4097))],
+    [(b, s) for b in ("cpu", "triton", "cuda") for s in SHAPES]
+    + [("cpu", s) for s in LONG]
+    + [(b, (2, 4097)) for b in ("triton", "cuda")],
     ids=str,
 )
 def test_sizes(backend, shape, dtype):

@@ -4,11 +4,12 @@
 
 #include <math.h>
 
+#include "common/annotations.h"
 #include "common/types.h"
 
 namespace mfd {
 
-#define MFD_ROW_FN static inline __attribute__((unused))
+#define MFD_ROW_FN static inline __attribute__((unused)) MFD_HOST_DEVICE
 
 constexpr double kNan = __builtin_nan("");
 constexpr double kInf = __builtin_inf();

@@ -22,14 +22,6 @@ static double plain_sum(const typename S::T* w, int64_t n) {
   return S::sum(acc);
 }
 
-// Sums over a row, without the label's class where it is set apart.
-struct SlopeSums {
-  double to_u, to_v;    // what rounding left of 0
-  double u_x, v_y;      // sum to_u*(x - max x), sum to_v*(y - max y)
-  double mean_x;        // E_q[x - max x]
-  double x_dot, y_dot;  // sum d_x*x, sum d_y*y of standardised logits
-};
-
 enum class Pass { kMeans, kShares, kDots, kGradients };
 
 template <class S>
@@ -53,21 +45,17 @@ struct RowGradients {
   T* student(const BlockSlopes<S>& b, const T* x, int64_t start, int64_t n) const {
     const Problem& problem = row.g.problem;
     T* out = static_cast<T*>(scratch.block_out);
-    const double soft = row.grad_soft * row.soft_scale / row.ts;
-    const double hard = row.grad_hard + row.grad_soft * row.slopes.unit;
-    const double shift = row.grad_hard * problem.smoothing / static_cast<double>(problem.classes);
+    const StudentFactors f = student_factors(row, problem);
     T* h = problem.labels ? static_cast<T*>(scratch.exp_h) : nullptr;
     if (h) probabilities<S>(x, n, row.max_s, row.lse_h, Exponent<S>(1.0), h);
-    student_gradient<S>(b.to_u, h, n, soft, hard, shift, out);
+    student_gradient<S>(b.to_u, h, n, f.soft, f.hard, f.shift, out);
     const int64_t label = row.label - start;
     if (label < 0 || label >= n) return out;
     if (row.apart) {
-      // softmax(x)_label - 1 = -rest
-      out[label] = static_cast<T>(times(soft, row.slopes.label) - times(hard, row.target.hard_student.rest) +
-                                  (row.grad_hard * problem.smoothing - shift));
+      out[label] = static_cast<T>(f.apart);
     } else if (h) {
-      out[label] = static_cast<T>(soft) * b.to_u[label] +
-                   (static_cast<T>(hard) * h[label] - static_cast<T>(hard * label_share(problem)));
+      out[label] = static_cast<T>(f.soft) * b.to_u[label] +
+                   (static_cast<T>(f.hard) * h[label] - static_cast<T>(f.share));
     }
     return out;
   }
@@ -75,16 +63,15 @@ struct RowGradients {
   // d/dy of a block of transformed logits, in scratch.block_out.
   T* teacher(const BlockSlopes<S>& b, const T* y, int64_t start, int64_t n) const {
     T* out = static_cast<T*>(scratch.block_out);
-    const double soft = row.grad_soft * row.soft_scale / row.tt, unit = row.grad_soft * row.slopes.drive;
-    student_gradient<S>(b.to_v, nullptr, n, soft, 0.0, 0.0, out);
+    const TeacherFactors f = teacher_factors(row);
+    student_gradient<S>(b.to_v, nullptr, n, f.soft, 0.0, 0.0, out);
     if (row.g.problem.divergence == Divergence::kNKD) {
       T* h = static_cast<T*>(scratch.to_u);
       probabilities<S>(y, n, row.max_t, row.lse_u, Exponent<S>(1.0), h);
-      student_gradient<S>(b.to_v, h, n, soft, -unit, 0.0, out);
+      student_gradient<S>(b.to_v, h, n, f.soft, -f.unit, 0.0, out);
     }
     const int64_t label = row.label - start;
-    if (row.apart && label >= 0 && label < n)
-      out[label] += static_cast<T>(times(-soft, row.slopes.pull) + times(unit, row.target.hard_teacher.rest));
+    if (row.apart && label >= 0 && label < n) out[label] += static_cast<T>(f.apart);
     return out;
   }
 
@@ -204,14 +191,9 @@ struct RowGradients {
       block(pass, start, classes - start < kBlock ? classes - start : kBlock);
   }
 
-  // Means that fit the slopes as this pass rounds them: both slopes sum to 0.
-  void settle_means() {
+  void settle() {
     run(Pass::kMeans);
-    const Divergence d = row.g.problem.divergence;
-    if (is_pointwise(d) && __builtin_isfinite(sums.to_u)) row.mean_g += sums.to_u;
-    const double relation = row.apart ? row.slopes.relation : 1.0, pull = row.slopes.pull;
-    const double excess = relation == 0 ? 0.0 : (sums.to_v - pull) / relation;
-    if (__builtin_isfinite(excess)) row.mean_h += excess;
+    settle_means(row, row.g.problem, sums);
     sums = {};
   }
 };
@@ -250,33 +232,25 @@ static void backward_row(const Backward& g, int64_t index, const Scratch& scratc
   const SlopeSums& sums = gradients.sums;
   const bool exact_g = g.d_temperature && is_pointwise(problem.divergence);
   const bool mixed = problem.mixture && gradients.of_teachers();
-  if (d_teacher || mixed || g.d_teacher_temperature || exact_g) gradients.settle_means();
+  if (d_teacher || mixed || g.d_teacher_temperature || exact_g) gradients.settle();
   if (mixed) gradients.run(Pass::kShares);
   if ((d_student && problem.student.standardize) || ((d_teacher || mixed) && problem.teacher.standardize))
     gradients.run(Pass::kDots);
   gradients.run(Pass::kGradients);
   if (d_student) write_zeros(d_student + classes * x_size, (problem.student.width - classes) * x_size, false);
   if (d_teacher) write_zeros(d_teacher + classes * y_size, (problem.teacher.width - classes) * y_size, false);
-  // dD/dTs = -sum dD/du*x/Ts^2, dD/dTt = -sum dD/dv*y/Tt^2; the factor Ts^2 has a derivative too.
-  const double scaled = row.grad_soft * row.soft_scale;
-  if (g.d_temperature) {
-    const double own = problem.scale_by_temperature ? row.grad_soft * 2.0 * row.ts * row.divergence : 0.0;
-    const double excess = sums.to_u + row.slopes.label;
-    double slope = sums.u_x + times(row.slopes.label, row.label_x);
-    if (excess != 0) slope -= excess * sums.mean_x;
-    static_cast<T*>(g.d_temperature)[index] = static_cast<T>(own - scaled * slope / (row.ts * row.ts));
-  }
-  if (g.d_teacher_temperature) {
-    const double slope = problem.mixture ? sums.v_y : sums.v_y - times(row.slopes.pull, row.label_y);
-    const double tt = problem.mixture ? row.mix_t : row.tt;
-    static_cast<T*>(g.d_teacher_temperature)[index] = static_cast<T>(-scaled * slope / (tt * tt));
-  }
+  if (g.d_temperature)
+    static_cast<T*>(g.d_temperature)[index] = static_cast<T>(temperature_gradient(row, problem, sums));
+  if (g.d_teacher_temperature)
+    static_cast<T*>(g.d_teacher_temperature)[index] =
+        static_cast<T>(problem.mixture ? mixed_temperature_gradient(row, row.mix_t, sums)
+                                       : teacher_temperature_gradient(row, sums));
   if (!problem.mixture || !g.d_weights) return;
   for (int64_t k = 0; k < problem.mixture->count; ++k) {
     const TeacherRow& t = scratch.teachers[k];
     const double unit = times(t.unit_label, -row.target.hard_student.log_label);
     static_cast<T*>(g.d_weights)[index * problem.mixture->count + k] =
-        static_cast<T>(scaled * t.share + row.grad_soft * unit);
+        static_cast<T>(row.grad_soft * row.soft_scale * t.share + row.grad_soft * unit);
   }
 }
 

@@ -1,47 +1,5 @@
 // The student gradient, and rows in groups or in blocks.
 
-// d loss/dx_j = student*e_s - teacher*e_t + hard*e_h - shift, with label_shift at the label; e relative to
-// the row's maxima, e_t = q*df/dq for the pointwise divergences. The e of a label set apart are 0.
-struct Slopes {
-  double student, teacher, hard, shift, label_shift;
-};
-
-MFD_INLINE double ratio_or_zero(double a, double b) {
-  return b == 0 ? 0.0 : a / b;
-}
-
-template <class S>
-MFD_INLINE Slopes row_slopes(const RowContext<S>& c, const RowResult& r) {
-  typedef typename S::T T;
-  const Forward& f = c.f;
-  const Problem& p = f.problem;
-  const double w = at<T>(f.weight, c.row);
-  // d soft/dx = (Ts^2 or 1)/Ts * d soft/du
-  const double soft = f.use_soft ? w * f.soft_factor * (p.scale_by_temperature ? c.ts : 1.0 / c.ts) : 0.0;
-  const double hard = f.use_hard ? w * f.hard_factor : 0.0;
-  Slopes s{};
-  s.shift = hard * p.smoothing / static_cast<double>(p.classes);
-  if (c.apart) {
-    const TargetSlopes slopes = target_slopes(p, r.target);
-    // hard*softmax(x) and unit*softmax(x) share their exponentials.
-    const double at_one = hard + (c.wanted.unit ? w * f.soft_factor * slopes.unit : 0.0);
-    const double rest = c.hard ? at_one * r.target.hard_student.rest : 0.0;
-    s.student = ratio_or_zero(soft * slopes.student, r.sums.sum_s);
-    s.teacher = ratio_or_zero(soft * slopes.teacher, r.sums.sum_t);
-    s.hard = ratio_or_zero(rest, r.sums.sum_h);
-    s.label_shift = rest - soft * slopes.label - (hard * p.smoothing - s.shift);
-    return s;
-  }
-  if (c.f.use_soft) {
-    const bool pointwise = is_pointwise(p.divergence);
-    s.student = (pointwise ? -soft * r.sums.g : soft) / r.sums.sum_s;
-    s.teacher = pointwise ? -soft : soft / r.sums.sum_t;
-  }
-  if (f.use_hard) s.hard = hard / r.sums.sum_h;
-  s.label_shift = hard * label_share(p);
-  return s;
-}
-
 // d loss/d (transformed student logits) of one block.
 template <class S>
 MFD_INLINE void block_slope(const RowContext<S>& c, const RowSums& row, const Slopes& slopes, int64_t b,
@@ -94,7 +52,8 @@ static void write_gradient(const RowContext<S>& c, const RowResult& r, int64_t b
   T* buffer = static_cast<T*>(scratch.block_out);
   T* capped = static_cast<T*>(scratch.capped);
   if (c.apart && capped) capped[c.label] = static_cast<T>(r.label + r.sums.max_s);
-  const Slopes slopes = row_slopes(c, r);
+  const double weight = at<T>(f.weight, c.row);
+  const Slopes slopes = row_slopes(f, c.wanted, weight * f.soft_factor, weight * f.hard_factor, c.ts, r);
   double dot = 0;
   for (int64_t b = begin; p.student.standardize && b < end; ++b) {
     const int64_t start = b * kBlock, n = p.classes - start < kBlock ? p.classes - start : kBlock;
@@ -141,7 +100,7 @@ template <class S>
 MFD_INLINE void finish_row(const RowContext<S>& c, RowSums& sums, int64_t begin, int64_t end,
                            const Scratch& scratch) {
   if (needs_points(c)) merge_points(scratch.sums, block_count(c.f.problem.classes), sums);
-  const RowResult result = row_result(c, sums, scratch);
+  const RowResult result = row_result_of(c, sums, scratch);
   if (begin == 0) write_values(c, result, scratch);
   if (c.f.grad) write_gradient(c, result, begin, end, scratch);
 }

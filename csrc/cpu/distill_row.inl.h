@@ -19,11 +19,8 @@ struct RowContext {
     ts = f.use_soft ? at<T>(p.student_temperature, row) : 1.0;
     tt = f.use_soft ? at<T>(p.teacher_temperature, row) : 1.0;
     apart = f.use_soft && sets_label_apart(p.divergence);
-    const bool unit = f.use_soft && p.divergence == Divergence::kNKD,
-               entropies = f.student_entropy != nullptr;
-    const bool at_one = f.use_hard || unit;
-    hard = at_one ? hard_mode(ts) : kNoHard;
-    wanted = {f.use_soft, at_one, unit, entropies, entropies, apart};
+    wanted = wanted_sums(f);
+    hard = wanted.hard ? hard_mode(ts) : kNoHard;
     x = {&p.student, row_offset(p.student, row), apart ? label : -1, {}};
     y = {&p.teacher, f.use_soft ? row_offset(p.teacher, row) : 0, x.apart, {}};
     if (!has_mixture()) return;

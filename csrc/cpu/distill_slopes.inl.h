@@ -2,44 +2,23 @@
 // statistics.
 
 template <class S>
-struct BackwardRow {
+struct BackwardRow : SavedRow {
   typedef typename S::T T;
   const Backward& g;
   View x, y;
-  Side mixed;  // y's, of several teachers
-  double max_s, lse_s, max_t, lse_t, lse_h, lse_u, divergence, ts, tt, soft_scale, grad_soft, grad_hard;
-  double mix_t;             // temperature of several teachers, whose mixture has tt = 1
-  double mean_g, mean_h;    // E_q[df/dq], E_p[df/dp]
-  double label_x, label_y;  // minus the maxima
-  int64_t index, label;
-  bool apart;
-  Target target;
-  TargetSlopes slopes;
+  Side mixed;    // y's, of several teachers
+  double mix_t;  // temperature of several teachers, whose mixture has tt = 1
+  int64_t index;
 
   BackwardRow(const BackwardRow&) = delete;
-  BackwardRow(const Backward& backward, int64_t row, const Scratch& scratch) : g(backward), index(row) {
+  BackwardRow(const Backward& backward, int64_t row, const Scratch& scratch)
+      : SavedRow(saved_row<T>(backward, row)), g(backward), index(row) {
     const Problem& p = g.problem;
-    const T* s = static_cast<const T*>(g.stats) + row * kStats;
-    max_s = s[kStudentMax];
-    lse_s = static_cast<double>(s[kStudentLse]) + s[kStudentLseLow];
-    max_t = s[kTeacherMax];
-    lse_t = static_cast<double>(s[kTeacherLse]) + s[kTeacherLseLow];
-    lse_h = s[kHardLse];
-    lse_u = s[kTeacherHardLse];
-    divergence = s[kDivergence];
-    mean_g = s[kStudentMean];
-    mean_h = p.divergence == Divergence::kForwardKL ? divergence : s[kTeacherMean];
-    ts = at<T>(p.student_temperature, row);
-    tt = at<T>(p.teacher_temperature, row);
-    soft_scale = p.scale_by_temperature ? ts * ts : 1.0;
-    grad_soft = at<T>(g.grad_soft, row);
-    grad_hard = p.labels ? at<T>(g.grad_hard, row) : 0.0;
-    label = p.labels ? p.labels[row] : -1;
-    apart = sets_label_apart(p.divergence);
     x = {&p.student, row_offset(p.student, row), apart ? label : -1, {}};
     y = {&p.teacher, row_offset(p.teacher, row), x.apart, {}};
     if (p.student.standardize) x.centre = row_centre<S>(x, p.classes, static_cast<T*>(scratch.block_x));
-    if (p.mixture) {
+    const bool mixes = p.mixture != nullptr;
+    if (mixes) {
       mix_teachers<S>(p, row, tt, scratch);
       mixed = mixed_side<S>(p.classes);
       mixed.data = scratch.mixture;
@@ -49,17 +28,11 @@ struct BackwardRow {
     } else if (p.teacher.standardize) {
       y.centre = row_centre<S>(y, p.classes, static_cast<T*>(scratch.block_y));
     }
-    label_x = label_y = 0;
-    target = {};
-    slopes = {};
     if (!apart) return;
-    label_x = logit_at<S>(x, label, scratch) - max_s;
-    label_y = logit_at<S>(y, label, scratch) - max_t;
-    target = {odds_of(label_x, ts, lse_s), odds_of(label_y, tt, lse_t), odds_of(label_x, 1.0, lse_h),
-              p.mixture ? mixed_odds(*p.mixture, scratch.teachers) : odds_of(label_y, 1.0, lse_u)};
-    slopes = target_slopes(p, target);
-    lse_h = whole_lse(target.hard_student, label_x, lse_h);
-    lse_u = whole_lse(target.hard_teacher, label_y, lse_u);
+    const double label_logit = logit_at<S>(x, label, scratch),
+                 teachers_logit = logit_at<S>(y, label, scratch);
+    const Odds at_one = mixes ? mixed_odds(*p.mixture, scratch.teachers) : Odds{};
+    set_label(*this, p, label_logit, teachers_logit, mixes ? &at_one : nullptr);
   }
 };
 
@@ -69,8 +42,7 @@ template <class S>
 static void probabilities(const typename S::T* x, int64_t n, double max, double lse,
                           const Exponent<S>& exponent, typename S::T* out) {
   typedef typename S::T T;
-  const typename S::V m = S::splat(static_cast<T>(max)),
-                      factor = S::splat(static_cast<T>(lse == -kInf ? 0.0 : exp(-lse)));
+  const typename S::V m = S::splat(static_cast<T>(max)), factor = S::splat(static_cast<T>(inverse_mass(lse)));
   for (int64_t i = 0; i < n; i += S::kWidth) {
     const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
     S::store(out + i, exponent(S::load_first(x + i, left, static_cast<T>(-kInf)) - m) * factor);
@@ -119,14 +91,6 @@ MFD_INLINE Point<S> point_at(const D& divergence, const Logs<S>& logs, typename 
                     D::kTakesLogs ? logs.log_p(y) : V{});
 }
 
-// Forward KL and the divergences that set the label apart:
-//   to_u = student*q - teacher*p,  to_v = p*(relation*(t - mean) + pull), t = r or -log q; 0 where p is 0,
-//   NaN throughout where the row's mean is.
-struct LinearSlopes {
-  double student, teacher, relation, mean, pull;
-  bool of_student;  // t = -log q
-};
-
 // The block's q, p and slopes without the label's class where it is set apart; each array is one of scratch's
 // blocks.
 template <class S>
@@ -146,27 +110,14 @@ MFD_INLINE void over_vectors(const typename S::T* x, const typename S::T* y, int
 template <class S, bool kClose>
 static void linear_slopes(const LinearSlopes& s, const Logs<S>& logs, const typename S::T* x,
                           const typename S::T* y, int64_t n, const BlockSlopes<S>& b) {
-  typedef typename S::T T;
   typedef typename S::V V;
-  // DKD as teacher*(q - p) + (student - teacher)*q, q - p = -q*expm1(r) where the teacher is near: beta
-  // magnifies what the two exponentials round away.
-  const V teacher = S::splat(static_cast<T>(s.teacher)),
-          extra = S::splat(static_cast<T>(s.student - s.teacher));
-  const V relation = S::splat(static_cast<T>(s.relation)), mean = S::splat(static_cast<T>(s.mean));
-  const V pull = S::splat(static_cast<T>(s.pull)),
-          zero = S::splat(static_cast<T>(s.mean != s.mean ? kNan : 0.0));
+  const LinearSlope<S> slope(s);
   over_vectors<S>(x, y, n, [&](V logit_x, V logit_y, int64_t i) {
-    const V p = S::load(b.p + i);
-    const V t = s.of_student ? -logs.log_q(logit_x) : logs.template r<kClose>(logit_x, logit_y);
-    const V q = S::load(b.q + i);
-    V difference = q - p;
-    if (s.student != s.teacher) {
-      const V r = logs.template r<kClose>(logit_x, logit_y), half = S::splat(T(0.5));
-      const auto near = (r < half) & (r > -half);
-      difference = S::select(near, -(q * expm1_of(S::select(near, r, V{}))), difference);
-    }
-    S::store(b.to_u + i, S::fma(extra, q, teacher * difference));
-    S::store(b.to_v + i, S::select(p == V{}, zero, p * (relation * (t - mean) + pull)));
+    const V r = logs.template r<kClose>(logit_x, logit_y);
+    const V t = s.of_student ? -logs.log_q(logit_x) : r;
+    const SlopePair<S> pair = slope(S::load(b.q + i), S::load(b.p + i), r, t);
+    S::store(b.to_u + i, pair.to_u);
+    S::store(b.to_v + i, pair.to_v);
   });
 }
 
@@ -196,11 +147,7 @@ static void slopes_of(const BackwardRow<S>& row, const Logs<S>& logs, const type
     });
     return;
   }
-  LinearSlopes s = {1.0, 1.0, 1.0, row.mean_h, 0.0, false};
-  if (row.apart)
-    s = {row.slopes.student, row.slopes.teacher, row.slopes.relation,
-         row.mean_h,         row.slopes.pull,    problem.divergence == Divergence::kNKD};
-  linear_slopes<S, kClose>(s, logs, x, y, n, b);
+  linear_slopes<S, kClose>(row_linear_slopes(row, problem), logs, x, y, n, b);
 }
 
 template <class S>

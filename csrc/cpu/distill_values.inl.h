@@ -50,88 +50,25 @@ MFD_INLINE void put(void* out, int64_t row, double value) {
   if (out) static_cast<T*>(out)[row] = static_cast<T>(value);
 }
 
-// What a row comes to; `k` is what T^2 multiplies.
-struct RowResult {
-  RowSums sums;
-  Target target;
-  double k, rest, soft, hard;
-  double label, label_t;  // x_label - max_s, y_label - max_t, where they matter
-  double lse_h;           // log sum exp(x - max_s) over all classes
-};
-
 template <class S>
-MFD_INLINE double rest_divergence(const RowContext<S>& c, const RowSums& sums) {
-  if (sums.sum_t == 0) return 0.0;
-  if (sums.sum_s == 0) return kInf;
-  return c.wanted.unit ? sums.cross + log(sums.sum_s) : forward_kl(sums);
-}
-
-template <class S>
-MFD_INLINE RowResult row_result(const RowContext<S>& c, const RowSums& sums, const Scratch& scratch) {
+MFD_INLINE RowResult row_result_of(const RowContext<S>& c, RowSums sums, const Scratch& scratch) {
   const Forward& f = c.f;
-  const Problem& p = f.problem;
-  RowResult r{};
-  r.sums = sums;
-  if (r.sums.cross == kInf) r.sums.cross = infinite_cross(c, sums, scratch);
-  if (f.use_hard || c.apart) r.label = logit_at<S>(c.x, c.label, scratch) - sums.max_s;
-  if (c.hard) r.lse_h = log(sums.sum_h);
-  if (c.apart) {
-    r.label_t = logit_at<S>(c.y, c.label, scratch) - sums.max_t;
-    r.target.student = odds_of(r.label, c.ts, log(sums.sum_s));
-    r.target.teacher = odds_of(r.label_t, c.tt, log(sums.sum_t));
-    if (c.hard) {
-      r.target.hard_student = odds_of(r.label, 1.0, r.lse_h);
-      r.lse_h = whole_lse(r.target.hard_student, r.label, r.lse_h);
-    }
-    if (c.wanted.unit)
-      r.target.hard_teacher = c.has_mixture() ? mixed_odds(*p.mixture, scratch.teachers)
-                                              : odds_of(r.label_t, 1.0, log(sums.sum_u));
-    r.rest = rest_divergence<S>(c, r.sums);
-    r.k = target_divergence(p, r.target, r.rest);
-  } else if (f.use_soft) {
-    r.k = is_pointwise(p.divergence) ? sums.value : forward_kl(r.sums);
-  }
-  if (f.use_soft) r.soft = p.scale_by_temperature ? c.ts * c.ts * r.k : r.k;
-  if (c.wanted.unit) r.soft += target_slopes(p, r.target).drive;
-  if (f.use_hard) r.hard = cross_entropy(sums, r.lse_h, r.label, p.smoothing);
-  return r;
+  if (sums.cross == kInf) sums.cross = infinite_cross(c, sums, scratch);
+  const double label = f.use_hard || c.apart ? logit_at<S>(c.x, c.label, scratch) - sums.max_s : 0.0;
+  const double label_t = c.apart ? logit_at<S>(c.y, c.label, scratch) - sums.max_t : 0.0;
+  if (!c.wanted.unit || !c.has_mixture()) return row_result(f, c.wanted, c.ts, c.tt, sums, label, label_t);
+  const Odds at_one = mixed_odds(*f.problem.mixture, scratch.teachers);
+  return row_result(f, c.wanted, c.ts, c.tt, sums, label, label_t, &at_one);
 }
 
-template <class S>
-static void write_statistics(const RowContext<S>& c, const RowResult& r) {
-  typedef typename S::T T;
-  const double lse_s = log(r.sums.sum_s), lse_t = log(r.sums.sum_t);
-  double values[kStats] = {};
-  values[kStudentMax] = r.sums.max_s;
-  values[kStudentLse] = lse_s;
-  values[kTeacherMax] = r.sums.max_t;
-  values[kTeacherLse] = lse_t;
-  values[kHardLse] = c.hard ? log(r.sums.sum_h) : 0.0;
-  values[kDivergence] = r.k;
-  // An empty rest beside the label has a log-sum-exp of -inf.
-  values[kStudentLseLow] = lse_s == -kInf ? 0.0 : lse_s - static_cast<T>(lse_s);
-  values[kTeacherLseLow] = lse_t == -kInf ? 0.0 : lse_t - static_cast<T>(lse_t);
-  values[kStudentMean] = r.sums.g;
-  values[kTeacherMean] = c.apart ? r.rest : r.sums.h;
-  values[kTeacherHardLse] = c.wanted.unit && !c.has_mixture() ? log(r.sums.sum_u) : 0.0;
-  for (int i = 0; i < kStats; ++i) put<T>(c.f.stats, c.row * kStats + i, values[i]);
-}
-
-// Entropies and label probabilities; those of a row whose label is set apart follow from its log-odds.
 template <class S>
 static void write_by_products(const RowContext<S>& c, const RowResult& r, const Scratch& scratch) {
   typedef typename S::T T;
   const Forward& f = c.f;
-  const Problem& p = f.problem;
   const RowSums& sums = r.sums;
-  double student = sums.sum_s == 0 ? 0.0 : log(sums.sum_s) - sums.dot_s / sums.sum_s;
-  double teacher = sums.sum_t == 0 ? 0.0 : log(sums.sum_t) - sums.dot_t / sums.sum_t;
-  if (c.apart) {
-    student = pair_entropy(r.target.student) + r.target.student.rest * student;
-    teacher = pair_entropy(r.target.teacher) + r.target.teacher.rest * teacher;
-  }
-  put<T>(f.student_entropy, c.row, student);
-  put<T>(f.teacher_entropy, c.row, teacher);
+  const Entropies entropies = row_entropies(r, c.wanted);
+  put<T>(f.student_entropy, c.row, entropies.student);
+  put<T>(f.teacher_entropy, c.row, entropies.teacher);
   if (f.student_label_prob) {
     double q = r.target.student.label, q_teacher = r.target.teacher.label;
     if (!c.apart) {
@@ -141,8 +78,8 @@ static void write_by_products(const RowContext<S>& c, const RowResult& r, const 
     put<T>(f.student_label_prob, c.row, q);
     put<T>(f.teacher_label_prob, c.row, q_teacher);
   }
-  const int64_t best = first_argmax<S>(c.x, p.classes, scratch);
-  f.agreement[c.row] = best >= 0 && best == first_argmax<S>(c.y, p.classes, scratch);
+  const int64_t best = first_argmax<S>(c.x, f.problem.classes, scratch);
+  f.agreement[c.row] = best >= 0 && best == first_argmax<S>(c.y, f.problem.classes, scratch);
 }
 
 template <class S>
@@ -156,7 +93,7 @@ MFD_INLINE void write_values(const RowContext<S>& c, const RowResult& r, const S
   }
   put<T>(f.soft, c.row, r.soft);
   put<T>(f.hard, c.row, r.hard);
-  if (f.stats) write_statistics(c, r);
+  if (f.stats) saved_statistics(r, c.wanted, static_cast<T*>(f.stats) + c.row * kStats);
   if (f.student_entropy) write_by_products(c, r, scratch);
 }
 

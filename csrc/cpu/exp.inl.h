@@ -1,7 +1,7 @@
 // exp(t/T) for t <= 0, and tanh.
 //
 // exp(t/T) = 2^z, z = t*c, c = log2(e)/T = c_hi + c_lo; k = round(z), f = z - k in [-1/2, 1/2];
-// 2^f by a minimax polynomial with p(0) = 1, 2^k through the exponent bits. Exactly 0 where the result would
+// 2^f by polynomial, 2^k through the exponent bits. Exactly 0 where the result would
 // be below 2^-126 (so -inf gives 0), NaN where t is NaN.
 
 constexpr double kLog2E = 1.4426950408889634074;
@@ -34,11 +34,8 @@ struct Exponent<F32> {
     V f, scale;
     reduce(t, &f, &scale);
 #endif
-    V p = F32::splat(kPolynomial[0]);
-    for (int i = 1; i < kTerms; ++i) p = F32::fma(p, f, F32::splat(kPolynomial[i]));
-    p = F32::fma(p, f, F32::splat(1.0f));
     // Bits below the floor are meaningless and cut; a NaN is not below it and stays.
-    return F32::select(vanishes(t), V{}, p * scale);
+    return F32::select(vanishes(t), V{}, exp2_polynomial<F32>(f) * scale);
   }
 
   // Where exp(t/T) counts as 0.
@@ -65,12 +62,6 @@ struct Exponent<F32> {
     *f = F32::load(f_lanes);
     *scale = F32::load(scale_lanes);
   }
-
-  // Relative error 3.0e-9 on [-1/2, 1/2]; the constant term is 1. So rounding is all that is left of the
-  // error.
-  static constexpr int kTerms = 6;
-  static constexpr float kPolynomial[kTerms] = {1.532647148e-4f, 1.339080627e-3f, 9.618505836e-3f,
-                                                5.550359935e-2f, 2.402264774e-1f, 6.931471825e-1f};
 };
 
 template <>

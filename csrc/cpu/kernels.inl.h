@@ -8,8 +8,11 @@
 
 #include <type_traits>
 
+#include "common/annotations.h"
 #include "common/fusion.h"
 #include "common/row_math.h"
+#include "common/row_terms.h"
+#include "common/saved_row.h"
 #include "common/target_math.h"
 #include "common/types.h"
 
@@ -23,6 +26,7 @@ namespace {
 
 // clang-format off: the order is that of use.
 #include "cpu/vec.inl.h"
+#include "common/exponent.inl.h"
 #include "cpu/exp.inl.h"
 #include "cpu/log.inl.h"
 #include "cpu/rows.inl.h"
@@ -30,11 +34,12 @@ namespace {
 #include "cpu/log_scale.inl.h"
 #include "cpu/mixture.inl.h"
 #include "cpu/distill_row.inl.h"
-#include "cpu/divergences.inl.h"
+#include "common/divergences.inl.h"
 #include "cpu/distill_points.inl.h"
 #include "cpu/distill_gradient.inl.h"
 #include "cpu/distill_values.inl.h"
 #include "cpu/distill_forward.inl.h"
+#include "common/slopes.inl.h"
 #include "cpu/distill_slopes.inl.h"
 #include "cpu/mixture_backward.inl.h"
 #include "cpu/distill_backward.inl.h"

@@ -19,7 +19,7 @@ from ..contract import value_error
 
 NAMES = ("cuda", "triton", "cpu", "reference")  # best first
 OPS: dict[str, tuple[str, ...]] = {
-    "distill_loss": ("triton", "cpu", "reference"),
+    "distill_loss": ("cuda", "triton", "cpu", "reference"),
     "modal_pool": ("triton", "cpu", "reference"),
     "feature_loss": ("triton", "cpu", "reference"),
     "mfd_loss": ("triton", "cpu", "reference"),
@@ -99,8 +99,6 @@ _modules: dict[str, ModuleType] = {}
 
 def availability(name: str) -> str | None:
     """None if the backend can run on this machine, else why not."""
-    if name == "cuda":
-        return "this version has no CUDA C++ kernels"
     reason: str | None = _module(name).available()
     return reason
 
@@ -167,5 +165,4 @@ def explain_choice(op: str, problem: Any, backend: str | None, public_name: str)
 def forget_availability() -> None:
     """Makes the backends look again at the machine and the environment (tests)."""
     for name in NAMES:
-        if name != "cuda":
-            getattr(_module(name).available, "cache_clear", lambda: None)()
+        getattr(_module(name).available, "cache_clear", lambda: None)()

@@ -59,8 +59,8 @@ def _with_logits(rows: Rows, student: Tensor, *teachers: Tensor) -> Rows:
 
 def _scale(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
     """``gradient *= factor`` without a wait for the device, and without a pass where the factor is 1."""
-    if backend == "triton":
-        scaled: Tensor = implementation("triton", "distill_loss").scale_gradient_(gradient, factor)
+    if backend in ("cuda", "triton"):
+        scaled: Tensor = implementation(backend, "distill_loss").scale_gradient_(gradient, factor)
         return scaled
     value = factor.item() if factor.device.type == "cpu" else None
     return gradient if value == 1.0 else gradient.mul_(factor if value is None else value)

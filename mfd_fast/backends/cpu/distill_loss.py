@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .. import allocate
 from ..layout import STATISTICS, row_layout
 from . import native
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 #: Numbers of the divergences in csrc/common/types.h.
 _DIVERGENCES = {
     "forward_kl": 0,
@@ -51,7 +52,7 @@ def _side(module: Any, logits: Tensor, transform: LogitTransform | None, keep: l
     keep.append(tensor)
     scale, softcap = (1.0, 0.0) if transform is None else (transform.scale, transform.softcap or 0.0)
     standardize = transform is not None and transform.standardize
-    width, dtype = tensor.shape[-1], _DTYPES[tensor.dtype]
+    width, dtype = tensor.shape[-1], DTYPES[tensor.dtype]
     return module.Side(tensor.data_ptr(), dtype, inner, outer_stride, row_stride, width, scale, softcap, standardize)
 
 
@@ -78,12 +79,16 @@ def _teachers(module: Any, rows: Rows, keep: list[Any]) -> Any:
     return teachers
 
 
-def native_problem(module: Any, rows: Rows, labels: Tensor | None, keep: list[Any]) -> Any:
-    """The native description of ``rows``;
-    what it points into is appended to ``keep``.
-    """
+def native_problem(
+    module: Any,
+    rows: Rows,
+    labels: Tensor | None,
+    keep: list[Any],
+    describe: Callable[[float | Tensor], tuple[float, int, int]] = _temperature,
+) -> Any:
+    """The native description of ``rows``; what it points into is appended to ``keep``."""
     same = rows.teacher_temperature is rows.temperature
-    temperature = _temperature(rows.temperature)
+    temperature = describe(rows.temperature)
     return module.Problem(
         rows.n_rows,
         rows.classes,
@@ -91,7 +96,7 @@ def native_problem(module: Any, rows: Rows, labels: Tensor | None, keep: list[An
         _side(module, rows.student, rows.student_transform, keep),
         _side(module, rows.teacher, rows.teacher_transform, keep),
         *temperature,
-        *(temperature if same else _temperature(rows.teacher_temperature)),
+        *(temperature if same else describe(rows.teacher_temperature)),
         0 if labels is None else labels.data_ptr(),
         0 if rows.mask is None else rows.mask.data_ptr(),
         rows.ignore_index,

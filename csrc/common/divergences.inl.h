@@ -22,8 +22,8 @@ template <class S>
 struct ForwardKL {
   typedef typename S::V V;
   static constexpr bool kTakesLogs = false;
-  ForwardKL(double, double) {}
-  __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V, V) const {
+  MFD_MEMBER ForwardKL(double, double) {}
+  MFD_MEMBER Point<S> operator()(V q, V p, V r, V, V) const {
     const V h = weighed<S>(p, r);
     return {h, q - p, h};
   }
@@ -34,8 +34,8 @@ template <class S>
 struct ReverseKL {
   typedef typename S::V V;
   static constexpr bool kTakesLogs = false;
-  ReverseKL(double, double) {}
-  __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V, V) const {
+  MFD_MEMBER ReverseKL(double, double) {}
+  MFD_MEMBER Point<S> operator()(V q, V p, V r, V, V) const {
     const V g = -weighed<S>(q, r);
     return {g, g, p - q};
   }
@@ -52,7 +52,7 @@ struct MeanOf {
   V student, teacher;  // wq*q, wp*p
   V inverse;           // 1/m
 
-  __attribute__((always_inline)) inline MeanOf(V q, V p, V r, V wq, V wp) {
+  MFD_MEMBER MeanOf(V q, V p, V r, V wq, V wp) {
     const V zero{}, bound = S::splat(T(1e4)), least = S::splat(S::kLeast);
     student = S::fma(q, wq, least);
     teacher = S::fma(p, wp, least);
@@ -69,9 +69,9 @@ struct JSD {
   typedef typename S::V V;
   static constexpr bool kTakesLogs = false;
   V wq, wp;
-  JSD(double beta, double)
+  MFD_MEMBER JSD(double beta, double)
       : wq(S::splat(static_cast<typename S::T>(1 - beta))), wp(S::splat(static_cast<typename S::T>(beta))) {}
-  __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V, V) const {
+  MFD_MEMBER Point<S> operator()(V q, V p, V r, V, V) const {
     const MeanOf<S> m(q, p, r, wq, wp);
     const V g = weighed<S>(q, wq * m.log_qm), h = weighed<S>(p, wp * m.log_pm);
     return {g + h, g, h};
@@ -85,9 +85,9 @@ struct SkewKL {
   typedef typename S::V V;
   static constexpr bool kTakesLogs = false;
   V wq, wp;
-  SkewKL(double lam, double)
+  MFD_MEMBER SkewKL(double lam, double)
       : wq(S::splat(static_cast<typename S::T>(1 - lam))), wp(S::splat(static_cast<typename S::T>(lam))) {}
-  __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V, V) const {
+  MFD_MEMBER Point<S> operator()(V q, V p, V r, V, V) const {
     const MeanOf<S> m(q, p, r, wq, wp);
     const V difference = wq * (q - p), tilt = difference * m.inverse;
     return {S::fma(p, m.log_pm, difference), m.student * tilt, p * S::fma(wp, tilt, m.log_pm)};
@@ -100,9 +100,9 @@ struct SkewReverseKL {
   typedef typename S::V V;
   static constexpr bool kTakesLogs = false;
   V wq, wp;
-  SkewReverseKL(double lam, double)
+  MFD_MEMBER SkewReverseKL(double lam, double)
       : wq(S::splat(static_cast<typename S::T>(lam))), wp(S::splat(static_cast<typename S::T>(1 - lam))) {}
-  __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V, V) const {
+  MFD_MEMBER Point<S> operator()(V q, V p, V r, V, V) const {
     const MeanOf<S> m(q, p, r, wq, wp);
     const V difference = wp * (p - q), tilt = difference * m.inverse;
     return {S::fma(q, m.log_qm, difference), q * S::fma(wq, tilt, m.log_qm), m.teacher * tilt};
@@ -114,8 +114,8 @@ template <class S>
 struct TVD {
   typedef typename S::V V;
   static constexpr bool kTakesLogs = false;
-  TVD(double, double) {}
-  __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V, V) const {
+  MFD_MEMBER TVD(double, double) {}
+  MFD_MEMBER Point<S> operator()(V q, V p, V r, V, V) const {
     const V half = S::splat(typename S::T(0.5)), difference = p - q;
     const V sign = S::select(r > V{}, half, S::select(r < V{}, -half, V{}));
     return {half * S::select(difference < V{}, -difference, difference), -sign * q, sign * p};
@@ -134,17 +134,17 @@ struct AlphaBeta {
   typedef typename S::T T;
   static constexpr bool kTakesLogs = !kDegreeOne;
   double alpha, beta;
-  AlphaBeta(double a, double b) : alpha(a), beta(b) {}
+  MFD_MEMBER AlphaBeta(double a, double b) : alpha(a), beta(b) {}
 
   // p^s with its logarithm at hand.
-  __attribute__((always_inline)) inline V raised(V probability, V logarithm) const {
+  MFD_MEMBER V raised(V probability, V logarithm) const {
     const double degree = alpha + beta;
     if (kDegreeOne) return probability;
     if (degree == 0.0) return S::splat(T(1));
     return exp_of(logarithm * S::splat(static_cast<T>(degree)));
   }
 
-  __attribute__((always_inline)) inline Point<S> operator()(V q, V p, V r, V log_q, V log_p) const {
+  MFD_MEMBER Point<S> operator()(V q, V p, V r, V log_q, V log_p) const {
     const double degree = alpha + beta;
     const V a = S::splat(static_cast<T>(alpha)), b = S::splat(static_cast<T>(beta));
     const V qs = raised(q, log_q), ps = raised(p, log_p);

@@ -1,0 +1,60 @@
+// Launchers of the row kernels. Nothing here waits for the device; every address is one of the device's.
+#pragma once
+
+#include "common/types.h"
+
+namespace mfd {
+namespace cuda {
+
+// Device number and cudaStream_t of the caller.
+struct Where {
+  int device;
+  void* stream;
+};
+
+// A number, or where it lies in device memory, in the compute dtype.
+struct Scalar {
+  const void* address;  // null: `value`
+  double value;
+};
+
+// How the threads of the device share rows of one kind.
+enum class Rung : int { kWarp = 0, kBlock = 1, kCluster = 2, kStream = 3 };
+
+struct Plan {
+  Rung rung;
+  int cluster;  // blocks per row
+  int threads;  // per block
+};
+
+// Groups of threads in one grid, at most.
+constexpr int64_t kMaxGroups = 8192;
+
+// Scratch memory of the scalar loss, for one launch at a time: zeros at first; the ticket is 0 again after
+// each.
+struct ScalarWorkspace {
+  double partial[kMaxGroups];
+  int64_t counts[128];
+  unsigned ticket;
+};
+
+struct ScalarLoss {
+  Scalar soft_weight, hard_weight, divisor;
+  bool count_rows;  // the divisor is the number of counted rows
+  ScalarWorkspace* workspace;
+  void* loss;  // 0-d, compute dtype
+};
+
+Plan plan_of(const Problem& problem, bool use_soft, int device);
+
+// `scalar` is null for per-row outputs.
+void forward(const Forward& f, const ScalarLoss* scalar, const Where& where);
+
+void backward(const Backward& g, const Where& where);
+
+// grad *= *factor, of the dtype `factor_dtype`; nothing is touched where the factor is 1.
+void scale_in_place(void* grad, Dtype dtype, int64_t n, const void* factor, Dtype factor_dtype,
+                    const Where& where);
+
+}  // namespace cuda
+}  // namespace mfd

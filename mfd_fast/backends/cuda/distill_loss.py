@@ -1,0 +1,153 @@
+"""distill_loss on the CUDA C++ kernels: marshals tensors to addresses, allocates the outputs, launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...contract import check_labels_in_range
+from ...rows import Rows
+from .. import allocate
+from ..cpu.distill_loss import DTYPES, native_problem
+from ..layout import STATISTICS
+from . import native, why_not_device
+from .launch import number, where, workspace
+
+__all__ = ["can_run", "per_row", "per_row_backward", "plan", "scalar", "scale_gradient_"]
+
+
+def can_run(rows: Rows) -> str | None:
+    """None if the kernels cover this call, else the reason."""
+    if rows.topk is not None:
+        return "no CUDA kernel for a TopK teacher yet"
+    if len(rows.teachers) > 1:
+        return "no CUDA kernel for several teachers yet"
+    if rows.divergence.near_a_limit:
+        return f"{rows.divergence} is so close to a limit that the kernel would lose its digits"
+    return why_not_device(rows.device)
+
+
+def _problem(module: Any, rows: Rows, keep: list[Tensor]) -> Any:
+    def temperature(value: float | Tensor) -> tuple[float, int, int]:
+        if isinstance(value, Tensor) and value.device == rows.device:
+            return 1.0, value.data_ptr(), 0 if value.dim() == 0 else value.stride(0)
+        return float(value), 0, 0
+
+    return native_problem(module, rows, rows.labels, keep, temperature)
+
+
+def plan(rows: Rows, soft: bool = True) -> tuple[str, int, int]:
+    """How the device's threads share these rows: "warp", "block", "cluster" or "stream"; blocks per row; threads."""
+    module = native()
+    keep: list[Tensor] = []
+    found: tuple[str, int, int] = module.cuda.plan(_problem(module, rows, keep), soft, where(rows.device)[0])
+    return found
+
+
+def scalar(
+    rows: Rows,
+    *,
+    weight: Tensor | None,
+    soft_weight: float | Tensor,
+    hard_weight: float | Tensor,
+    mean: bool,
+    normalizer: float | Tensor | None,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The scalar loss and its gradient with respect to the student, from one launch.
+
+    Of many rows with labels or a mask, another one before it counts those that are counted.
+    """
+    check_labels_in_range(rows.op, rows)
+    module, device, dtype = native(), rows.device, rows.dtype
+    soft = isinstance(soft_weight, Tensor) or soft_weight != 0
+    hard = rows.labels is not None and (isinstance(hard_weight, Tensor) or hard_weight != 0)
+    loss = allocate.empty((), dtype, device)
+    gradient = allocate.empty_gradient(rows.student) if needs_grad else None
+    if rows.n_rows == 0 or not (soft or hard):
+        return loss.zero_(), None if gradient is None else gradient.zero_()
+
+    keep: list[Tensor] = []
+    divisor: float | Tensor = 1.0
+    counting = mean and normalizer is None and (rows.labels is not None or rows.mask is not None)
+    if mean:
+        divisor = float(rows.n_rows) if normalizer is None else normalizer
+    scratch = workspace(device, module.cuda.scalar_workspace)
+    module.cuda.scalar(
+        _problem(module, rows, keep),
+        soft,
+        hard,
+        0 if weight is None else weight.data_ptr(),
+        number(soft_weight, dtype, device, keep),
+        number(hard_weight, dtype, device, keep),
+        number(divisor, dtype, device, keep),
+        counting,
+        scratch.data_ptr(),
+        loss.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+        *where(device),
+    )
+    return loss, gradient
+
+
+def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...] | None]:
+    """soft [N], hard [N], stats [N, STATISTICS] and, if asked, the by-products."""
+    check_labels_in_range(rows.op, rows)
+    module, n, dtype, device = native(), rows.n_rows, rows.dtype, rows.device
+    keep: list[Tensor] = []
+    soft, hard = allocate.empty((n,), dtype, device), allocate.empty((n,), dtype, device)
+    stats = allocate.empty((n, STATISTICS), dtype, device)
+    extra: list[Tensor | None] = [None] * 5
+    if terms:
+        of_labels = 4 if rows.labels is not None else 2
+        extra[:of_labels] = [allocate.empty((n,), dtype, device) for _ in range(of_labels)]
+        extra[4] = allocate.empty((n,), torch.bool, device)
+    if n:
+        addresses = [0 if t is None else t.data_ptr() for t in (soft, hard, stats, *extra)]
+        module.cuda.per_row(_problem(module, rows, keep), *addresses, *where(device))
+    return soft, hard, stats, tuple(extra) if terms else None
+
+
+def per_row_backward(
+    rows: Rows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of Σ grad_soft·soft + grad_hard·hard to student, teacher and, per row, both temperatures."""
+    module, n, dtype, device = native(), rows.n_rows, rows.dtype, rows.device
+    keep: list[Tensor] = []
+    grad_soft, grad_hard, stats = grad_soft.to(dtype), grad_hard.to(dtype), stats.contiguous()
+    outputs = (
+        allocate.empty_gradient(rows.student) if needs[0] else None,
+        allocate.empty_gradient(rows.teacher) if needs[1] else None,
+        *(allocate.empty((n,), dtype, device) if need else None for need in needs[2:]),
+    )
+    if n and any(needs):
+        module.cuda.per_row_backward(
+            _problem(module, rows, keep),
+            stats.data_ptr(),
+            grad_soft.data_ptr(),
+            grad_soft.stride(0),
+            grad_hard.data_ptr(),
+            grad_hard.stride(0),
+            *(0 if t is None else t.data_ptr() for t in outputs),
+            *where(device),
+        )
+    return outputs  # type: ignore[return-value]
+
+
+def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """``gradient *= factor`` (0-d, same device) in place in one launch, which does nothing where ``factor`` is 1.
+
+    ``gradient`` is contiguous. The host does not wait for the value of ``factor``. Returns ``gradient``.
+    """
+    if gradient.numel():
+        native().cuda.scale_in_place(
+            gradient.data_ptr(),
+            DTYPES[gradient.dtype],
+            gradient.numel(),
+            factor.data_ptr(),
+            DTYPES[factor.dtype],
+            *where(gradient.device),
+        )
+    return gradient

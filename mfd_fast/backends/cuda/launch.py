@@ -1,0 +1,44 @@
+"""What every launch needs: the caller's device and stream, numbers that may lie on the device, scratch memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import emulating
+
+_workspaces: dict[tuple[int, int], Tensor] = {}
+
+
+def where(device: torch.device) -> tuple[int, int]:
+    """(device number, address of the current stream): the last two arguments of every launcher."""
+    if emulating():
+        return 0, 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch.cuda.current_stream(index).cuda_stream
+
+
+def number(value: float | Tensor, dtype: torch.dtype, device: torch.device, keep: list[Tensor]) -> tuple[int, float]:
+    """(address in device memory, or 0; value). Nothing waits for the device."""
+    if not isinstance(value, Tensor):
+        return 0, float(value)
+    if value.device != device:  # a 0-d CPU tensor: its value is at hand
+        return 0, float(value)
+    value = value.to(dtype)
+    keep.append(value)
+    return value.data_ptr(), 0.0
+
+
+def workspace(device: torch.device, nbytes: int) -> Tensor:
+    """``nbytes`` of device memory for the launches of one stream, one after the other.
+
+    It begins as zeros; what must be 0 before a launch is 0 again after it. A graph that is being captured gets memory
+    of its own: it may be replayed beside later launches of this stream.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    key = where(device)
+    found = _workspaces.get(key)
+    if found is None or found.numel() < nbytes:
+        found = _workspaces[key] = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    return found
