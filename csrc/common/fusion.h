@@ -84,6 +84,7 @@ struct PoolPartial {
   void *query, *query_block;  // [width]: the chunk's, and that of the last kSumRows rows
   void *logits, *logits_block;
   double* bias;  // [M]
+  bool wants_temperature;
   double temperature;
 };
 

@@ -129,6 +129,7 @@ void pool_backward(const PoolBackward& g, int threads) {
                 }
                 partial.bias = bias + k * modalities;
                 std::fill_n(partial.bias, modalities, 0.0);
+                partial.wants_temperature = g.d_temperature || g.d_row_temperature;
                 table.pool_backward(g, k * rows, std::min((k + 1) * rows, p.n_rows), s, partial);
                 temperature[k] = partial.temperature;
               });
