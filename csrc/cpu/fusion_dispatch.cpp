@@ -204,6 +204,19 @@ double tap_rows(std::vector<Tap>& taps, FeatureKind kind, bool is_double, bool p
   return total;
 }
 
+void product(const Product& p, int threads) {
+  const FusionKernels& table = *kernels().fusion;
+  constexpr int64_t kRows = 128;
+  const int64_t width = table.product_columns();
+  const int64_t bands = (p.rows + kRows - 1) / kRows, panels = (p.columns + width - 1) / width;
+#pragma omp parallel for num_threads(usable_threads(threads, p.rows* p.columns* p.depth / 16)) \
+    schedule(dynamic, 1)
+  for (int64_t k = 0; k < bands * panels; ++k) {
+    const int64_t begin = k / panels * kRows;
+    table.product(p, begin, std::min(begin + kRows, p.rows), k % panels * width);
+  }
+}
+
 namespace {
 
 void predict(const Problem& p, int64_t* out, int threads) {
