@@ -196,6 +196,13 @@ void tap_rows(std::vector<mfd::Tap> taps, int kind, bool is_double, bool mean, A
   if (loss) put_value(loss, is_double, sum);
 }
 
+void product(int64_t rows, int64_t columns, int64_t depth, Address a, int64_t a_row, int64_t a_depth,
+             Address b, int64_t b_depth, int64_t b_column, Address bias, Address out, int threads) {
+  mfd::product({rows, columns, depth, pointer<const float>(a), pointer<const float>(b),
+                pointer<const float>(bias), a_row, a_depth, b_depth, b_column, pointer<float>(out)},
+               threads);
+}
+
 // mfd_loss: the terms besides the logits, what they need and leave behind.
 struct Mfd {
   mfd::Pool pool;
@@ -377,6 +384,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("pool_backward", &pool_backward, release());
   py::class_<mfd::Tap>(m, "Tap").def(py::init(&make_tap));
   m.def("tap_rows", &tap_rows, release());
+  m.def("product", &product, release());
   py::class_<Mfd>(m, "Mfd").def(py::init(&make_mfd));
   m.def("mfd_pool", &mfd_pool, release());
   m.def("mfd_rows", &mfd_rows, release());

@@ -84,6 +84,7 @@ struct PoolPartial {
   void *query, *query_block;  // [width]: the chunk's, and that of the last kSumRows rows
   void *logits, *logits_block;
   double* bias;  // [M]
+  bool wants_temperature;
   double temperature;
 };
 
@@ -109,6 +110,15 @@ struct FusionScratch {
   void *upstream, *target, *pooled;
 };
 
+// out[i, j] = sum_k a(i, k)*b(k, j) + bias[j], out [rows, columns] contiguous. Element (i, k) of a lies at
+// i*a_row + k*a_depth, (k, j) of b at k*b_depth + j*b_column; b_column = 1 or b_depth = 1.
+struct Product {
+  int64_t rows, columns, depth;
+  const float *a, *b, *bias;
+  int64_t a_row, a_depth, b_depth, b_column;
+  float* out;
+};
+
 // One instruction set's fusion kernels.
 struct FusionKernels {
   void (*pool_forward)(const PoolForward&, int64_t begin, int64_t end, const FusionScratch&);
@@ -119,6 +129,8 @@ struct FusionKernels {
                    const FusionScratch&, double* values);
   // First index of each row's maximum, as torch.argmax; -1 on rows that are not counted.
   void (*predict)(const Problem&, int64_t begin, int64_t end, int64_t* out);
+  int64_t (*product_columns)();
+  void (*product)(const Product&, int64_t begin, int64_t end, int64_t column);
 };
 
 }  // namespace mfd

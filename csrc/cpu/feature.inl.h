@@ -16,15 +16,14 @@ MFD_INLINE typename S::V error_of(typename S::V e) {
   return S::select(size < S::splat(T(1)), half * e * e, size - half);
 }
 
-template <class S, int kKind>
-static FeatureRow feature_row(const typename S::T* s, const typename S::T* t, int64_t n) {
+template <class S, int kKind, class A, class B>
+static FeatureRow feature_row(const A* s, const B* t, int64_t n) {
   typedef typename S::V V;
   constexpr int64_t W = S::kWidth;
   constexpr int kSums = kKind == kCosine ? 3 : 1;
   V acc[2][kSums] = {};
-  for (int64_t i = 0; i < n; i += W) {
-    const V a = load_upto<S>(s + i, n - i), b = load_upto<S>(t + i, n - i);
-    V* sums = acc[(i / W) & 1];
+  const auto step = [&](V* sums, int64_t i, int64_t left) __attribute__((always_inline)) {
+    const V a = load_upto<S>(s + i, left), b = load_upto<S>(t + i, left);
     if (kKind == kCosine) {
       sums[0] = S::fma(a, b, sums[0]);
       sums[kSums - 2] = S::fma(a, a, sums[kSums - 2]);
@@ -32,7 +31,14 @@ static FeatureRow feature_row(const typename S::T* s, const typename S::T* t, in
     } else {
       sums[0] = sums[0] + error_of<S, kKind>(a - b);
     }
+  };
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    step(acc[0], i, W);
+    step(acc[1], i + W, W);
   }
+  if (i < n) step(acc[0], i, n - i < W ? n - i : W);
+  if (i + W < n) step(acc[1], i + W, n - i - W);
   const double first = S::sum(acc[0][0] + acc[1][0]), width = static_cast<double>(n);
   if (kKind == kMse) return {first / width, 2.0 / width, 0, 0};
   if (kKind == kSmoothL1) return {first / width, 1.0 / width, 0, 0};
@@ -43,9 +49,8 @@ static FeatureRow feature_row(const typename S::T* s, const typename S::T* t, in
   return {1.0 - cosine, -1.0 / norms, cosine / ss, cosine / tt};
 }
 
-template <class S>
-static FeatureRow feature_row_of(FeatureKind kind, const typename S::T* s, const typename S::T* t,
-                                 int64_t n) {
+template <class S, class A, class B>
+static FeatureRow feature_row_of(FeatureKind kind, const A* s, const B* t, int64_t n) {
   switch (kind) {
     case kMse:
       return feature_row<S, kMse>(s, t, n);
@@ -57,29 +62,28 @@ static FeatureRow feature_row_of(FeatureKind kind, const typename S::T* s, const
 }
 
 // out = base + factor*(d distance/ds), base null: 0.
-template <class S, int kKind>
-static void feature_gradient(const typename S::T* s, const typename S::T* t, int64_t n, double of_t,
-                             double of_s, const typename S::T* base, typename S::T* out) {
+template <class S, int kKind, class A, class B, class Out>
+static void feature_gradient(const A* s, const B* t, int64_t n, double of_t, double of_s,
+                             const typename S::T* base, Out* out) {
   typedef typename S::T T;
   typedef typename S::V V;
-  constexpr int64_t W = S::kWidth;
   const V a = S::splat(static_cast<T>(of_t)), b = S::splat(static_cast<T>(of_s));
-  for (int64_t i = 0; i < n; i += W) {
-    const V x = load_upto<S>(s + i, n - i), y = load_upto<S>(t + i, n - i);
+  over_vectors<S>(n, MFD_STEP {
+    const V x = load_upto<S>(s + i, left), y = load_upto<S>(t + i, left);
     V g;
     if (kKind == kCosine) {
       g = S::fma(a, y, b * x);
     } else {
       g = a * (kKind == kMse ? x - y : clamp_unit<S>(x - y));
     }
-    if (base) g = g + load_upto<S>(base + i, n - i);
-    store_upto<S>(out + i, g, n - i);
-  }
+    if (base) g = g + load_upto<S>(base + i, left);
+    store_upto<S>(out + i, g, left);
+  });
 }
 
-template <class S>
-static void feature_gradient_of(FeatureKind kind, const typename S::T* s, const typename S::T* t, int64_t n,
-                                double of_t, double of_s, const typename S::T* base, typename S::T* out) {
+template <class S, class A, class B, class Out>
+static void feature_gradient_of(FeatureKind kind, const A* s, const B* t, int64_t n, double of_t, double of_s,
+                                const typename S::T* base, Out* out) {
   switch (kind) {
     case kMse:
       return feature_gradient<S, kMse>(s, t, n, of_t, of_s, base, out);
@@ -90,12 +94,14 @@ static void feature_gradient_of(FeatureKind kind, const typename S::T* s, const 
   }
 }
 
-template <class S>
+// E: the elements of both sides, or what they are converted to.
+template <class S, class E>
 static void tap_rows_of(const Tap& tap, FeatureKind kind, int64_t begin, int64_t end,
                         const FusionScratch& scratch, double* values) {
   typedef typename S::T T;
   const int64_t n = tap.width;
   const int64_t s_bytes = n * dtype_size(tap.student.dtype), t_bytes = n * dtype_size(tap.teacher.dtype);
+  E* const buffer = static_cast<E*>(scratch.out[0]);
   for (int64_t row = begin; row < end; ++row) {
     char* d_student = tap.d_student ? static_cast<char*>(tap.d_student) + row * s_bytes : nullptr;
     char* d_teacher = tap.d_teacher ? static_cast<char*>(tap.d_teacher) + row * t_bytes : nullptr;
@@ -106,22 +112,24 @@ static void tap_rows_of(const Tap& tap, FeatureKind kind, int64_t begin, int64_t
       if (d_teacher) write_zeros(d_teacher, t_bytes, tap.stream);
       continue;
     }
-    const T* s = row_in<S>(tap.student, row, n, static_cast<T*>(scratch.in[0]));
-    const T* t = row_in<S>(tap.teacher, row, n, static_cast<T*>(scratch.target));
+    prefetch(tap.student, row + 1, end, n);
+    prefetch(tap.teacher, row + 1, end, n);
+    const E* s = row_in(tap.student, row, n, static_cast<E*>(scratch.in[0]));
+    const E* t = row_in(tap.teacher, row, n, static_cast<E*>(scratch.target));
     const FeatureRow f = feature_row_of<S>(kind, s, t, n);
     if (values) values[row] = f.value;
     put<T>(tap.distances, row, f.value);
     if (!d_student && !d_teacher) continue;
     const double g = at<T>(tap.grad_rows, row);
     if (d_student) {
-      T* out = row_target<S>(tap.student.dtype, tap.stream, d_student, static_cast<T*>(scratch.out[0]));
+      E* out = row_target(tap.student.dtype, tap.stream, d_student, buffer);
       feature_gradient_of<S>(kind, s, t, n, g * f.a, g * f.b, nullptr, out);
-      row_out<S>(out, n, tap.student.dtype, tap.stream, d_student);
+      row_out(out, n, tap.student.dtype, tap.stream, d_student);
     }
     if (d_teacher) {
-      T* out = row_target<S>(tap.teacher.dtype, tap.stream, d_teacher, static_cast<T*>(scratch.out[0]));
+      E* out = row_target(tap.teacher.dtype, tap.stream, d_teacher, buffer);
       feature_gradient_of<S>(kind, t, s, n, g * f.a, g * f.c, nullptr, out);
-      row_out<S>(out, n, tap.teacher.dtype, tap.stream, d_teacher);
+      row_out(out, n, tap.teacher.dtype, tap.stream, d_teacher);
     }
   }
 }

@@ -129,6 +129,7 @@ void pool_backward(const PoolBackward& g, int threads) {
                 }
                 partial.bias = bias + k * modalities;
                 std::fill_n(partial.bias, modalities, 0.0);
+                partial.wants_temperature = g.d_temperature || g.d_row_temperature;
                 table.pool_backward(g, k * rows, std::min((k + 1) * rows, p.n_rows), s, partial);
                 temperature[k] = partial.temperature;
               });
@@ -201,6 +202,19 @@ double tap_rows(std::vector<Tap>& taps, FeatureKind kind, bool is_double, bool p
   }
   caller_arena.trim();
   return total;
+}
+
+void product(const Product& p, int threads) {
+  const FusionKernels& table = *kernels().fusion;
+  constexpr int64_t kRows = 128;
+  const int64_t width = table.product_columns();
+  const int64_t bands = (p.rows + kRows - 1) / kRows, panels = (p.columns + width - 1) / width;
+#pragma omp parallel for num_threads(usable_threads(threads, p.rows* p.columns* p.depth / 16)) \
+    schedule(dynamic, 1)
+  for (int64_t k = 0; k < bands * panels; ++k) {
+    const int64_t begin = k / panels * kRows;
+    table.product(p, begin, std::min(begin + kRows, p.rows), k % panels * width);
+  }
 }
 
 namespace {

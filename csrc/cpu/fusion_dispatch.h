@@ -16,6 +16,9 @@ void pool_backward(const PoolBackward& g, int threads);
 double tap_rows(std::vector<Tap>& taps, FeatureKind kind, bool is_double, bool per_row, bool mean,
                 int threads);
 
+// Every element is a sum in a fixed order, for any number of threads.
+void product(const Product& p, int threads);
+
 // The rows of mfd_loss once its logits (problem.student) are known. `grad` may be the logits themselves.
 struct MfdRows {
   Problem problem;

@@ -46,6 +46,7 @@ namespace {
 #include "cpu/matrix_rows.inl.h"
 #include "cpu/feature.inl.h"
 #include "cpu/pool.inl.h"
+#include "cpu/product.inl.h"
 #include "cpu/topk_rest.inl.h"
 #include "cpu/topk_soft.inl.h"
 #include "cpu/topk_rows.inl.h"
@@ -86,14 +87,36 @@ void add(const float* a, const float* b, float* out, int64_t n) {
   for (; i < n; ++i) out[i] = a[i] + b[i];
 }
 
+// The one dtype of all features, so that they are read where they lie; else the compute dtype.
+Dtype pool_elements(const Pool& p) {
+  for (int m = 1; m < p.modalities; ++m)
+    if (p.features[m].dtype != p.features[0].dtype) return Dtype::kFloat32;
+  return p.features[0].dtype;
+}
+
 void pool_forward(const PoolForward& f, int64_t begin, int64_t end, const FusionScratch& s) {
-  f.pool->is_double ? pool_forward_of<F64>(f, begin, end, s) : pool_forward_of<F32>(f, begin, end, s);
+  if (f.pool->is_double) return pool_forward_of<F64, double>(f, begin, end, s);
+  switch (pool_elements(*f.pool)) {
+    case Dtype::kBFloat16:
+      return pool_forward_of<F32, BFloat16>(f, begin, end, s);
+    case Dtype::kFloat16:
+      return pool_forward_of<F32, Float16>(f, begin, end, s);
+    default:
+      return pool_forward_of<F32, float>(f, begin, end, s);
+  }
 }
 
 void pool_backward(const PoolBackward& g, int64_t begin, int64_t end, const FusionScratch& s,
                    PoolPartial& partial) {
-  g.pool->is_double ? pool_backward_of<F64>(g, begin, end, s, partial)
-                    : pool_backward_of<F32>(g, begin, end, s, partial);
+  if (g.pool->is_double) return pool_backward_of<F64, double>(g, begin, end, s, partial);
+  switch (pool_elements(*g.pool)) {
+    case Dtype::kBFloat16:
+      return pool_backward_of<F32, BFloat16>(g, begin, end, s, partial);
+    case Dtype::kFloat16:
+      return pool_backward_of<F32, Float16>(g, begin, end, s, partial);
+    default:
+      return pool_backward_of<F32, float>(g, begin, end, s, partial);
+  }
 }
 
 void add_parts(const void* parts, int64_t chunks, int64_t stride, int64_t n, bool is_double, void* out) {
@@ -103,15 +126,23 @@ void add_parts(const void* parts, int64_t chunks, int64_t stride, int64_t n, boo
 
 void tap_rows(const Tap& tap, FeatureKind kind, bool is_double, int64_t begin, int64_t end,
               const FusionScratch& s, double* values) {
-  is_double ? tap_rows_of<F64>(tap, kind, begin, end, s, values)
-            : tap_rows_of<F32>(tap, kind, begin, end, s, values);
+  if (is_double) return tap_rows_of<F64, double>(tap, kind, begin, end, s, values);
+  const Dtype dtype = tap.student.dtype == tap.teacher.dtype ? tap.student.dtype : Dtype::kFloat32;
+  switch (dtype) {
+    case Dtype::kBFloat16:
+      return tap_rows_of<F32, BFloat16>(tap, kind, begin, end, s, values);
+    case Dtype::kFloat16:
+      return tap_rows_of<F32, Float16>(tap, kind, begin, end, s, values);
+    default:
+      return tap_rows_of<F32, float>(tap, kind, begin, end, s, values);
+  }
 }
 
 void predict(const Problem& p, int64_t begin, int64_t end, int64_t* out) {
   p.is_double ? predict_rows_of<F64>(p, begin, end, out) : predict_rows_of<F32>(p, begin, end, out);
 }
 
-constexpr FusionKernels kFusion = {pool_forward, pool_backward, add_parts, tap_rows, predict};
+constexpr FusionKernels kFusion = {pool_forward, pool_backward, add_parts, tap_rows, predict, product_columns, product};
 
 constexpr Kernels kTable = {MFD_ISA_NAME,    kLanes,        forward_rows, forward_sums, forward_points,
                             forward_outputs, backward_rows, topk_rows,    add,          &kFusion};

@@ -1,8 +1,10 @@
 // Whole rows of matrices in and out of the compute dtype.
 
-template <class S>
-MFD_INLINE bool is_compute(Dtype dtype) {
-  return dtype == (sizeof(typename S::T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32);
+template <class E>
+MFD_INLINE bool is_element(Dtype dtype) {
+  if (std::is_same<E, double>::value) return dtype == Dtype::kFloat64;
+  if (std::is_same<E, float>::value) return dtype == Dtype::kFloat32;
+  return dtype == (std::is_same<E, BFloat16>::value ? Dtype::kBFloat16 : Dtype::kFloat16);
 }
 
 MFD_INLINE const char* row_address(const Matrix& m, int64_t row) {
@@ -11,35 +13,61 @@ MFD_INLINE const char* row_address(const Matrix& m, int64_t row) {
   return static_cast<const char*>(m.data) + offset * dtype_size(m.dtype);
 }
 
-// The row where it lies, or converted into `buffer`.
-template <class S>
-MFD_INLINE const typename S::T* row_in(const Matrix& m, int64_t row, int64_t n, typename S::T* buffer) {
+// The row where it lies, or converted into `buffer`. To elements of 16 bits nothing is converted.
+template <class E>
+MFD_INLINE const E* row_in(const Matrix& m, int64_t row, int64_t n, E* buffer) {
   const char* raw = row_address(m, row);
-  if (is_compute<S>(m.dtype)) return reinterpret_cast<const typename S::T*>(raw);
-  convert_in(raw, m.dtype, n, buffer);
-  return buffer;
+  if constexpr (sizeof(E) > 2) {
+    if (!is_element<E>(m.dtype)) {
+      convert_in(raw, m.dtype, n, buffer);
+      return buffer;
+    }
+  }
+  return reinterpret_cast<const E*>(raw);
 }
 
 // Where to compute a row that goes to `out`: there, or in `buffer` on its way.
-template <class S>
-MFD_INLINE typename S::T* row_target(Dtype dtype, bool stream, char* out, typename S::T* buffer) {
-  return is_compute<S>(dtype) && !stream ? reinterpret_cast<typename S::T*>(out) : buffer;
+template <class E>
+MFD_INLINE E* row_target(Dtype dtype, bool stream, char* out, E* buffer) {
+  return is_element<E>(dtype) && !stream ? reinterpret_cast<E*>(out) : buffer;
 }
 
-template <class S>
-MFD_INLINE void row_out(const typename S::T* in, int64_t n, Dtype dtype, bool stream, char* out) {
+template <class E>
+MFD_INLINE void row_out(const E* in, int64_t n, Dtype dtype, bool stream, char* out) {
   if (reinterpret_cast<const char*>(in) == out) return;
-  for (int64_t i = 0; i < n; i += kBlock)
-    convert_out(in + i, n - i < kBlock ? n - i : kBlock, dtype, stream, out + i * dtype_size(dtype));
+  if constexpr (sizeof(E) > 2) {
+    for (int64_t i = 0; i < n; i += kBlock)
+      convert_out(in + i, n - i < kBlock ? n - i : kBlock, dtype, stream, out + i * dtype_size(dtype));
+  } else {
+    stream_bytes(out, reinterpret_cast<const char*>(in), n * dtype_size(dtype));
+  }
 }
 
 // Vectors of which `left` >= 1 elements exist; the others are 0.
-template <class S>
-MFD_INLINE typename S::V load_upto(const typename S::T* p, int64_t left) {
+template <class S, class E>
+MFD_INLINE typename S::V load_upto(const E* p, int64_t left) {
   return left >= S::kWidth ? S::load(p) : S::load_first(p, left, typename S::T(0));
 }
 
-template <class S>
-MFD_INLINE void store_upto(typename S::T* p, typename S::V v, int64_t left) {
+template <class S, class E>
+MFD_INLINE void store_upto(E* p, typename S::V v, int64_t left) {
   left >= S::kWidth ? S::store(p, v) : S::store_first(p, v, left);
+}
+
+// step(i, left) for the vectors of a row of n elements: `left` is a constant but in the last one.
+template <class S, class Step>
+MFD_INLINE void over_vectors(int64_t n, const Step& step) {
+  int64_t i = 0;
+  for (; i + S::kWidth <= n; i += S::kWidth) step(i, S::kWidth);
+  if (i < n) step(i, n - i);
+}
+#define MFD_STEP [&](int64_t i, int64_t left) __attribute__((always_inline))
+
+// Asks for the row that comes next while this one is worked on: the hardware's own prefetching stops at the
+// end of a page, and is slow to see a short row.
+MFD_INLINE void prefetch(const Matrix& m, int64_t row, int64_t end, int64_t width) {
+  if (row >= end) return;
+  const char* next = row_address(m, row);
+  const int64_t bytes = width * dtype_size(m.dtype);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i);
 }

@@ -1,62 +1,66 @@
 // Attention over modalities: forward, with what is compared to the pooled row, and backward.
 
-// Asks for the row that comes next while this one is converted: rows of 16 bits are too short for the
-// hardware's own prefetching.
-MFD_INLINE void prefetch(const char* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
-}
-
-// The modalities of one row that exist.
-template <class S>
+// The modalities of one row that exist. E: the features' elements, or what they are converted to.
+template <class E>
 struct Present {
-  typedef typename S::T T;
   int count = 0;
   int index[kMaxModalities];
-  const T* x[kMaxModalities];
+  const E* x[kMaxModalities];
 
-  Present(const Pool& p, int64_t row, const FusionScratch& scratch) {
+  Present(const Pool& p, int64_t row, int64_t end, const FusionScratch& scratch) {
     if (p.rows && !is_counted(*p.rows, row)) return;
     const unsigned char* present = p.present ? p.present + row * p.modalities : nullptr;
     for (int m = 0; m < p.modalities; ++m) {
       if (present && !present[m]) continue;
-      if (row + 1 < p.n_rows && !is_compute<S>(p.features[m].dtype))
-        prefetch(row_address(p.features[m], row + 1), p.width * dtype_size(p.features[m].dtype));
-      x[count] = row_in<S>(p.features[m], row, p.width, static_cast<T*>(scratch.in[count]));
+      prefetch(p.features[m], row + 1, end, p.width);
+      x[count] = row_in(p.features[m], row, p.width, static_cast<E*>(scratch.in[count]));
       index[count++] = m;
     }
   }
 };
 
-template <class S>
-static double dot(const typename S::T* x, const typename S::T* y, int64_t n) {
+// sums[k] = <y, x[k]> for kRows rows that share the reading of y.
+template <class S, int kRows, class E>
+static void dots_of(const E* const* x, const typename S::T* y, int64_t n, double* sums) {
   typedef typename S::V V;
   constexpr int64_t W = S::kWidth;
-  V acc[4] = {};
+  constexpr int kParts = 4;
+  V acc[kRows][kParts] = {};
+  const auto step = [&](int part, int64_t i, int64_t left) __attribute__((always_inline)) {
+    const V b = load_upto<S>(y + i, left);
+    for (int k = 0; k < kRows; ++k) acc[k][part] = S::fma(load_upto<S>(x[k] + i, left), b, acc[k][part]);
+  };
   int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W)
-    for (int k = 0; k < 4; ++k) acc[k] = S::fma(S::load(x + i + k * W), S::load(y + i + k * W), acc[k]);
-  for (int k = 0; i < n; i += W, k = (k + 1) & 3)
-    acc[k] = S::fma(load_upto<S>(x + i, n - i), load_upto<S>(y + i, n - i), acc[k]);
-  return S::sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  for (; i + kParts * W <= n; i += kParts * W)
+    for (int part = 0; part < kParts; ++part) step(part, i + part * W, W);
+  for (int part = 0; i < n; i += W, ++part) step(part, i, n - i < W ? n - i : W);
+  for (int k = 0; k < kRows; ++k) sums[k] = S::sum((acc[k][0] + acc[k][1]) + (acc[k][2] + acc[k][3]));
+}
+
+template <class S, class E>
+static void dots(int count, const E* const* x, const typename S::T* y, int64_t n, double* sums) {
+  int k = 0;
+  for (; k + 2 <= count; k += 2) dots_of<S, 2>(x + k, y, n, sums + k);
+  if (k < count) dots_of<S, 1>(x + k, y, n, sums + k);
 }
 
 // out = sum_k a[k]*x[k]; kCount 0: any number of them.
-template <class S, int kCount>
-static void weighted_rows(const typename S::T* const* x, const typename S::T* a, int any, int64_t n,
+template <class S, int kCount, class E>
+static void weighted_rows(const E* const* x, const typename S::T* a, int any, int64_t n,
                           typename S::T* out) {
   typedef typename S::V V;
   const int count = kCount ? kCount : any;
   V factors[kCount ? kCount : kMaxModalities];
   for (int k = 0; k < count; ++k) factors[k] = S::splat(a[k]);
-  for (int64_t i = 0; i < n; i += S::kWidth) {
+  over_vectors<S>(n, MFD_STEP {
     V sum{};
-    for (int k = 0; k < count; ++k) sum = S::fma(factors[k], load_upto<S>(x[k] + i, n - i), sum);
-    store_upto<S>(out + i, sum, n - i);
-  }
+    for (int k = 0; k < count; ++k) sum = S::fma(factors[k], load_upto<S>(x[k] + i, left), sum);
+    store_upto<S>(out + i, sum, left);
+  });
 }
 
-template <class S>
-static void weighted_rows_of(int count, const typename S::T* const* x, const typename S::T* a, int64_t n,
+template <class S, class E>
+static void weighted_rows_of(int count, const E* const* x, const typename S::T* a, int64_t n,
                              typename S::T* out) {
   switch (count) {
     case 1:
@@ -73,16 +77,17 @@ static void weighted_rows_of(int count, const typename S::T* const* x, const typ
 }
 
 // a[k], the softmax over the present modalities, in double precision. A NaN score makes all of them NaN.
-template <class S>
-static void pool_softmax(const Pool& p, int64_t row, const Present<S>& in, double* a) {
+template <class S, class E>
+static void pool_softmax(const Pool& p, int64_t row, const Present<E>& in, double* a) {
   typedef typename S::T T;
   const T* bias = static_cast<const T*>(p.bias);
   const double temperature = at<T>(p.temperature, row);
   double largest = -kInf, sum = 0;
+  if (p.query) dots<S>(in.count, in.x, static_cast<const T*>(p.query), p.width, a);
   for (int k = 0; k < in.count; ++k) {
     double score = 0;
     if (p.query) {
-      score = p.scale * dot<S>(in.x[k], static_cast<const T*>(p.query), p.width);
+      score = p.scale * a[k];
     } else if (p.scores) {
       score = static_cast<const T*>(p.scores)[row * p.modalities + in.index[k]];
     }
@@ -108,13 +113,13 @@ static double pool_divergence(const T* target, const T* weights, int modalities)
   return kl < 0 ? 0.0 : kl;
 }
 
-template <class S>
+template <class S, class E>
 static void pool_forward_of(const PoolForward& f, int64_t begin, int64_t end, const FusionScratch& scratch) {
   typedef typename S::T T;
   const Pool& p = *f.pool;
   const int64_t bytes = p.width * dtype_size(f.pooled_dtype);
   for (int64_t row = begin; row < end; ++row) {
-    const Present<S> in(p, row, scratch);
+    const Present<E> in(p, row, end, scratch);
     double exact[kMaxModalities];
     T a[kMaxModalities];
     pool_softmax<S>(p, row, in, exact);
@@ -122,13 +127,13 @@ static void pool_forward_of(const PoolForward& f, int64_t begin, int64_t end, co
     for (int m = 0; m < p.modalities; ++m) weights[m] = T(0);
     for (int k = 0; k < in.count; ++k) weights[in.index[k]] = a[k] = static_cast<T>(exact[k]);
     char* pooled = static_cast<char*>(f.pooled) + row * bytes;
-    T* y = row_target<S>(f.pooled_dtype, f.stream, pooled, static_cast<T*>(scratch.pooled));
+    T* y = row_target(f.pooled_dtype, f.stream, pooled, static_cast<T*>(scratch.pooled));
     weighted_rows_of<S>(in.count, in.x, a, p.width, y);
     const bool counted = !p.rows || is_counted(*p.rows, row);
     if (f.feature) {
       f.feature[row] = FeatureRow{};
       if (counted) {
-        const T* target = row_in<S>(f.target, row, p.width, static_cast<T*>(scratch.target));
+        const T* target = row_in(f.target, row, p.width, static_cast<T*>(scratch.target));
         f.feature[row] = feature_row_of<S>(f.kind, y, target, p.width);
       }
     }
@@ -136,19 +141,19 @@ static void pool_forward_of(const PoolForward& f, int64_t begin, int64_t end, co
       const T* target = static_cast<const T*>(f.pool_target) + row * p.modalities;
       f.pool_kl[row] = counted ? pool_divergence(target, weights, p.modalities) : 0.0;
     }
-    row_out<S>(y, p.width, f.pooled_dtype, f.stream, pooled);
+    row_out(y, p.width, f.pooled_dtype, f.stream, pooled);
   }
 }
 
 // Coefficients of one row's backward: dx_k = a[k]*dy + c[k]*query, dquery += c[k]*x_k.
-template <class T>
+template <class T, class E>
 struct RowGradient {
   T a[kMaxModalities], c[kMaxModalities];
-  T* dx[kMaxModalities];  // null: not wanted
+  E* dx[kMaxModalities];  // null: not wanted
 };
 
-template <class S, int kCount, bool kQuery>
-static void pool_row_gradient(const Present<S>& in, const RowGradient<typename S::T>& g,
+template <class S, int kCount, bool kQuery, class E>
+static void pool_row_gradient(const Present<E>& in, const RowGradient<typename S::T, E>& g,
                               const typename S::T* dy, const typename S::T* query, int64_t n,
                               typename S::T* d_query) {
   typedef typename S::V V;
@@ -158,8 +163,7 @@ static void pool_row_gradient(const Present<S>& in, const RowGradient<typename S
     a[k] = S::splat(g.a[k]);
     c[k] = S::splat(g.c[k]);
   }
-  for (int64_t i = 0; i < n; i += S::kWidth) {
-    const int64_t left = n - i;
+  over_vectors<S>(n, MFD_STEP {
     const V up = dy ? load_upto<S>(dy + i, left) : V{};
     const V q = kQuery ? load_upto<S>(query + i, left) : V{};
     V sum = kQuery && d_query ? load_upto<S>(d_query + i, left) : V{};
@@ -172,11 +176,11 @@ static void pool_row_gradient(const Present<S>& in, const RowGradient<typename S
       if (g.dx[k]) store_upto<S>(g.dx[k] + i, dx, left);
     }
     if (kQuery && d_query) store_upto<S>(d_query + i, sum, left);
-  }
+  });
 }
 
-template <class S, int kCount>
-static void pool_row_gradient_of(const Present<S>& in, const RowGradient<typename S::T>& g,
+template <class S, int kCount, class E>
+static void pool_row_gradient_of(const Present<E>& in, const RowGradient<typename S::T, E>& g,
                                  const typename S::T* dy, const typename S::T* query, int64_t n,
                                  typename S::T* d_query) {
   query ? pool_row_gradient<S, kCount, true>(in, g, dy, query, n, d_query)
@@ -188,10 +192,10 @@ template <class S>
 static void flush(void* sum, void* block, int64_t n) {
   typedef typename S::T T;
   T *total = static_cast<T*>(sum), *part = static_cast<T*>(block);
-  for (int64_t i = 0; i < n; i += S::kWidth) {
-    store_upto<S>(total + i, load_upto<S>(total + i, n - i) + load_upto<S>(part + i, n - i), n - i);
-    store_upto<S>(part + i, typename S::V{}, n - i);
-  }
+  over_vectors<S>(n, MFD_STEP {
+    store_upto<S>(total + i, load_upto<S>(total + i, left) + load_upto<S>(part + i, left), left);
+    store_upto<S>(part + i, typename S::V{}, left);
+  });
 }
 
 // dy of one row: the upstream gradient and the feature term's; null where it is 0.
@@ -200,12 +204,12 @@ static const typename S::T* row_upstream(const PoolBackward& g, int64_t row, con
   typedef typename S::T T;
   const int64_t n = g.pool->width;
   const T* dy = nullptr;
-  if (g.d_pooled.data) dy = row_in<S>(g.d_pooled, row, n, static_cast<T*>(scratch.upstream));
+  if (g.d_pooled.data) dy = row_in(g.d_pooled, row, n, static_cast<T*>(scratch.upstream));
   if (!g.feature) return dy;
   const double factor = at<T>(g.weight, row) * g.feature_factor;
   const FeatureRow& f = g.feature[row];
   const T* y = static_cast<const T*>(g.pooled) + row * n;
-  const T* t = row_in<S>(g.target, row, n, static_cast<T*>(scratch.target));
+  const T* t = row_in(g.target, row, n, static_cast<T*>(scratch.target));
   T* sum = static_cast<T*>(scratch.upstream);
   feature_gradient_of<S>(g.kind, y, t, n, factor * f.a, factor * f.b, dy, sum);
   return sum;
@@ -213,8 +217,8 @@ static const typename S::T* row_upstream(const PoolBackward& g, int64_t row, con
 
 // ds[k] = d loss/d s_k*temperature = a_k (p_k - sum_j a_j p_j), and for KL(target || a): a_k sum(target) -
 // target_k.
-template <class S>
-static void score_gradients(const PoolBackward& g, int64_t row, const Present<S>& in, const typename S::T* dy,
+template <class S, class E>
+static void score_gradients(const PoolBackward& g, int64_t row, const Present<E>& in, const typename S::T* dy,
                             double* a, double* ds) {
   typedef typename S::T T;
   const Pool& p = *g.pool;
@@ -223,9 +227,10 @@ static void score_gradients(const PoolBackward& g, int64_t row, const Present<S>
   double mean = 0, mass = 0;
   const T* target = static_cast<const T*>(g.pool_target);
   const double pool = target ? at<T>(g.weight, row) * g.pool_factor : 0.0;
+  for (int k = 0; k < in.count; ++k) ds[k] = 0;
+  if (dy) dots<S>(in.count, in.x, dy, p.width, ds);
   for (int k = 0; k < in.count; ++k) {
     a[k] = static_cast<const T*>(g.weights)[first + in.index[k]];
-    ds[k] = dy ? dot<S>(dy, in.x[k], p.width) : 0.0;
     if (d_weights) ds[k] += d_weights[first + in.index[k]];
     mean += a[k] * ds[k];
     if (target) mass += target[first + in.index[k]];
@@ -236,21 +241,21 @@ static void score_gradients(const PoolBackward& g, int64_t row, const Present<S>
   }
 }
 
-template <class S>
-static void pool_backward_row(const PoolBackward& g, int64_t row, const FusionScratch& scratch,
+template <class S, class E>
+static void pool_backward_row(const PoolBackward& g, int64_t row, int64_t end, const FusionScratch& scratch,
                               PoolPartial& partial) {
   typedef typename S::T T;
   const Pool& p = *g.pool;
   const int64_t n = p.width;
   T* d_scores = g.d_scores ? static_cast<T*>(g.d_scores) + row * p.modalities : nullptr;
   for (int m = 0; d_scores && m < p.modalities; ++m) d_scores[m] = T(0);
-  const Present<S> in(p, row, scratch);
+  const Present<E> in(p, row, end, scratch);
   const T* dy = in.count ? row_upstream<S>(g, row, scratch) : nullptr;
   double a[kMaxModalities], ds[kMaxModalities];
   score_gradients<S>(g, row, in, dy, a, ds);
 
   const double temperature = at<T>(p.temperature, row);
-  RowGradient<T> r;
+  RowGradient<T, E> r;
   char* out[kMaxModalities];
   double d_temperature = 0;
   int next = 0;
@@ -264,14 +269,13 @@ static void pool_backward_row(const PoolBackward& g, int64_t row, const FusionSc
     }
     ++next;
     const double of_score = ds[k] / temperature;
-    if (a[k] != 0) d_temperature -= of_score * log(a[k]);
+    if (partial.wants_temperature && a[k] != 0) d_temperature -= of_score * log(a[k]);
     if (partial.bias) partial.bias[m] += of_score;
     if (d_scores) d_scores[m] = static_cast<T>(of_score);
     r.a[k] = static_cast<T>(a[k]);
     r.c[k] = static_cast<T>(of_score * p.scale);
     out[k] = dx;
-    r.dx[k] =
-        dx ? row_target<S>(p.features[m].dtype, g.stream, dx, static_cast<T*>(scratch.out[k])) : nullptr;
+    r.dx[k] = dx ? row_target(p.features[m].dtype, g.stream, dx, static_cast<E*>(scratch.out[k])) : nullptr;
   }
   // sum_k ds_k = 0, so s_k/temperature may stand for log a_k, which differs from it by a constant.
   partial.temperature += d_temperature;
@@ -297,22 +301,21 @@ static void pool_backward_row(const PoolBackward& g, int64_t row, const FusionSc
       pool_row_gradient_of<S, 0>(in, r, dy, query, n, d_query);
   }
   for (int k = 0; k < in.count; ++k)
-    if (r.dx[k]) row_out<S>(r.dx[k], n, p.features[in.index[k]].dtype, g.stream, out[k]);
+    if (r.dx[k]) row_out(r.dx[k], n, p.features[in.index[k]].dtype, g.stream, out[k]);
 }
 
-template <class S>
+template <class S, class E>
 static void pool_backward_of(const PoolBackward& g, int64_t begin, int64_t end, const FusionScratch& scratch,
                              PoolPartial& partial) {
   typedef typename S::T T;
   for (int64_t row = begin; row < end; ++row) {
-    pool_backward_row<S>(g, row, scratch, partial);
+    pool_backward_row<S, E>(g, row, end, scratch, partial);
     if (partial.logits_block) {
       const T* dz = static_cast<const T*>(g.d_logits) + row * g.classes;
       T* sum = static_cast<T*>(partial.logits_block);
-      for (int64_t i = 0; i < g.classes; i += S::kWidth) {
-        const int64_t left = g.classes - i;
+      over_vectors<S>(g.classes, MFD_STEP {
         store_upto<S>(sum + i, load_upto<S>(sum + i, left) + load_upto<S>(dz + i, left), left);
-      }
+      });
     }
     if ((row + 1 - begin) % kSumRows && row + 1 < end) continue;
     if (partial.query_block) flush<S>(partial.query, partial.query_block, g.pool->width);

@@ -77,6 +77,14 @@ MFD_INLINE uint16_t float_to_bfloat(float f) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// Elements of 16 bits as they lie in memory.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
 // kLanes float32 values.
 struct F32 {
   typedef float T;
@@ -259,6 +267,23 @@ struct F32 {
 #else
     for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(v[i]);
 #endif
+  }
+
+  MFD_INLINE V load(const BFloat16* p) { return from_bfloat(&p->bits); }
+  MFD_INLINE V load(const Float16* p) { return from_half(&p->bits); }
+  MFD_INLINE void store(BFloat16* p, V v) { to_bfloat(&p->bits, v); }
+  MFD_INLINE void store(Float16* p, V v) { to_half(&p->bits, v); }
+  template <class E>
+  MFD_INLINE V load_first(const E* p, int64_t n, T) {
+    E some[kLanes] = {};
+    __builtin_memcpy(some, p, static_cast<size_t>(n) * sizeof(E));
+    return load(some);
+  }
+  template <class E>
+  MFD_INLINE void store_first(E* p, V v, int64_t n) {
+    E some[kLanes];
+    store(some, v);
+    __builtin_memcpy(p, some, static_cast<size_t>(n) * sizeof(E));
   }
 };
 

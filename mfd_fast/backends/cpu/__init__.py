@@ -20,7 +20,7 @@ from .. import allocate
 __all__ = ["BufferPoolStats", "available", "buffer_pool_stats", "clear_buffer_pool", "isa", "set_buffer_pool_limit"]
 
 #: Gradients below this many bytes come from PyTorch's allocator.
-POOL_MIN_BYTES = 1 << 20
+POOL_MIN_BYTES = 1 << 17
 
 _POOLED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -37,9 +37,13 @@ class BufferPoolStats(NamedTuple):
     mapped: int
 
 
+_module: ModuleType | None = None
+
+
 @functools.cache
 def available() -> str | None:
     """None if the native module runs here, else the reason in one sentence."""
+    global _module
     try:
         module = importlib.import_module("mfd_fast._C")
     except ImportError as error:
@@ -51,15 +55,16 @@ def available() -> str | None:
     except (AttributeError, ValueError) as error:
         return str(error)
     allocate.set_cpu_gradient_provider(_recycled)
+    _module = module
     return None
 
 
 def native() -> ModuleType:
     """The native module; raises ImportError with the reason where there is none."""
     reason = available()
-    if reason is not None:
+    if reason is not None or _module is None:
         raise ImportError(f"mfd_fast: {reason}")
-    return importlib.import_module("mfd_fast._C")
+    return _module
 
 
 def isa() -> str:

@@ -70,8 +70,9 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
 
     # Logits are never rounded to 16 bits.
     head_weight = cast(p.head_weight, dtype)
-    # The exponential would magnify what the product loses.
-    logits = linear(pooled, head_weight, None if p.head_bias is None else cast(p.head_bias, dtype), exact=True)
+    # The exponential magnifies what the product loses, which no gradient of 16 bits shows.
+    exact = p.head_weight.dtype is dtype
+    logits = linear(pooled, head_weight, None if p.head_bias is None else cast(p.head_bias, dtype), exact=exact)
 
     need_query, need_bias, need_head_weight, need_head_bias, *need_features = needs
     need_pool = need_query or need_bias or any(need_features)
