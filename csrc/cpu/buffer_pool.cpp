@@ -41,21 +41,8 @@ Pool& pool() {
   return *instance;
 }
 
-constexpr size_t kPage = 4096;
-constexpr size_t kMostIdle = 256;  // a search passes over all of them
-
-// What a buffer may be larger than what was asked for.
-size_t slack(size_t bytes) {
-  return std::max(bytes < kHugePage ? kPage : kHugePage, bytes / 4);
-}
-
-// From a huge page on: aligned to huge pages, and advised to be made of them before the first touch.
+// Aligned to huge pages, and advised to be made of them before the first touch.
 Buffer map(size_t bytes) {
-  if (bytes < kHugePage) {
-    const size_t capacity = (bytes + kPage - 1) / kPage * kPage;
-    void* raw = mmap(nullptr, capacity, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return raw == MAP_FAILED ? Buffer{} : Buffer{raw, capacity};
-  }
   const size_t capacity = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   void* raw = mmap(nullptr, capacity + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (raw == MAP_FAILED) return {};
@@ -71,7 +58,7 @@ Buffer map(size_t bytes) {
 
 // Buffers to unmap once the lock is released.
 void evict(Pool& p, size_t limit, std::list<Buffer>& out) {
-  while (p.stats.idle_bytes > limit || p.idle.size() > kMostIdle) {
+  while (p.stats.idle_bytes > limit) {
     p.stats.idle_bytes -= p.idle.front().capacity;
     out.splice(out.end(), p.idle, p.idle.begin());
   }
@@ -88,10 +75,10 @@ Buffer pool_take(size_t bytes) {
   {
     const std::lock_guard<std::mutex> lock(p.mutex);
     if (p.stats.limit == 0 || bytes == 0) return {};
-    // Best fit.
+    // Best fit, wasting at most a quarter.
     auto best = p.idle.end();
     for (auto b = p.idle.begin(); b != p.idle.end(); ++b) {
-      if (b->capacity < bytes || b->capacity > bytes + slack(bytes)) continue;
+      if (b->capacity < bytes || b->capacity > bytes + std::max(kHugePage, bytes / 4)) continue;
       if (best == p.idle.end() || b->capacity <= best->capacity) best = b;
     }
     if (best != p.idle.end()) {

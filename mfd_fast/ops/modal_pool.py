@@ -9,7 +9,6 @@ ds_m·scale·query. Attention pooling: Ilse, Tomczak, Welling, arXiv:1802.04712.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,15 +48,7 @@ class _Pool(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         problem, backend = ctx.call
         weights, present, query, scores, bias, temperature, *features = ctx.saved_tensors
-        problem = replace(
-            problem,
-            features=features,
-            present=present,
-            query=query,
-            scores=scores,
-            bias=bias,
-            temperature=problem.temperature if temperature is None else temperature,
-        )
+        problem = problem.with_leaves(present, query, scores, bias, temperature, features)
         needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             return (None, None, *differentiable_gradients(problem, d_pooled, d_weights, needs))

@@ -32,6 +32,23 @@ class PoolProblem:
     width: int
     device: torch.device
 
+    def with_leaves(
+        self,
+        present: Tensor | None,
+        query: Tensor | None,
+        scores: Tensor | None,
+        bias: Tensor | None,
+        temperature: Tensor | None,
+        features: list[Tensor],
+    ) -> PoolProblem:
+        """A copy that reads these tensors: what autograd has saved. Every backward makes one, so it is a cheap one."""
+        same = PoolProblem.__new__(PoolProblem)
+        same.__dict__.update(self.__dict__)
+        same.features, same.present, same.query, same.scores, same.bias = features, present, query, scores, bias
+        if temperature is not None:
+            same.temperature = temperature
+        return same
+
     @property
     def temperature_tensor(self) -> Tensor | None:
         return self.temperature if isinstance(self.temperature, Tensor) else None

@@ -20,7 +20,7 @@ from .. import allocate
 __all__ = ["BufferPoolStats", "available", "buffer_pool_stats", "clear_buffer_pool", "isa", "set_buffer_pool_limit"]
 
 #: Gradients below this many bytes come from PyTorch's allocator.
-POOL_MIN_BYTES = 1 << 17
+POOL_MIN_BYTES = 1 << 20
 
 _POOLED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
