@@ -60,6 +60,10 @@ def step(batch: int, modalities: int, width: int, classes: int, inputs: int, dty
     return Workload("student_step", sizes, dtype)
 
 
+def fusion(op: str, batch: int, wide: int, narrow: int, width: int, dtype: str = "float32") -> Workload:
+    return Workload(op, {"batch": batch, "wide": wide, "narrow": narrow, "width": width}, dtype)
+
+
 def both(workload: Workload, against: tuple[str, ...] = BASELINES) -> list[Entry]:
     """In float32 and bfloat16, with the same ratios as targets."""
     return [Entry(replace(workload, dtype=dtype), against) for dtype in ("float32", "bfloat16")]
@@ -120,6 +124,8 @@ _CPU_SHAPES = [
     Entry(features(8192, 12, 1024), ("eager",)),
     *(Entry(features(2048, 12, 768, options={"kind": kind}), ("eager",)) for kind in ("smooth_l1", "cosine")),
     *both(step(256, 3, 512, 100, 1024)),
+    *both(fusion("modal_fusion", 4096, 768, 128, 512)),
+    *both(fusion("low_rank_fusion", 1024, 256, 64, 128)),
     *both(linear(1024, 512, 32000), HEAD_RIVALS),
     Entry(linear(1024, 512, 32000, options={"soft_weight": 0.0, "hard_weight": 1.0}), ("eager", "cce")),
 ]

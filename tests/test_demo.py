@@ -13,6 +13,7 @@ from scipy import stats
 
 from mfd_fast import demo
 from mfd_fast.demo import data, report, statistics, timing
+from mfd_fast.demo.models import FusionNet
 from mfd_fast.demo.train import ARMS, Config, batches, run_seed
 
 CONDITIONS = ["all sensors", "without left half", "without right half", "without spectrum"]
@@ -71,7 +72,9 @@ def test_equal_seeds_give_equal_results(quick):
     finally:
         torch.set_num_threads(threads)
     assert len(done) == len(ARMS)
-    assert again == {arm: {c: found["accuracy"][arm][c][1] for c in CONDITIONS} for arm in ARMS}
+    assert again.accuracy == {arm: {c: found["accuracy"][arm][c][1] for c in CONDITIONS} for arm in ARMS}
+    assert again.shares == {arm: {s: found["shares"][arm][s][1] for s in data.SENSORS} for arm in ARMS}
+    assert all(sum(shares.values()) == pytest.approx(1) for shares in again.shares.values())
 
 
 @pytest.mark.parametrize("count", [2, 12, 40])
@@ -149,7 +152,7 @@ def test_batches_use_every_row_once_per_pass():
 
 
 def test_wrong_gradients_are_not_timed():
-    load = timing.workloads(Config(), quick=True)[1]
+    load = timing.workloads(Config(), quick=True)[-1]
 
     def wrong(*args, **options):
         return 1.01 * timing.eager_distill_loss(*args, **options)
@@ -158,6 +161,15 @@ def test_wrong_gradients_are_not_timed():
     found = timing.measure(broken, "reference", seconds=0.0)
     assert found.eager_ratio is None
     assert found.note.startswith("not timed: error against float64")
+
+
+def test_the_student_step_runs_the_demos_encoders():
+    step = timing.workloads(Config(), quick=True)[0]
+    torch.manual_seed(0)
+    student = FusionNet(data.SIZES, Config().student_hidden, Config().student_width, data.CLASSES)
+    features, query = step.prepare(*step.arguments)[:2]
+    torch.testing.assert_close(features, student.encode(step.arguments[0]))
+    assert query is step.arguments[2]
 
 
 def test_relative_error_keeps_nan():

@@ -14,7 +14,7 @@ mfd_fast must obey the rule as it stands. Another implementation only has to do 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from .workloads import Workload
 
 LENIENCE = 8.0
 SEEDS, SMALL_BLOCK = 8, 1 << 17
+SMALL_HEAD = 1 << 20  # elements of a small block's head, of which every block has its own
 FEW = 4096  # elements: fewer are no statistic
 BLOCKS_CHECKED = 4
 
@@ -51,10 +52,11 @@ class Gate:
         self.op, options = of(workload), options_of(workload)
         self.eager: Call = lambda **arguments: self.op.eager(**arguments, **options)
         exact_call = self.op.call(options, "reference")
+        small = _with_small_head(workload)
         device = next(iter(case.leaves.values())).device
         self.small = {
             distance: [
-                build(workload, device, distance, 1 + seed, whole=False, limit=SMALL_BLOCK) for seed in range(SEEDS)
+                build(small, device, distance, 1 + seed, whole=False, limit=SMALL_BLOCK) for seed in range(SEEDS)
             ]
             for distance in ("far", "near")
         }
@@ -120,6 +122,15 @@ class Gate:
         relative = (by_eager - small).abs().max() / small.abs().max().clamp_min(1e-300)
         error = 2 * torch.maximum((eager.double() - exact).abs().max(), relative * exact.abs().max())
         return (exact + error).to(eager.dtype)
+
+
+def _with_small_head(workload: Workload) -> Workload:
+    """The same workload with as many classes as ``SMALL_HEAD`` has room for, where a head's weight is an argument."""
+    sizes = workload.sizes
+    width = sizes.get("hidden", sizes.get("width", 0)) if "classes" in sizes else 0
+    if not width:
+        return workload
+    return replace(workload, sizes={**sizes, "classes": min(sizes["classes"], max(SMALL_HEAD // width, 2))})
 
 
 def _stacked(results: list[Results]) -> Results:

@@ -12,10 +12,11 @@ import torch
 
 from . import ceilings, memory
 from .case import Case, build, step_of
-from .gate import Call, Gate
+from .gate import LENIENCE, Call, Gate
 from .implementations import Implementation, UnfitError, backend_choices, every, mfd_fast_on
 from .machine import last_level_cache_bytes
 from .ops import of, options_of
+from .records import BenchOp
 from .timing import LEAST_ROUNDS, Flusher, Step, Times, interleaved
 from .workloads import Workload
 
@@ -136,7 +137,7 @@ def _admit(
     call = contestant.prepare(workload, settings.device)
     begin = time.perf_counter()
     try:
-        verdict = gate.check(call, lenience=_lenience(contestant), small=not contestant.compiles)
+        verdict = gate.check(call, lenience=_lenience(contestant, of(workload)), small=not contestant.compiles)
     except Exception as error:
         if memory.is_out_of_memory(error):
             raise UnfitError("out of memory") from None
@@ -160,10 +161,8 @@ def _admit(
     }
 
 
-def _lenience(contestant: Implementation) -> float:
-    from .gate import LENIENCE
-
-    return 1.0 if contestant.strict else LENIENCE
+def _lenience(contestant: Implementation, op: BenchOp) -> float:
+    return op.lenience if contestant.strict else LENIENCE
 
 
 def _plain(workload: Workload, backend: str, case: Case) -> Step | None:

@@ -7,7 +7,6 @@ hidden states compete, the second is one whole step of a small student without i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,76 +17,13 @@ import mfd_fast as mfd
 from mfd_fast.testing import DISTANCES, distill_inputs
 
 from . import eager
+from .module_ops import MODULES
+from .records import Arguments, BenchOp, Sizes, Work, generator, near, normal
 from .workloads import Workload
-
-Arguments = dict[str, Any]
-Sizes = Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Work:
-    """Bytes that must cross the memory bus, and GEMMs (m, k, n) that must be done."""
-
-    nbytes: int
-    products: tuple[tuple[int, int, int], ...] = ()
-
-    @property
-    def flops(self) -> int:
-        return sum(2 * m * k * n for m, k, n in self.products)
-
-
-@dataclass(frozen=True)
-class BenchOp:
-    """One record per op.
-
-    Attributes:
-        sizes: names and defaults; the first is the batch, the only one that the row arguments' dimension 0 follows.
-        options: names and defaults of what reaches the calls.
-        inputs: ``(sizes, dtype, distance, seed) -> arguments`` on the CPU.
-        rows: names of the arguments whose dimension 0 is the batch.
-        leaves: names of the arguments that receive a gradient.
-        call: ``(options, backend) -> f(**arguments) -> Tensor`` through the public API.
-        eager: ``f(**arguments, **options) -> Tensor``.
-        choice: ``(arguments, options, backend) -> Choice``: what ``call`` would run on; raises as the op would.
-        work: ``(sizes, item size, training) -> Work``.
-        mean: whether the result is a mean over rows (else one value per row, weighted by a given upstream gradient).
-    """
-
-    name: str
-    sizes: Mapping[str, int]
-    options: Mapping[str, Any]
-    inputs: Callable[[Sizes, torch.dtype, str, int], Arguments]
-    rows: frozenset[str]
-    leaves: frozenset[str]
-    call: Callable[[Mapping[str, Any], str | None], Callable[..., Tensor]]
-    eager: Callable[..., Tensor]
-    choice: Callable[[Arguments, Mapping[str, Any], str | None], mfd.Choice]
-    work: Callable[[Sizes, int, bool], Work]
-    mean: bool = True
-
-    @property
-    def batch(self) -> str:
-        return next(iter(self.sizes))
 
 
 def _explained(op: Callable[..., Any]) -> Callable[..., mfd.Choice]:
     return lambda arguments, options, backend: mfd.explain(op, **arguments, **options, backend=backend)
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (scale * torch.randn(shape, generator=_generator(seed))).to(dtype)
-
-
-def _near(student: Tensor, distance: str, seed: int) -> Tensor:
-    """A teacher's tensor at a :data:`~mfd_fast.testing.DISTANCES` distance from the student's."""
-    noise = torch.randn(student.shape, generator=_generator(seed))
-    deviation = DISTANCES[distance]
-    teacher = noise if deviation is None else student.float() + deviation * noise
-    return teacher.to(student.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ distill_loss
@@ -111,8 +47,8 @@ def _distill_work(sizes: Sizes, item: int, training: bool) -> Work:
 
 def _pool_inputs(sizes: Sizes, dtype: torch.dtype, distance: str, seed: int) -> Arguments:  # noqa: ARG001
     shape = (sizes["batch"], sizes["width"])
-    features = [_normal(shape, 7 * seed + m, dtype) for m in range(sizes["modalities"])]
-    return {"features": features, "query": _normal(shape[1:], 7 * seed + 99, dtype)}
+    features = [normal(shape, 7 * seed + m, dtype) for m in range(sizes["modalities"])]
+    return {"features": features, "query": normal(shape[1:], 7 * seed + 99, dtype)}
 
 
 def _pool_call(options: Mapping[str, Any], backend: str | None) -> Callable[..., Tensor]:
@@ -130,8 +66,8 @@ def _pool_work(sizes: Sizes, item: int, training: bool) -> Work:
 
 def _feature_inputs(sizes: Sizes, dtype: torch.dtype, distance: str, seed: int) -> Arguments:
     shape = (sizes["rows"], sizes["width"])
-    student = [_normal(shape, 7 * seed + tap, dtype) for tap in range(sizes["taps"])]
-    teacher = [_near(s, distance, 7 * seed + 50 + tap) for tap, s in enumerate(student)]
+    student = [normal(shape, 7 * seed + tap, dtype) for tap in range(sizes["taps"])]
+    teacher = [near(s, distance, 7 * seed + 50 + tap) for tap, s in enumerate(student)]
     return {"student": student, "teacher": teacher}
 
 
@@ -149,15 +85,15 @@ def _feature_work(sizes: Sizes, item: int, training: bool) -> Work:
 def _mfd_inputs(sizes: Sizes, dtype: torch.dtype, distance: str, seed: int) -> Arguments:
     batch, width, classes = sizes["batch"], sizes["width"], sizes["classes"]
     pool = _pool_inputs(sizes, dtype, distance, seed)
-    head = _normal((classes, width), 7 * seed + 101, dtype, 3 * width**-0.5)
+    head = normal((classes, width), 7 * seed + 101, dtype, 3 * width**-0.5)
     student = F.linear(eager.modal_pool(pool["features"], pool["query"]).float(), head.float())
     return {
         **pool,
         "head_weight": head,
-        "head_bias": _normal((classes,), 7 * seed + 102, dtype, 0.1),
-        "teacher_logits": _near(student, distance, 7 * seed + 103).to(dtype),
-        "labels": torch.randint(classes, (batch,), generator=_generator(7 * seed + 104)),
-        "teacher_features": _normal((batch, width), 7 * seed + 105, dtype),
+        "head_bias": normal((classes,), 7 * seed + 102, dtype, 0.1),
+        "teacher_logits": near(student, distance, 7 * seed + 103).to(dtype),
+        "labels": torch.randint(classes, (batch,), generator=generator(7 * seed + 104)),
+        "teacher_features": normal((batch, width), 7 * seed + 105, dtype),
     }
 
 
@@ -179,16 +115,16 @@ def _mfd_work(sizes: Sizes, item: int, training: bool) -> Work:
 
 def _linear_inputs(sizes: Sizes, dtype: torch.dtype, distance: str, seed: int) -> Arguments:
     rows, hidden, classes = sizes["rows"], sizes["hidden"], sizes["classes"]
-    student_hidden = _normal((rows, hidden), 7 * seed, dtype)
-    student_weight = _normal((classes, hidden), 7 * seed + 1, dtype, 3 * hidden**-0.5)
+    student_hidden = normal((rows, hidden), 7 * seed, dtype)
+    student_weight = normal((classes, hidden), 7 * seed + 1, dtype, 3 * hidden**-0.5)
     far = DISTANCES[distance] is None
-    teacher_weight = _normal((classes, hidden), 7 * seed + 2, dtype, 3 * hidden**-0.5) if far else student_weight
+    teacher_weight = normal((classes, hidden), 7 * seed + 2, dtype, 3 * hidden**-0.5) if far else student_weight
     return {
         "student_hidden": student_hidden,
         "student_weight": student_weight,
-        "teacher_hidden": _near(student_hidden, distance, 7 * seed + 3),
+        "teacher_hidden": near(student_hidden, distance, 7 * seed + 3),
         "teacher_weight": teacher_weight.clone(),
-        "labels": torch.randint(classes, (rows,), generator=_generator(7 * seed + 4)),
+        "labels": torch.randint(classes, (rows,), generator=generator(7 * seed + 4)),
     }
 
 
@@ -229,8 +165,8 @@ def _step_inputs(sizes: Sizes, dtype: torch.dtype, distance: str, seed: int) -> 
     scale = sizes["inputs"] ** -0.5
     modalities = range(sizes["modalities"])
     return {
-        "inputs": [_normal(shapes[0], 7 * seed + 200 + m, dtype) for m in modalities],
-        "encoders": [_normal(shapes[1], 7 * seed + 300 + m, dtype, scale) for m in modalities],
+        "inputs": [normal(shapes[0], 7 * seed + 200 + m, dtype) for m in modalities],
+        "encoders": [normal(shapes[1], 7 * seed + 300 + m, dtype, scale) for m in modalities],
         **{key: value for key, value in found.items() if key != "features"},
     }
 
@@ -344,6 +280,7 @@ OPS: dict[str, BenchOp] = {
             choice=_step_choice,
             work=_step_work,
         ),
+        *MODULES,
     )
 }
 

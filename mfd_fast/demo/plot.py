@@ -92,7 +92,7 @@ def _times(axis: Any, found: dict[str, Any]) -> None:
             axis.annotate(f"{ms:.3g}{factor}", (ms, place), **above)
     axis.set_yticks(range(len(timings)), [f"{t['what']}\non {t['backend'] or '-'}" for t in timings], fontsize=9)
     axis.set_ylim(len(timings) - 0.5, -0.6)
-    axis.set_title("Loss, forward + backward, median")
+    axis.set_title("Forward + backward, median")
     axis.set_xlabel(f"ms (log scale), {found['machine']['threads']} threads")
     every = [ms for times in taken for _, ms in times]
     if every:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from .data import CLASSES, IMAGES, SIZES
+from .data import CLASSES, IMAGES, SENSORS, SIZES
 from .models import FusionNet, parameter_count
 from .plot import plot
 from .statistics import mean_and_error, paired
@@ -72,8 +72,9 @@ def as_json(results: list[SeedResult], timings: list[Timing], config: Config) ->
 
     Accuracies and their differences are shares (0..1), one per seed in the order of ``seeds``; times are ms.
     """
-    conditions = list(results[0]["teacher"])
-    accuracy = {arm: {c: [seed[arm][c] for seed in results] for c in conditions} for arm in ARMS}
+    conditions = list(results[0].accuracy["teacher"])
+    accuracy = {arm: {c: [seed.accuracy[arm][c] for seed in results] for c in conditions} for arm in ARMS}
+    shares = {arm: {name: [seed.shares[arm][name] for seed in results] for name in SENSORS} for arm in ARMS}
     ratio = config.test_rows / (IMAGES - config.test_rows)
     found = {
         "versions": {
@@ -89,13 +90,9 @@ def as_json(results: list[SeedResult], timings: list[Timing], config: Config) ->
         "notes": list(NOTES),
         "seeds": list(range(len(results))),
         "accuracy": accuracy,
-        "summary": {
-            arm: {
-                c: dict(zip(("mean", "standard_error"), mean_and_error(values), strict=True))
-                for c, values in by.items()
-            }
-            for arm, by in accuracy.items()
-        },
+        "summary": _summary(accuracy),
+        "shares": shares,
+        "share_summary": _summary(shares),
         "paired": {
             f"distilled - {arm}": {
                 c: asdict(paired(accuracy["distilled"][c], accuracy[arm][c], ratio)) for c in conditions
@@ -108,6 +105,15 @@ def as_json(results: list[SeedResult], timings: list[Timing], config: Config) ->
     }
     cleaned: dict[str, Any] = _without_nan(found)
     return cleaned
+
+
+def _summary(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean and standard error over the seeds, per arm and column."""
+    names = ("mean", "standard_error")
+    return {
+        arm: {column: dict(zip(names, mean_and_error(values), strict=True)) for column, values in by.items()}
+        for arm, by in found.items()
+    }
 
 
 def _without_nan(tree: Any) -> Any:
@@ -134,9 +140,10 @@ def verdict(distilled: list[float], alone: list[float], test_to_train: float) ->
 
 
 def show(console: Console, found: dict[str, Any]) -> None:
-    """Both tables, the verdict and the notes."""
+    """The tables, the verdict and the notes."""
     console.print(_accuracy_table(found))
     console.print(found["verdict"], style="bold", highlight=False)
+    console.print(_share_table(found))
     for note in found["notes"]:
         console.print(note, style="dim", highlight=False)
     console.print()
@@ -155,16 +162,29 @@ def _accuracy_table(found: dict[str, Any]) -> Table:
     table.add_column("", no_wrap=True)
     for condition in found["summary"]["teacher"]:
         table.add_column(condition.replace("without ", "no ").removesuffix(" half"), justify="right", no_wrap=True)
-    for arm, by in found["summary"].items():
-        style = {"distilled": "bold green", "same_images": "dim", "all_labels": "dim"}.get(arm)
-        cells = [_with_error(f"{100 * s['mean']:.1f}", s["standard_error"]) for s in by.values()]
-        table.add_row(TITLES[arm], *cells, style=style)
+    _add_arms(table, found["summary"])
     table.add_section()
     gains = found["paired"]["distilled - alone"].values()
     table.add_row("gain, 95 %", *[_with_error(f"{100 * g['mean']:+.1f}", g["half_width"]) for g in gains])
     corrected = [_with_error(" " * 4, g["corrected_half_width"]) for g in gains]
     table.add_row("  corrected", *corrected, style="dim")
     return table
+
+
+def _share_table(found: dict[str, Any]) -> Table:
+    table = Table(title="Learned modality weights: mean share of each sensor in %, all sensors present")
+    for name in ("", *SENSORS):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    _add_arms(table, found["share_summary"])
+    return table
+
+
+def _add_arms(table: Table, summary: dict[str, Any]) -> None:
+    """One row per arm of percentages with their standard errors."""
+    for arm, by in summary.items():
+        style = {"distilled": "bold green", "same_images": "dim", "all_labels": "dim"}.get(arm)
+        cells = [_with_error(f"{100 * s['mean']:.1f}", s["standard_error"]) for s in by.values()]
+        table.add_row(TITLES[arm], *cells, style=style)
 
 
 def _with_error(text: str, error: float | None) -> str:
@@ -175,25 +195,23 @@ def _timing_table(found: dict[str, Any]) -> Table:
     machine, timings = found["machine"], found["timings"]
     compiled = any(timing["compile_ms"] is not None for timing in timings)
     threads = machine["threads"]
-    title = f"Loss, forward + backward: median ms, {threads} thread{'s' if threads > 1 else ''}, {machine['cpu']}"
+    title = f"Forward + backward: median ms, {threads} thread{'s' if threads > 1 else ''}, {machine['cpu']}"
     table = Table(title=title)
-    names = ["loss", "runs on", "mfd_fast", "eager", "ratio", *(["compiled", "ratio"] if compiled else [])]
+    names = ["step", "on", "mfd_fast", "eager", *(["torch.compile"] if compiled else [])]
     for number, name in enumerate(names):
         table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
     for t in timings:
-        cells = [t["what"], t["backend"] or "-", _ms(t["mfd_fast_ms"]), _ms(t["eager_ms"]), _ratio(t["eager_ratio"])]
-        if compiled:
-            cells += [_ms(t["compile_ms"]), _ratio(t["compile_ratio"])]
-        table.add_row(*cells)
+        cells = [t["what"], t["backend"] or "-", _ms(t["mfd_fast_ms"]), _ms(t["eager_ms"], t["eager_ratio"])]
+        table.add_row(*cells, *([_ms(t["compile_ms"], t["compile_ratio"])] if compiled else []))
     return table
 
 
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f} x"
+def _ms(value: float | None, ratio: float | None = None) -> str:
+    """Three digits of milliseconds, and how many times mfd_fast's time that is."""
+    if value is None:
+        return "-"
+    text = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return text if ratio is None else f"{text} ({ratio:.1f}x)"
 
 
 def cpu_name() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 import mfd_fast as mfd
 
-from .data import CLASSES, SENSORS
+from .data import CLASSES, SENSORS, SIZES
+from .models import FusionNet
 from .train import Config
 
 # Largest error of value and gradients against float64, relative to the largest entry, for float32 inputs.
@@ -41,15 +42,27 @@ class Timing:
         return None if self.compile_ms is None or self.mfd_fast_ms is None else self.compile_ms / self.mfd_fast_ms
 
 
+def _as_given(*arguments: Any) -> tuple[Any, ...]:
+    return arguments
+
+
 @dataclass(frozen=True)
 class Workload:
-    """A call of a public op, and the function of the same signature that one would write without the library."""
+    """A call of a public op, and the function of the same signature that one would write without the library.
+
+    ``prepare`` turns ``arguments`` into theirs and is timed with both: the encoders of a training step.
+    """
 
     what: str
     op: Callable[..., Any]
     eager: Callable[..., Tensor]
     arguments: tuple[Any, ...]
     options: dict[str, Any]
+    prepare: Callable[..., tuple[Any, ...]] = _as_given
+
+    def explain(self, backend: str | None) -> str:
+        """The backend that runs the op; BackendError if ``backend`` cannot."""
+        return mfd.explain(self.op, *self.prepare(*self.arguments), **self.options, backend=backend).backend
 
 
 def eager_distill_loss(
@@ -80,10 +93,27 @@ def eager_mfd_loss(
     return rows + feature_weight * F.mse_loss(pooled, teacher_features)
 
 
+def encode(sensors: Sequence[Tensor], encoders: Sequence[Sequence[Tensor]], *rest: Any) -> tuple[Any, ...]:
+    """The student's encoders, from their parameters (weight and bias of two layers each), and the ``rest`` as it is."""
+    layers = zip(sensors, encoders, strict=True)
+    return ([F.linear(F.gelu(F.linear(x, *layer[:2])), *layer[2:]) for x, layer in layers], *rest)
+
+
 def workloads(config: Config, quick: bool) -> list[Workload]:
-    """The demo's own training step, and logits of growing size."""
+    """The student's step in this demo with and without its encoders, and logits of growing size."""
     shapes = ((64, 100),) if quick else ((1024, 1000), (512, 8192))
-    return [_fusion(config), *(_logits(rows, classes) for rows, classes in shapes)]
+    loss = _fusion(config)
+    return [_student_step(config, loss), loss, *(_logits(rows, classes) for rows, classes in shapes)]
+
+
+def _student_step(config: Config, loss: Workload) -> Workload:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        student = FusionNet(SIZES, config.student_hidden, config.student_width, CLASSES)
+        sensors = [torch.randn(config.batch, size) for size in SIZES]
+    encoders = [list(encoder.parameters()) for encoder in student.encoders]
+    arguments = (sensors, encoders, *loss.arguments[1:])
+    return replace(loss, what=f"student step, {config.batch} rows", arguments=arguments, prepare=encode)
 
 
 def _fusion(config: Config) -> Workload:
@@ -111,7 +141,7 @@ def _fusion(config: Config) -> Workload:
         "hard_weight": 1.0,
         "feature_weight": config.feature_weight,
     }
-    what = f"mfd_loss {rows} x {sensors} x {width}, {CLASSES}"
+    what = f"mfd_loss {rows}x{sensors}x{width}, {CLASSES}"
     return Workload(what, mfd.mfd_loss, eager_mfd_loss, arguments, options)
 
 
@@ -123,7 +153,7 @@ def _logits(rows: int, classes: int) -> Workload:
         torch.randint(classes, (rows,), generator=generator),
     )
     options = {"temperature": 2.0, "hard_weight": 1.0}
-    return Workload(f"distill_loss {rows} x {classes}", mfd.distill_loss, eager_distill_loss, arguments, options)
+    return Workload(f"distill_loss {rows}x{classes}", mfd.distill_loss, eager_distill_loss, arguments, options)
 
 
 def check_backend(loads: Sequence[Workload], backend: str | None) -> None:
@@ -131,7 +161,7 @@ def check_backend(loads: Sequence[Workload], backend: str | None) -> None:
     refusal = None
     for load in loads:
         try:
-            mfd.explain(load.op, *load.arguments, **load.options, backend=backend)
+            load.explain(backend)
             return
         except mfd.BackendError as error:
             refusal = error
@@ -142,23 +172,26 @@ def check_backend(loads: Sequence[Workload], backend: str | None) -> None:
 def measure(load: Workload, backend: str | None, seconds: float, with_compile: bool = False) -> Timing:
     """Times mfd_fast and eager (and compiled eager) in turn for about ``seconds``, if their gradients agree."""
     try:
-        chosen = mfd.explain(load.op, *load.arguments, **load.options, backend=backend).backend
+        chosen = load.explain(backend)
     except mfd.BackendError as error:
         return Timing(load.what, None, None, None, None, str(error))
 
     def fused(*arguments: Any, **options: Any) -> Tensor:
-        result = load.op(*arguments, **options, backend=backend)
+        result = load.op(*load.prepare(*arguments), **options, backend=backend)
         return result.loss if isinstance(result, mfd.MFDOutput) else result
 
-    functions = [fused, load.eager]
-    exact = value_and_gradients(load.eager, _double(load.arguments), _double(load.options))
+    def eager(*arguments: Any, **options: Any) -> Tensor:
+        return load.eager(*load.prepare(*arguments), **options)
+
+    functions = [fused, eager]
+    exact = value_and_gradients(eager, _double(load.arguments), _double(load.options))
     errors = [relative_error(value_and_gradients(f, load.arguments, load.options), exact) for f in functions]
     if not all(error <= TOLERANCE for error in errors):  # False for nan
         note = f"not timed: error against float64 is {errors[0]:.1e} (mfd_fast), {errors[1]:.1e} (eager)"
         return Timing(load.what, chosen, None, None, None, note)
     note = ""
     if with_compile:
-        compiled = torch.compile(load.eager, dynamic=False)
+        compiled = torch.compile(eager, dynamic=False)
         try:
             value_and_gradients(compiled, load.arguments, load.options)
             functions.append(compiled)

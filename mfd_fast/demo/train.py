@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +24,15 @@ import mfd_fast as mfd
 from .data import CLASSES, SENSORS, Part, Split, make_split
 from .models import FusionNet, principal_projection
 
-SeedResult = dict[str, dict[str, float]]  # arm -> condition -> test accuracy
 STUDENT_ARMS = ("alone", "distilled", "same_images", "all_labels")
 ARMS = ("teacher", *STUDENT_ARMS)
+
+
+class SeedResult(NamedTuple):
+    """Per arm: test accuracy by condition, and the mean share that each sensor has in the fused representation."""
+
+    accuracy: dict[str, dict[str, float]]
+    shares: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,12 @@ def accuracies(model: FusionNet, test: Part, backend: str | None) -> dict[str, f
     return result
 
 
+def mean_shares(model: FusionNet, test: Part, backend: str | None) -> dict[str, float]:
+    """Mean over the test rows of the weight that the fusion learned to give each sensor; they add up to 1."""
+    weights = model.predict(test.sensors, backend=backend).weights
+    return dict(zip(SENSORS, weights.mean(0).tolist(), strict=True))
+
+
 def build(config: Config, split: Split, seed: int, teacher: bool) -> FusionNet:
     inputs = [sensor.shape[1] for sensor in split.test.sensors]
     torch.manual_seed(seed)
@@ -155,16 +168,18 @@ def run_seed(
     steps = config.epochs * -(-config.student_rows // config.batch)
     with torch.random.fork_rng(devices=[]):
         teacher = fit(build(config, split, seed, True), [Lesson(split.teacher, hard_weight=1.0)], steps, seed, config)
-        results = {"teacher": accuracies(teacher, split.test, config.backend)}
+        models = {"teacher": teacher}
         done()
         told = teacher.predict(split.student.sensors, backend=config.backend)
         features = principal_projection(told.pooled, config.student_width)
         for arm in STUDENT_ARMS:
             lessons = student_lessons(arm, split, told.logits, features, config)
-            student = fit(build(config, split, seed, False), lessons, steps, seed, config)
-            results[arm] = accuracies(student, split.test, config.backend)
+            models[arm] = fit(build(config, split, seed, False), lessons, steps, seed, config)
             done()
-    return results
+    return SeedResult(
+        {arm: accuracies(model, split.test, config.backend) for arm, model in models.items()},
+        {arm: mean_shares(model, split.test, config.backend) for arm, model in models.items()},
+    )
 
 
 def student_lessons(arm: str, split: Split, logits: Tensor, features: Tensor, config: Config) -> list[Lesson]:

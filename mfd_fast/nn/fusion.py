@@ -15,7 +15,22 @@ from ..reference.modal_pool import modal_weights
 from ._inputs import check_inputs, check_parameter_dtype, check_present, check_size, check_sizes, uniform_, zero_absent
 
 _OP = "ModalFusion"
+BLOCK_ROWS = 8
 SCORINGS = ("linear", "query", "prior")
+
+
+def weighted_bias(a: Tensor, bias: Tensor) -> Tensor:
+    """``a [N, M] @ bias [M, O]``; in float32 by blocks of rows.
+
+    The gradient of ``bias`` is then a sum over blocks of short products: one product over all N rows would carry
+    a single running sum, less accurate than the sums over rows of M separate projections.
+    """
+    if a.dtype != torch.float32:  # a 16-bit product rounds once, a sum of 16-bit blocks would round more often
+        return a @ bias
+    rows, blocks = a.shape[0], a.shape[0] // BLOCK_ROWS + 1
+    padded = F.pad(a, (0, 0, 0, blocks * BLOCK_ROWS - rows))
+    product = torch.bmm(padded.view(blocks, BLOCK_ROWS, a.shape[1]), bias.expand(blocks, -1, -1))
+    return product.view(blocks * BLOCK_ROWS, bias.shape[1])[:rows]
 
 
 class ModalFusion(nn.Module):
@@ -135,8 +150,9 @@ class ModalFusion(nn.Module):
         scaled = torch.cat([x * a[..., m, None] for m, x in enumerate(xs)], -1)
         if self.bias is None:
             return types.ModalPool(F.linear(scaled, self.weight), weights)
-        bias = a.reshape(-1, len(xs)) @ self.bias
-        pooled = torch.addmm(bias, scaled.reshape(-1, scaled.shape[-1]), self.weight.T)
+        pooled = torch.addmm(
+            weighted_bias(a.reshape(-1, len(xs)), self.bias), scaled.reshape(-1, scaled.shape[-1]), self.weight.T
+        )
         return types.ModalPool(pooled.reshape(*a.shape[:-1], self.out_features), weights)
 
     def _projected(self, xs: list[Tensor], present: Tensor | None, tau: float | Tensor) -> types.ModalPool:

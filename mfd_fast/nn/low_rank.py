@@ -23,7 +23,8 @@ class LowRankFusion(nn.Module):
     Each modality is one GEMM to ``[..., R, O]``. The product runs modality by modality, so no tensor has a
     modality axis and at most two of them live at a time without gradients; with gradients M factors and
     M − 2 partial products are kept. Gradients of a product are products of the other factors, never
-    quotients: exact where a factor is 0. w is folded into the smallest factor, so the sum over r keeps nothing.
+    quotients: exact where a factor is 0. w is folded into the smallest factor, so the sum over r keeps nothing
+    (not in float16 and bfloat16, where that would round once more).
 
     Args:
         in_features: widths D_m of the M modalities.
@@ -84,7 +85,9 @@ class LowRankFusion(nn.Module):
         for m, x in enumerate(xs):
             check_parameter_dtype(_OP, f"features[{m}]", x, self.rank_weight)
         check_present(_OP, present, leading, len(xs), xs[0].device)
-        smallest = self.in_features.index(min(self.in_features))
+        # A 16-bit factor that is scaled first would be rounded once more than the sum needs.
+        folds = self.rank_weight.dtype not in (torch.float16, torch.bfloat16)
+        smallest = self.in_features.index(min(self.in_features)) if folds else None
         product: Tensor | None = None
         for m, (x, factor) in enumerate(zip(xs, self.factors, strict=True)):
             if present is not None:
@@ -95,7 +98,8 @@ class LowRankFusion(nn.Module):
             z = F.linear(x, rows[1:].T, rows[0])
             product = z if product is None else product * z
         assert product is not None
-        y = product.unflatten(-1, (self.rank, self.out_features)).sum(-2)
+        by_rank = product.unflatten(-1, (self.rank, self.out_features))
+        y = by_rank.sum(-2) if folds else torch.einsum("...ro,r->...o", by_rank, self.rank_weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
