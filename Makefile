@@ -1,4 +1,4 @@
-# make demo | test | lint | format | bench | wheel | clean
+# make demo | test | aot | lint | format | bench | wheel | clean
 # Another interpreter, the first time: make demo PYTHON=python3.12
 
 PYTHON  ?= python3
@@ -18,7 +18,7 @@ $(VENV)/native: export MFD_FAST_CUDA_ARCHS ?= 90
 .SILENT:
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint mypy format bench wheel clean
+.PHONY: help demo test aot lint mypy format bench wheel clean
 
 help:
 	sed -n '1,2s/^# //p' Makefile
@@ -29,6 +29,10 @@ demo: $(VENV)/native
 test: lint mypy
 	echo "tests: pytest -n $(WORKERS)"
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+
+# Every Triton kernel with every option for every GPU: half an hour.
+aot: $(VENV)/packages-test $(VENV)/native
+	MFD_FAST_AOT=complete $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests/test_triton_aot.py
 
 lint: $(VENV)/packages-test
 	echo "lint: ruff, codespell, clang-format"

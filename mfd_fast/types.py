@@ -76,8 +76,7 @@ class TopK:
     Args:
         values: ``[..., K]`` floating, 1 <= K <= 1024; ``-inf`` is a class of probability 0. May require grad.
         indices: ``[..., K]`` int64 or int32 classes in [0, C), different within a row. On a CPU others raise when
-            the op runs; on a GPU an index out of range gives NaN for its row, and of a class listed twice each
-            entry counts as a class of its own.
+            the op runs; on a GPU an index out of range and a class listed twice give NaN for their row.
         tail: what becomes of the other classes.
         values_are: "logprobs" (natural, at temperature 1, over all classes) or "logits".
 

@@ -1,21 +1,24 @@
 """Ahead-of-time compilation of Triton kernels for GPUs that are not here, and what the machine code says.
 
-:func:`compile_all` works in a process of its own: kernels that were defined under ``TRITON_INTERPRET=1``, as they
+:class:`Compiler` works in a process of its own: kernels that were defined under ``TRITON_INTERPRET=1``, as they
 are in a test session, cannot be compiled.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -33,31 +36,45 @@ class Report:
     ttir: str
 
 
-def compile_all(module: str, names: list[str]) -> dict[str, Report]:
-    """``module.launches(name)`` for every name, compiled in two fresh processes without the interpreter.
+class Compiler:
+    """A process of its own, without the interpreter, that compiles one launch after the other.
 
-    ``launches(name)`` returns the arguments of :func:`compile_kernel`; ``module`` lies beside this file.
+    ``module.launches(name)`` returns the arguments of :func:`compile_kernel`; ``module`` lies beside this file.
     """
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        halves = [names[k::2] for k in range(2)]
-        found = list(pool.map(lambda half: _in_process("compile", module, half), halves))
-    return {name: Report(**report) for half in found for name, report in half.items()}
 
+    def __init__(self) -> None:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        self._cache = tempfile.TemporaryDirectory()
+        environment["TRITON_CACHE_DIR"] = self._cache.name
+        command = [sys.executable, __file__]
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
-def keys_of(module: str, names: tuple[str, ...]) -> dict[str, list[str]]:
-    """Keys in the launcher's cache of every call of ``module.variants(name)``."""
-    return _in_process("keys", module, list(names))
+    def __enter__(self) -> Self:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+        self._cache.cleanup()
 
-def _in_process(task: str, module: str, names: list[str]) -> dict[str, Any]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    with tempfile.TemporaryDirectory() as cache:
-        environment["TRITON_CACHE_DIR"] = cache
-        command = [sys.executable, __file__, task, module, *names]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{task} {names} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    def report(self, module: str, name: str) -> Report:
+        """Facts about ``module.launches(name)``."""
+        return Report(**self._ask("compile", module, name))
+
+    def keys(self, module: str, name: str) -> list[str]:
+        """Keys in the launcher's cache of every call of ``module.variants(name)``."""
+        found: list[str] = self._ask("keys", module, name)
+        return found
+
+    def _ask(self, *question: str) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(question), file=self._process.stdin, flush=True)
+        answer = json.loads(self._process.stdout.readline())
+        if "error" in answer:
+            raise RuntimeError(f"{question} failed:\n{answer['error']}")
+        return answer["found"]
 
 
 def compile_kernel(
@@ -71,9 +88,11 @@ def compile_kernel(
     from triton.compiler import ASTSource, compile, make_backend  # noqa: A004
     from triton.runtime.jit import create_function_from_signature
 
+    from mfd_fast.backends.triton.launch import compile_options
+
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
-    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False, **(more or {})}
+    options = compile_options(warps) | (more or {})
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     known = {name: value for name, value in arguments.items() if name in kernel.arg_names}
     assert len(known) == len(arguments), f"unknown arguments: {arguments.keys() - known.keys()}"
@@ -138,14 +157,24 @@ def _widths(operations: list[str], name: str) -> dict[str, int]:
     return counts
 
 
-def _main(task: str, module: str, *names: str) -> dict[str, Any]:
-    import importlib
-
+def _answer(task: str, module: str, name: str) -> Any:
     jobs = importlib.import_module(module)
     if task == "keys":
-        return {name: [specialization_key(k, a, 90) for k, a, *_ in jobs.variants(name)] for name in names}
-    return {name: asdict(compile_kernel(*jobs.launches(name))) for name in names}
+        return [specialization_key(k, a, 90) for k, a, *_ in jobs.variants(name)]
+    return asdict(compile_kernel(*jobs.launches(name)))
+
+
+def _serve() -> None:
+    """Answers the questions of a :class:`Compiler`, one per line."""
+    answers = sys.stdout
+    sys.stdout = sys.stderr
+    for line in sys.stdin:
+        try:
+            answer = {"found": _answer(*json.loads(line))}
+        except Exception:
+            answer = {"error": traceback.format_exc()[-9000:]}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    print(json.dumps(_main(*sys.argv[1:])))
+    _serve()

@@ -2,72 +2,141 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
+from aot_recorder import Launch, recorded, unlaunched
 
-from mfd_fast.backends.triton import distill_loss, launch, scale
+import mfd_fast as mfd
+from mfd_fast.backends.triton import distill_loss
 from mfd_fast.contract import check_rows
 
 CAPABILITIES = (80, 90, 100)
-CLASSES = (100, 1000, 32000, 128256)
+CLASSES = (1000, 32000, 128256)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KERNELS = ("distill_scalar", "distill_rows", "distill_rows_backward")
+SPARSE_KERNELS = ("topk_scalar", "topk_rows")
+STANDARDIZE = mfd.LogitTransform(standardize=True)
+DIVERGENCES: dict[str, dict[str, Any]] = {
+    "forward": {"divergence": mfd.ForwardKL()},
+    "reverse": {"divergence": mfd.ReverseKL()},
+    "jsd": {"divergence": mfd.JSD(0.3)},
+    "skew": {"divergence": mfd.SkewKL()},
+    "skewreverse": {"divergence": mfd.SkewReverseKL()},
+    "tvd": {"divergence": mfd.TVD()},
+    "alphabeta": {"divergence": mfd.AlphaBeta(0.5, 0.25)},
+    "dkd": {"divergence": mfd.DKD()},
+    "nkd": {"divergence": mfd.NKD()},
+}
+#: What a name ends in: options of the launch.
+OPTIONS: dict[str, dict[str, Any]] = {
+    **DIVERGENCES,
+    "teachers": {"teachers": 3},
+    "teachersnkd": {"teachers": 3, "divergence": mfd.NKD()},
+    "standardized": {"student_transform": STANDARDIZE, "teacher_transform": STANDARDIZE},
+}
+#: The same with other numbers, which must not compile anything new.
+OTHER_NUMBERS: dict[str, dict[str, Any]] = {
+    "jsd": {"divergence": mfd.JSD(0.9)},
+    "alphabeta": {"divergence": mfd.AlphaBeta(2.0, -1.0)},
+    "dkd": {"divergence": mfd.DKD(2.0, 0.0)},
+    "nkd": {"divergence": mfd.NKD(0.0)},
+}
+#: Of a sparse teacher: how many classes it lists, its tail, the divergence.
+SPARSE: dict[str, dict[str, Any]] = {
+    "bucket": {"listed": 64, "tail": "bucket"},
+    "bucketjsd": {"listed": 64, "tail": "bucket", "divergence": mfd.JSD(0.3)},
+    "bucketdkd": {"listed": 64, "tail": "bucket", "divergence": mfd.DKD()},
+    "bucketnkd": {"listed": 64, "tail": "bucket", "divergence": mfd.NKD()},
+    "bucketlong": {"listed": 1000, "tail": "bucket", "divergence": mfd.AlphaBeta(0.5, 0.25)},
+    "renormalize": {"listed": 64, "tail": "renormalize", "divergence": mfd.ReverseKL()},
+    "zero": {"listed": 64, "tail": "zero"},
+    "zeroalphabeta": {"listed": 64, "tail": "zero", "divergence": mfd.AlphaBeta(0.5, 0.25)},
+    "zeroskew": {"listed": 64, "tail": "zero", "divergence": mfd.SkewKL(), "student_transform": STANDARDIZE},
+}
 
-# Everything at C=1000 and C=32000; the other widths where they differ, which is in the shape of the tile.
-NAMES = [f"distill_scalar-{c}-{d}-{cc}" for cc in CAPABILITIES for c in CLASSES for d in DTYPES]
-NAMES += [f"distill_rows_backward-{c}-{d}-{cc}" for cc in CAPABILITIES for c in CLASSES for d in DTYPES]
-EXTRA = [f"distill_rows-{c}-{d}-90" for c in (1000, 128256) for d in DTYPES]
-EXTRA += [f"{kernel}-8192-{d}-90" for kernel in KERNELS for d in DTYPES]
-EXTRA += ["count_rows-1000-fp32-80", "reduce_loss-1000-fp32-80", "scale_in_place-1000-bf16-80"]
+
+def _names() -> list[str]:
+    """On sm_90 every option at every length in the scalar kernel, whose dtypes take turns; the others in turns."""
+    lengths, dtypes, sparse = itertools.cycle(CLASSES), itertools.cycle(DTYPES), itertools.cycle(SPARSE_KERNELS)
+    names = [f"distill_scalar-{c}-{d}-90-{o}" for o in OPTIONS for c, d in zip(CLASSES, dtypes, strict=False)]
+    for option in OPTIONS:
+        names += [f"{kernel}-{next(lengths)}-{next(dtypes)}-90-{option}" for kernel in KERNELS[1:]]
+        next(lengths)
+    names += [f"topk_scalar-{next(lengths)}-{next(dtypes)}-90-{option}" for option in SPARSE]
+    names += [f"topk_rows-{next(lengths)}-{next(dtypes)}-90-{option}" for option in SPARSE]
+    names += [f"mixture_backward-{c}-fp32-90-teachersnkd" for c in CLASSES]
+    for capability in (80, 100):
+        names += [
+            f"{kernel}-{next(lengths)}-{next(dtypes)}-{capability}-{option}"
+            for kernel, option in (*zip(itertools.cycle(KERNELS), OPTIONS, strict=False), (next(sparse), "bucketjsd"))
+        ]
+    names += [f"distill_scalar-100-{d}-{cc}-forward" for d, cc in zip(DTYPES, CAPABILITIES, strict=False)]
+    names += [f"{kernel}-1000-fp32-80-forward" for kernel in ("count_rows", "reduce_loss", "scale_in_place")]
+    return names
 
 
-Launch = tuple[Any, dict[str, Any], int, int]
+def _complete() -> list[str]:
+    """Every kernel with every option, length and dtype on every capability."""
+    shapes = list(itertools.product(CLASSES, DTYPES, CAPABILITIES))
+    names = [f"{k}-{c}-{d}-{cc}-{o}" for k, o in itertools.product(KERNELS, OPTIONS) for c, d, cc in shapes]
+    names += [f"{k}-{c}-{d}-{cc}-{o}" for k, o in itertools.product(SPARSE_KERNELS, SPARSE) for c, d, cc in shapes]
+    return names + [f"mixture_backward-{c}-{d}-{cc}-{o}" for o in OPTIONS if "teachers" in o for c, d, cc in shapes]
+
+
+NAMES = _names()
+COMPLETE = sorted({*NAMES, *_complete()})
 
 
 def launches(name: str) -> Launch:
-    """(kernel, arguments, capability, warps) of the launch called ``kernel-classes-dtype-capability``."""
+    """(kernel, arguments, capability, warps, options) of ``kernel-classes-dtype-capability-option``."""
     return _recorded(name, {})
+
+
+def launched(name: str) -> list[str]:
+    """The kernels of a call of the scalar loss, its gradient included."""
+    return [kernel.fn.__name__ for kernel, *_ in unlaunched(lambda: _scalar(*_problem(name, {})))]
 
 
 def variants(name: str) -> list[Launch]:
     """The same launch with other numbers; all must use one compiled kernel."""
     changes = [{}, {"temperature": 7.5}, {"n": 17, "label_smoothing": 0.3}, {"n": 1, "ignore_index": 1}]
+    changes.append(OTHER_NUMBERS.get(name.split("-")[4], {}))
     return [_recorded(name, change) for change in changes]
 
 
 def _recorded(name: str, changes: dict[str, Any]) -> Launch:
-    wanted, classes, dtype, capability = name.split("-")
-    found: dict[str, tuple[Any, dict[str, Any], int]] = {}
-
-    def record(kernel: Any, programs: int, device: torch.device, warps: int, arguments: dict[str, Any]) -> None:
-        found[kernel.__name__] = (kernel, arguments, warps)
-
-    original = launch.launch
-    distill_loss.launch = scale.launch = record
-    try:
-        _run_everything(int(classes), DTYPES[dtype], **changes)
-    finally:
-        distill_loss.launch = scale.launch = original
-    kernel, arguments, warps = found[wanted]
-    return kernel, arguments, int(capability), warps
+    wanted, _, _, capability, _ = name.split("-")
+    return recorded(wanted, int(capability), lambda: _run_everything(*_problem(name, changes)))
 
 
-def _run_everything(classes: int, dtype: torch.dtype, n: int = 2, **options: Any) -> None:
-    """Both terms, labels, a mask and, in backward, every gradient: the launches that need most registers."""
-    student = torch.zeros(n, classes, dtype=dtype)
-    rows = check_rows(
-        "aot",
-        student,
-        student.clone(),
-        torch.zeros(n, dtype=torch.int64),
-        mask=torch.ones(n, dtype=torch.bool),
-        **{"temperature": 2.0, "label_smoothing": 0.1, **options},
-    )
-    weight = torch.ones(n)
-    _, gradient = distill_loss.scalar(
+def _problem(name: str, changes: dict[str, Any]) -> tuple[Any, torch.Tensor]:
+    """Rows with labels and a mask, and the weights."""
+    _, columns, dtype, _, option = name.split("-")
+    options = {"n": 2, "temperature": 2.0, "label_smoothing": 0.1, **(OPTIONS | SPARSE)[option], **changes}
+    n, classes = options.pop("n"), int(columns)
+    student = torch.zeros(n, classes, dtype=DTYPES[dtype])
+    teacher: Any = [student.clone() for _ in range(options.pop("teachers", 1))]
+    if "listed" in options:
+        indices = torch.arange(options.pop("listed")).expand(n, -1).contiguous()
+        teacher = mfd.TopK(torch.zeros(indices.shape, dtype=student.dtype), indices, tail=options.pop("tail"))
+    elif len(teacher) == 1:
+        teacher = teacher[0]
+    labels, mask = torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.bool)
+    return check_rows("aot", student, teacher, labels, mask=mask, **options), torch.ones(n)
+
+
+def _scalar(rows: Any, weight: torch.Tensor) -> Any:
+    return distill_loss.scalar(
         rows, weight=weight, soft_weight=1.0, hard_weight=0.5, mean=True, normalizer=None, needs_grad=True
     )
+
+
+def _run_everything(rows: Any, weight: torch.Tensor) -> None:
+    """Both terms and, in backward, every gradient: the launches that need most registers."""
+    _, gradient = _scalar(rows, weight)
     stats = distill_loss.per_row(rows, terms=True)[2]
-    distill_loss.per_row_backward(rows, stats, weight, weight, (True, True, True, True))
+    needs = (True,) * (4 if len(rows.teachers) == 1 else 4 + len(rows.teachers))
+    distill_loss.per_row_backward(rows, stats, weight, weight, needs)
     distill_loss.scale_gradient_(gradient, weight[0])

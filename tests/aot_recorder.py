@@ -14,15 +14,20 @@ Launch = tuple[Any, dict[str, Any], int, int, dict[str, Any]]
 
 def recorded(wanted: str, capability: int, call: Callable[[], Any]) -> Launch:
     """(kernel, arguments, capability, warps, options) of the last launch of ``wanted`` during ``call()``."""
-    found: dict[str, tuple[Any, dict[str, Any], int, dict[str, Any]]] = {}
+    kernel, arguments, warps, options = [found for found in unlaunched(call) if found[0].__name__ == wanted][-1]
+    return kernel, arguments, capability, warps, options
+
+
+def unlaunched(call: Callable[[], Any]) -> list[tuple[Any, dict[str, Any], int, dict[str, Any]]]:
+    """(kernel, arguments, warps, options) of every launch that ``call()`` would make; none of them runs."""
+    found: list[tuple[Any, dict[str, Any], int, dict[str, Any]]] = []
 
     def record(kernel: Any, programs: int, device: Any, warps: int, arguments: dict[str, Any], **options: Any) -> None:
-        found[kernel.__name__] = (kernel, arguments, warps, options)
+        found.append((kernel, arguments, warps, options))
 
     with _replaced(record):
         call()
-    kernel, arguments, warps, options = found[wanted]
-    return kernel, arguments, capability, warps, options
+    return found
 
 
 @contextlib.contextmanager

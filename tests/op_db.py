@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import eager
 import op_db_divergences
 import op_errors
+import pytest
 import torch
 from harness import Arguments, OpRecord
 from torch import Tensor
@@ -18,7 +21,7 @@ from mfd_fast.testing import distill_inputs, modal_inputs
 BACKEND_FEATURES = {
     "reference": op_db_divergences.FEATURES,
     "cpu": op_db_divergences.FEATURES,
-    "triton": frozenset({"forward_kl"}),
+    "triton": op_db_divergences.FEATURES,
     "cuda": op_db_divergences.FEATURES - {"teachers", "topk"},
 }
 
@@ -293,6 +296,27 @@ CASES = [(record, backend) for record in RECORDS.values() for backend in record.
 CASE_IDS = [f"{record.name}-{backend}" for record, backend in CASES]
 SAMPLE_CASES = [(record, backend, name) for record, backend in CASES for name in samples_on(record, backend)]
 SAMPLE_IDS = [f"{record.name}-{backend}-{name}" for record, backend, name in SAMPLE_CASES]
+
+
+def crossed(cases: list[tuple[Any, ...]], *axes: Iterable[Any]) -> list[Any]:
+    """``pytest.param`` of every case with every combination of the axes' values.
+
+    Interpreted kernels are slow: for them the values of the last axis take turns from case to case and from one
+    combination of the other axes to the next. So every sample, hence every divergence and every option, is still
+    there, and so is every value of every axis.
+    """
+    *others, last = [list(axis) for axis in axes]
+    found = []
+    for i, case in enumerate(cases):
+        names = [getattr(part, "name", part) for part in case]
+        for j, chosen in enumerate(itertools.product(*others)):
+            turn = last[(i + j) % len(last)]
+            for value in [turn] if "triton" in case else last:
+                values = (*chosen, value)
+                found.append(pytest.param(*case, *values, id="-".join(map(str, (*names, *values)))))
+    return found
+
+
 #: The same of distill_loss on the backends that have kernels: the gradient of the student comes from the forward pass.
 KERNEL_CASES = [
     (backend, name) for backend in ("cpu", "cuda", "triton") for name in samples_on(RECORDS["distill_loss"], backend)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from harness import assert_obeys_rule, evaluate, on, reference64, stacked
-from op_db import RECORDS, SAMPLE_CASES, SAMPLE_IDS, samples_on
+from op_db import RECORDS, SAMPLE_CASES, crossed, samples_on
 from test_values import DRAWS, eager_outputs
 
 from mfd_fast.testing import assert_bitwise_equal
@@ -11,8 +11,7 @@ from mfd_fast.testing import assert_bitwise_equal
 CPU_AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("record", "backend", "name"), SAMPLE_CASES, ids=SAMPLE_IDS)
+@pytest.mark.parametrize(("record", "backend", "name", "dtype"), crossed(SAMPLE_CASES, [torch.bfloat16, torch.float32]))
 def test_dtypes_stay_and_accuracy_holds(record, backend, name, dtype):
     actual, exact, eager = [], [], []
     for seed in range(DRAWS[backend] // 3):

@@ -81,14 +81,13 @@ def test_the_backend_that_was_asked_for_is_the_one_that_runs(monkeypatch, backen
 
 
 def test_a_refusal_names_the_reason_and_the_default_passes_on():
-    rows = SAMPLE["student"].shape[0]
-    sparse = mfd.TopK(torch.full((rows, 2), -1.0), torch.tensor([[0, 1]] * rows))
-    call = {**SAMPLE, "teacher": sparse}
-    with pytest.raises(mfd.BackendError, match=r"backend 'triton' cannot run .*TopK"):
-        mfd.distill_loss(**call, backend="triton")
+    call = {**SAMPLE, "divergence": mfd.JSD(0.001)}
+    for backend in ("cpu", "triton"):
+        with pytest.raises(mfd.BackendError, match=rf"backend '{backend}' cannot run .*JSD\(beta=0.001\).* a limit"):
+            mfd.distill_loss(**call, backend=backend)
     choice = mfd.explain(mfd.distill_loss, **call)
-    assert choice.backend == "cpu"
-    assert "TopK" in choice.rejected["triton"]
+    assert choice.backend == "reference"
+    assert all("a limit" in choice.rejected[name] for name in ("cpu", "triton"))
     assert mfd.distill_loss(**call).isfinite()
 
 

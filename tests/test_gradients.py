@@ -3,7 +3,7 @@
 import pytest
 import torch
 from harness import evaluate, map_tensors, named_tensors, on, requiring_grad
-from op_db import CASE_IDS, CASES, KERNEL_CASES, RECORDS, SAMPLE_CASES, SAMPLE_IDS
+from op_db import CASE_IDS, CASES, KERNEL_CASES, RECORDS, SAMPLE_CASES, SAMPLE_IDS, crossed
 
 from mfd_fast.testing import LAYOUTS, assert_bitwise_equal
 
@@ -50,8 +50,7 @@ def backward_of(record, backend, name, names, dtype=torch.float32):
 WRT = {"first": lambda r: r.differentiable[:1], "all": lambda r: r.differentiable}
 
 
-@pytest.mark.parametrize("wrt", WRT)
-@pytest.mark.parametrize(("record", "backend", "name"), SAMPLE_CASES, ids=SAMPLE_IDS)
+@pytest.mark.parametrize(("record", "backend", "name", "wrt"), crossed(SAMPLE_CASES, WRT))
 def test_backward_twice_gives_the_same_gradient_twice(record, backend, name, wrt):
     leaves, ends = backward_of(record, backend, name, WRT[wrt](record))
     ups = [torch.full_like(end, 0.5) for end in ends]
@@ -66,8 +65,7 @@ def test_backward_twice_gives_the_same_gradient_twice(record, backend, name, wrt
         assert_bitwise_equal(a, d)  # nobody wrote into a gradient that was handed out
 
 
-@pytest.mark.parametrize("wrt", WRT)
-@pytest.mark.parametrize(("record", "backend", "name"), SAMPLE_CASES, ids=SAMPLE_IDS)
+@pytest.mark.parametrize(("record", "backend", "name", "wrt"), crossed(SAMPLE_CASES, WRT))
 def test_four_times_the_loss_has_four_times_the_gradient(record, backend, name, wrt):
     """A power of two scales exactly; three times the loss, to rounding."""
     leaves, ends = backward_of(record, backend, name, WRT[wrt](record))
@@ -99,8 +97,9 @@ def test_gradients_accumulate_over_two_losses(record, backend):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=4e-6)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "padded", "transposed"])
-@pytest.mark.parametrize(("record", "backend", "name"), SAMPLE_CASES, ids=SAMPLE_IDS)
+@pytest.mark.parametrize(
+    ("record", "backend", "name", "layout"), crossed(SAMPLE_CASES, ["contiguous", "padded", "transposed"])
+)
 def test_inputs_are_never_written(record, backend, name, layout):
     arguments = record.samples()[name]
     arguments = {k: map_tensors(v, LAYOUTS[layout]) for k, v in arguments.items()}

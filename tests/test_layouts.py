@@ -3,7 +3,7 @@
 import pytest
 import torch
 from harness import assert_same, evaluate, map_tensors, named_tensors, on, requiring_grad, upstream
-from op_db import CASE_IDS, CASES, RECORDS, SAMPLE_CASES, SAMPLE_IDS, samples_on
+from op_db import CASE_IDS, CASES, RECORDS, SAMPLE_CASES, crossed, samples_on
 
 import mfd_fast as mfd
 from mfd_fast.testing import LAYOUTS
@@ -22,8 +22,7 @@ def laid_out(arguments, names, layout):
     return odd, map_tensors(odd, lambda t: t.clone(memory_format=torch.contiguous_format))
 
 
-@pytest.mark.parametrize("layout", ODD)
-@pytest.mark.parametrize(("record", "backend", "name"), SAMPLE_CASES, ids=SAMPLE_IDS)
+@pytest.mark.parametrize(("record", "backend", "name", "layout"), crossed(SAMPLE_CASES, ODD))
 def test_all_inputs_in_a_layout(record, backend, name, layout):
     sample = record.samples()[name]
     odd, plain = laid_out(sample, tuple(sample), layout)

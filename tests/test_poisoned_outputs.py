@@ -2,15 +2,14 @@
 
 import pytest
 from harness import evaluate, on
-from op_db import SAMPLE_CASES, SAMPLE_IDS
+from op_db import SAMPLE_CASES, crossed
 
 from mfd_fast.testing import assert_bitwise_equal, poison
 
 SHAPES = [(6, 11), (0, 11), (1, 1), (3, 64), (5, 65), (2, 129)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("record", "backend", "name"), SAMPLE_CASES, ids=SAMPLE_IDS)
+@pytest.mark.parametrize(("record", "backend", "name", "shape"), crossed(SAMPLE_CASES, SHAPES))
 def test_every_element_is_written_and_none_beyond(record, backend, name, shape):
     rows, classes = shape
     arguments = record.samples(rows=rows, classes=classes)[name]

@@ -318,10 +318,11 @@ def test_python_zero_weights_compute_nothing(backend, road):
 def test_more_than_65535(backend, shape):
     """No 16-bit grid limit: more than 65535 rows, and a row of more than 65535 classes."""
     made = distill_inputs(shape)
-    found = run(backend, {"student": made.student, "teacher": made.teacher, "reduction": "none"}, "scalar")
-    exact = reference64(
-        RECORD, {"student": made.student, "teacher": made.teacher, "reduction": "none"}, names=("student",)
-    )
+    # A sum takes one launch of many programs instead of two, which counts where they are interpreted.
+    reduction = "sum" if backend == "triton" else "none"
+    call = {"student": made.student, "teacher": made.teacher, "reduction": reduction}
+    found = run(backend, call, "scalar")
+    exact = reference64(RECORD, call, names=("student",))
     for (name, a), (_, b) in zip(found.items(), exact.items(), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5, msg=name)
 

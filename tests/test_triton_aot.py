@@ -1,5 +1,9 @@
-"""Triton kernels compiled for GPUs that are not here: no spills, wide loads, shared memory and 64-bit offsets."""
+"""Triton kernels compiled for GPUs that are not here: no spills, wide loads, shared memory and 64-bit offsets.
 
+``MFD_FAST_AOT=complete`` compiles every kernel with every option, length, dtype and capability (`make aot`).
+"""
+
+import os
 import re
 
 import aot
@@ -8,23 +12,32 @@ import pytest
 
 # Shared memory that one block may use, bytes (CUDA C++ programming guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-REGISTER_FILE = 65536
 
-NAMES = [*jobs.NAMES, *jobs.EXTRA]
+NAMES = jobs.COMPLETE if os.environ.get("MFD_FAST_AOT") == "complete" else jobs.NAMES
 
 
 @pytest.fixture(scope="module")
-def reports():
-    return aot.compile_all("aot_distill_loss", NAMES)
+def compiler():
+    with aot.Compiler() as found:
+        yield found
+
+
+def assert_offsets_are_64_bit(ttir):
+    """Row numbers and row offsets never pass through 32 bits."""
+    program = re.search(r"(%\S+) = tt.get_program_id x : i32", ttir)
+    assert re.search(rf"arith.extsi {re.escape(program[1])} : i32 to i64", ttir)
+    assert not re.search(rf"arith.muli {re.escape(program[1])}\b", ttir)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_machine_code(reports, name):
-    report = reports[name]
-    kernel, classes, dtype, capability = name.split("-")
+def test_machine_code(compiler, name):
+    report = compiler.report("aot_distill_loss", name)
+    kernel, classes, dtype, capability, _ = name.split("-")
     assert report.stack == 0
     assert report.local_instructions == 0
     assert report.shared <= SHARED_LIMIT[int(capability)]
+    if kernel != "reduce_loss":  # one program
+        assert_offsets_are_64_bit(report.ttir)
     if kernel in jobs.KERNELS:
         # Rows of 100 bfloat16 are aligned to 8 bytes, all others here to 16.
         width = "64" if (classes, dtype) == ("100", "bf16") else "128"
@@ -32,32 +45,25 @@ def test_machine_code(reports, name):
         if kernel != "distill_rows":
             assert report.store_widths.get(width, 0) >= 1
         assert "16" not in report.store_widths
+    if kernel in jobs.SPARSE_KERNELS:  # beside the gather of the listed classes
+        assert report.load_widths.get("128", 0) >= 1
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_offsets_are_64_bit(reports, name):
-    """Row numbers and row offsets never pass through 32 bits."""
-    ttir = reports[name].ttir
-    kernel = name.split("-")[0]
-    program = re.search(r"(%\S+) = tt.get_program_id x : i32", ttir)
-    if program is None:  # one program
-        assert kernel == "reduce_loss"
-        return
-    assert re.search(rf"arith.extsi {re.escape(program[1])} : i32 to i64", ttir)
-    assert not re.search(rf"arith.muli {re.escape(program[1])}\b", ttir)
-
-
-@pytest.fixture(scope="module")
-def keys():
-    return aot.keys_of("aot_distill_loss", KEYED)
-
-
-KEYED = ("distill_scalar-1000-bf16-90", "distill_rows-1000-bf16-90", "distill_rows_backward-1000-bf16-90")
+KEYED = [f"{kernel}-1000-bf16-90-{option}" for kernel in jobs.KERNELS for option in ("forward", *jobs.OTHER_NUMBERS)]
+KEYED += [f"{kernel}-1000-bf16-90-bucket" for kernel in jobs.SPARSE_KERNELS]
 
 
 @pytest.mark.parametrize("name", KEYED)
-def test_numbers_are_run_time_values(keys, name):
-    """Other temperatures, weights, smoothing, row counts and strides of the same alignment compile nothing new."""
-    first, *others = keys[name]
-    assert len(others) == 3
+def test_numbers_are_run_time_values(compiler, name):
+    """Other temperatures, parameters, smoothing, row counts and strides of the same alignment compile nothing new."""
+    first, *others = compiler.keys("aot_distill_loss", name)
+    assert len(others) == 4
     assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("option", [*jobs.OPTIONS, *jobs.SPARSE])
+@pytest.mark.parametrize("classes", [1000, 128256])
+def test_loss_and_gradient_are_one_launch(option, classes):
+    """Beside the counting of the rows and the sum of the programs' partial losses."""
+    found = jobs.launched(f"distill_scalar-{classes}-bf16-90-{option}")
+    assert found == ["count_rows", "topk_scalar" if option in jobs.SPARSE else "distill_scalar", "reduce_loss"]

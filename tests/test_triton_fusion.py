@@ -4,6 +4,7 @@ import pytest
 import torch
 from harness import assert_obeys_rule, assert_same, evaluate, on, reference64, stacked
 from op_db import RECORDS
+from op_db_divergences import DIVERGENCES
 from test_values import eager_outputs
 
 from mfd_fast.backends.triton import feature_loss, mfd_loss, modal_pool
@@ -88,6 +89,14 @@ def test_single_pass_over_several_tiles(monkeypatch, dtype, kind):
     calls = [{**single_pass_call(DTYPES[dtype], seed), "feature_kind": kind} for seed in range(2)]
     assert_rule(MFD, calls, ("features", "query", "bias", "head_weight", "head_bias"))
     assert answers == [True, True]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=str)
+def test_single_pass_has_every_divergence(divergence):
+    calls = [{**single_pass_call(torch.float32, seed, 5, 9, 70), "divergence": divergence} for seed in range(2)]
+    for call in calls:
+        call["labels"] = call["labels"].clamp(min=0)
+    assert_rule(MFD, calls, ("features", "query", "bias", "head_weight", "head_bias"))
 
 
 def test_single_pass_of_stacked_features_and_strided_head():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from harness import Result, assert_obeys_rule, assert_same, evaluate, on, reference64, stacked
-from op_db import KERNEL_CASES, RECORDS, SAMPLE_CASES, SAMPLE_IDS
+from op_db import KERNEL_CASES, RECORDS, SAMPLE_CASES, crossed
 
 from mfd_fast.testing import DISTANCES
 
@@ -14,9 +14,7 @@ ROW_OUTPUT = [n for n, s in RECORDS["distill_loss"].samples().items() if s.get("
 DRAWS = {"reference": 24, "cpu": 24, "triton": 6, "cuda": 24}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize(("record", "backend", "name"), SAMPLE_CASES, ids=SAMPLE_IDS)
+@pytest.mark.parametrize(("record", "backend", "name", "distance", "dtype"), crossed(SAMPLE_CASES, DISTANCES, DTYPES))
 def test_values_and_all_gradients(record, backend, name, distance, dtype):
     actual, exact, eager = [], [], []
     for seed in range(DRAWS[backend]):
@@ -32,9 +30,10 @@ def eager_outputs(record, arguments):
     return found if isinstance(found, dict) else {"loss": found}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize(("backend", "name"), [case for case in KERNEL_CASES if case[1] not in ROW_OUTPUT])
+@pytest.mark.parametrize(
+    ("backend", "name", "distance", "dtype"),
+    crossed([case for case in KERNEL_CASES if case[1] not in ROW_OUTPUT], DISTANCES, DTYPES),
+)
 def test_gradient_of_the_student_alone(backend, name, distance, dtype):
     """The scalar loss whose gradient is computed in the forward pass."""
     record = RECORDS["distill_loss"]

@@ -1,1 +1,4 @@
-"""Triton device code: ``@triton.jit`` functions and nothing else. Host code is in ``mfd_fast.backends.triton``."""
+"""Triton device code: ``@triton.jit`` functions and the tuples they hand on; no torch.
+
+Host code is in ``mfd_fast.backends.triton``.
+"""

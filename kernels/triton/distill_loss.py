@@ -1,33 +1,25 @@
-"""Forward-KL distillation over rows of logits: statistics, loss, gradients. Formulas in `mfd_fast.ops.distill_loss`.
+"""distill_loss over rows of logits: the scalar loss and its gradient. Formulas in `mfd_fast.ops.distill_loss`.
 
 Rows that are not counted (mask, ignore_index) are not read and give 0. A counted row with a label out of range
 gives NaN. Offsets of rows are int64; there is one grid dimension. Numbers arrive as float64 and are rounded to
 DTYPE, the dtype of the arithmetic (float32, or float64 for float64 logits). Strides and column counts arrive
-divided by UNIT, a power of two: so the compiler sees the alignment of every row.
+divided by UNIT, a power of two: so the compiler sees the alignment of every row. KIND is the divergence with its
+parameters a, b (`divergences`).
 
-With LOOP a row is longer than a tile: one pass for the statistics, a second in reverse order for the gradient, so
-that it starts on the columns that are still in cache. Without LOOP the tile holds whole rows and is read once.
+With LOOP a row is longer than a tile: one pass for the statistics, one more for the sums of a pointwise divergence,
+and one in reverse order for the gradient, so that it starts on the columns that are still in cache. Without LOOP
+the tile holds whole rows and is read once.
 """
 
 import triton
 import triton.language as tl
 
+from .divergences import NKD, NONE
 from .reduce import divisor
-from .row_gradients import split_ratio, student_gradient
-from .row_statistics import hold_rows, stream_rows
-from .rows import (
-    columns,
-    divide,
-    hard_value,
-    kl_value,
-    label_logit,
-    per_temperature,
-    read,
-    row_labels,
-    row_scalar,
-    row_start,
-    valid_sum,
-)
+from .row_gradients import Targets, student_gradient
+from .row_values import row_values
+from .rows import columns, divide, row_labels, row_scalar
+from .sides import read, side, standardized, teacher_side, through_transform
 
 
 @triton.jit(
@@ -50,6 +42,11 @@ def distill_scalar(
     teacher_ptr,
     grad_ptr,
     partial_ptr,
+    more_ptrs,
+    more_inner,
+    more_outer,
+    more_row,
+    weights_ptr,
     labels_ptr,
     mask_ptr,
     weight_ptr,
@@ -69,6 +66,8 @@ def distill_scalar(
     s_softcap: tl.float64,
     t_scale: tl.float64,
     t_softcap: tl.float64,
+    a: tl.float64,
+    b: tl.float64,
     n_rows: tl.int64,
     n_counts: tl.int64,
     ignore_index: tl.int64,
@@ -85,17 +84,20 @@ def distill_scalar(
     T_FLAT: tl.constexpr,
     T_STEP: tl.constexpr,
     TT_STEP: tl.constexpr,
-    SOFT: tl.constexpr,
+    KIND: tl.constexpr,
     HARD: tl.constexpr,
     SMOOTH: tl.constexpr,
     SQUARED: tl.constexpr,
     S_SCALED: tl.constexpr,
     S_CAPPED: tl.constexpr,
+    S_STANDARD: tl.constexpr,
     T_SCALED: tl.constexpr,
     T_CAPPED: tl.constexpr,
+    T_STANDARD: tl.constexpr,
     COUNTS: tl.constexpr,
     DTYPE: tl.constexpr,
     EXACT: tl.constexpr,
+    WEIGHTS_PER_ROW: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     LOOP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -109,176 +111,160 @@ def distill_scalar(
     classes = classes * UNIT
     width = width * UNIT
     label, counted, bad = row_labels(labels_ptr, mask_ptr, row, n_rows, classes, ignore_index, ROWS)
-    student_start = row_start(row, s_inner, s_outer, s_row, S_FLAT, UNIT)
-    teacher_start = row_start(row, t_inner, t_outer, t_row, T_FLAT, UNIT)
-    s_scale = tl.full([1], s_scale, DTYPE)
-    s_softcap = tl.full([1], s_softcap, DTYPE)
-    t_scale = tl.full([1], t_scale, DTYPE)
-    t_softcap = tl.full([1], t_softcap, DTYPE)
-    eps = tl.full([ROWS], smoothing, DTYPE)
+    s = side(
+        student_ptr,
+        row,
+        exists,
+        s_inner,
+        s_outer,
+        s_row,
+        temperature,
+        temperature_ptr,
+        s_scale,
+        s_softcap,
+        UNIT,
+        S_FLAT,
+        T_STEP,
+        S_SCALED,
+        S_CAPPED,
+        S_STANDARD,
+        EXACT,
+        ROWS,
+        DTYPE,
+    )
+    t = side(
+        teacher_ptr,
+        row,
+        exists,
+        t_inner,
+        t_outer,
+        t_row,
+        teacher_temperature,
+        teacher_temperature_ptr,
+        t_scale,
+        t_softcap,
+        UNIT,
+        T_FLAT,
+        TT_STEP,
+        T_SCALED,
+        T_CAPPED,
+        T_STANDARD,
+        EXACT,
+        ROWS,
+        DTYPE,
+    )
+    a = tl.full([1], a, DTYPE)
+    b = tl.full([1], b, DTYPE)
     one = tl.full([ROWS], 1.0, DTYPE)
-    n_classes = tl.full([ROWS], classes, DTYPE)
-    Ts = row_scalar(temperature, temperature_ptr, row, exists, T_STEP, ROWS, DTYPE)
-    Tt = row_scalar(teacher_temperature, teacher_temperature_ptr, row, exists, TT_STEP, ROWS, DTYPE)
-    cs = per_temperature(Ts, EXACT)
-    ct = per_temperature(Tt, EXACT)
-    rho = divide(Tt, Ts)
-    of_label = tl.zeros([ROWS], DTYPE)
-    if HARD:
-        of_label = label_logit(
-            student_ptr, student_start, label, counted, s_scale, s_softcap, S_SCALED, S_CAPPED, DTYPE
-        )
-    shift = tl.where(tl.abs(of_label) < float("inf"), of_label, 0.0)
-
     col = columns(LANES, VEC, CONTIGUOUS)
+    s, s_back = standardized(s, col, counted, classes, ROWS, LANES, VEC)
+    t, _t_back = teacher_side(
+        t,
+        more_ptrs,
+        more_inner,
+        more_outer,
+        more_row,
+        weights_ptr,
+        row,
+        exists,
+        col,
+        counted,
+        classes,
+        UNIT,
+        WEIGHTS_PER_ROW,
+        KIND == NKD,
+        ROWS,
+        LANES,
+        VEC,
+    )
     keep = counted[:, None, None] & (col < classes)
-    if LOOP:
-        ms, mt, ss, st, cross, blocked, s1, spread, _xs, _yt, _ix, _iy, _nans = stream_rows(
-            student_ptr,
-            student_start,
-            teacher_ptr,
-            teacher_start,
-            col,
-            counted,
-            classes,
-            cs,
-            ct,
-            rho,
-            shift,
-            s_scale,
-            s_softcap,
-            t_scale,
-            t_softcap,
-            SOFT,
-            HARD,
-            SMOOTH,
-            False,
-            S_SCALED,
-            S_CAPPED,
-            T_SCALED,
-            T_CAPPED,
-            ROWS,
-            LANES,
-            VEC,
-            DTYPE,
-        )
-    else:
-        x = read(student_ptr, student_start, col, keep, s_scale, s_softcap, S_SCALED, S_CAPPED, DTYPE, "evict_first")
-        y = x
-        if SOFT:
-            y = read(
-                teacher_ptr, teacher_start, col, keep, t_scale, t_softcap, T_SCALED, T_CAPPED, DTYPE, "evict_first"
-            )
-        ms, mt, ss, st, cross, blocked, s1, spread, _xs, _yt, _ix, _iy, _nans = hold_rows(
-            x, y, col, keep, cs, ct, rho, shift, SOFT, HARD, SMOOTH, False
-        )
+    x = read(s, col, keep, "evict_last" if LOOP else "evict_first")
+    y = x
+    if KIND != NONE:
+        y = read(t, col, keep, "evict_last" if LOOP else "evict_first")
+    v = row_values(
+        x,
+        y,
+        s,
+        t,
+        col,
+        keep,
+        counted,
+        bad,
+        label,
+        classes,
+        smoothing,
+        a,
+        b,
+        KIND,
+        HARD,
+        SMOOTH,
+        False,
+        LOOP,
+        ROWS,
+        LANES,
+        VEC,
+        DTYPE,
+    )
 
     w = one
     if weight_ptr is not None:
         w = tl.load(weight_ptr + row, mask=counted, other=0.0)
     share = divide(w, one * divisor(normalizer, normalizer_ptr, counts_ptr, n_counts, COUNTS, DTYPE))
-    none = tl.zeros([ROWS], DTYPE)
-    q_factor, ratio, ratio_rest, q1_factor, hard_share = none, none, none, none, none
     loss = tl.zeros([ROWS], tl.float64)
-    if SOFT:
-        ss = tl.where(bad, float("nan"), valid_sum(ss))
-        st = valid_sum(st)
-        soft = kl_value(ss, st, cross, blocked, mt, ct, Tt).to(tl.float64)
-        slope = divide(one, Ts)
+    slope = divide(one, s.T)
+    at_one = tl.zeros([ROWS], DTYPE)
+    hard_share = at_one
+    if KIND != NONE:
+        soft = v.soft.to(tl.float64)
         if SQUARED:
-            soft = soft * Ts * Ts
-            slope = Ts
+            soft = soft * s.T * s.T
+            slope = s.T
         soft_w = row_scalar(soft_weight, soft_weight_ptr, row, exists, 0, ROWS, tl.float64)
-        loss += soft_w * soft
-        q_factor = divide(slope * (soft_w.to(DTYPE) * share), ss)
-        ratio, ratio_rest = split_ratio(ss, st)
+        loss += soft_w * (soft + v.at_one)
+        slope = slope * (soft_w.to(DTYPE) * share)
+        if KIND == NKD:
+            at_one = soft_w.to(DTYPE) * share * v.p1
     if HARD:
-        s1 = tl.where(bad, float("nan"), valid_sum(s1))
         hard_w = row_scalar(hard_weight, hard_weight_ptr, row, exists, 0, ROWS, tl.float64)
-        loss += hard_w * hard_value(s1, ms, of_label, spread, eps, n_classes, SMOOTH)
+        loss += hard_w * v.hard
         hard_share = hard_w.to(DTYPE) * share
-        q1_factor = divide(hard_share, s1)
     loss = tl.where(counted, w * loss, 0.0)
     tl.store(partial_ptr + pid, tl.sum(loss, 0))
 
     if grad_ptr is not None:
-        label_share = hard_share * (1.0 - eps * divide(n_classes - 1.0, n_classes))
-        even_share = divide(hard_share * eps, n_classes)
-        grad_row = grad_ptr + (row * width)[:, None, None]
+        n_classes = tl.full([ROWS], classes, DTYPE)
+        eps = tl.full([ROWS], smoothing, DTYPE)
+        kept = hard_share * (1.0 - eps * divide(n_classes - 1.0, n_classes)) + at_one
+        targets = Targets(v.s_top, divide(hard_share + at_one, v.s1), kept, divide(hard_share * eps, n_classes))
         BLOCK: tl.constexpr = LANES * VEC
-        if LOOP:
-            n_tiles = (width + BLOCK - 1) // BLOCK
-            for k in range(n_tiles):
-                here = col + (n_tiles - 1 - k) * BLOCK
+        middle, drift = one, one
+        if S_STANDARD:
+            total = tl.zeros([ROWS, LANES], DTYPE)
+            moment = total
+            for first in range(0, classes, BLOCK):
+                here = col + first
                 keep = counted[:, None, None] & (here < classes)
-                x = read(
-                    student_ptr, student_start, here, keep, s_scale, s_softcap, S_SCALED, S_CAPPED, DTYPE, "evict_first"
-                )
+                x = read(s, here, keep, "evict_last")
                 y = x
-                if SOFT:
-                    y = read(
-                        teacher_ptr,
-                        teacher_start,
-                        here,
-                        keep,
-                        t_scale,
-                        t_softcap,
-                        T_SCALED,
-                        T_CAPPED,
-                        DTYPE,
-                        "evict_first",
-                    )
-                grad = student_gradient(
-                    x,
-                    y,
-                    here,
-                    ms,
-                    mt,
-                    cs,
-                    ct,
-                    q_factor,
-                    ratio,
-                    ratio_rest,
-                    q1_factor,
-                    label,
-                    label_share,
-                    even_share,
-                    s_scale,
-                    s_softcap,
-                    SOFT,
-                    HARD,
-                    SMOOTH,
-                    S_SCALED,
-                    S_CAPPED,
-                )
-                tl.store(
-                    grad_row + here,
-                    tl.where(keep, grad, 0.0),
-                    mask=exists[:, None, None] & (here < width),
-                    eviction_policy="evict_first",
-                )
-        else:
-            grad = student_gradient(
-                x,
-                y,
-                col,
-                ms,
-                mt,
-                cs,
-                ct,
-                q_factor,
-                ratio,
-                ratio_rest,
-                q1_factor,
-                label,
-                label_share,
-                even_share,
-                s_scale,
-                s_softcap,
-                SOFT,
-                HARD,
-                SMOOTH,
-                S_SCALED,
-                S_CAPPED,
-            )
-            tl.store(grad_row + col, tl.where(keep, grad, 0.0), mask=exists[:, None, None] & (col < width))
+                if KIND != NONE:
+                    y = read(t, here, keep, "evict_last")
+                grad = student_gradient(x, y, here, label, s, t, v.known, v.means, slope, targets, KIND, HARD, SMOOTH)
+                total += tl.sum(tl.where(keep, grad, 0.0), 2)
+                moment += tl.sum(tl.where(keep, grad * x, 0.0), 2)
+            middle, drift = divide(tl.sum(total, 1), n_classes), tl.sum(moment, 1) * s_back
+        n_tiles = (width + BLOCK - 1) // BLOCK if LOOP else 1
+        for k in range(n_tiles):
+            here = col
+            if LOOP:
+                here = col + (n_tiles - 1 - k) * BLOCK
+            keep = counted[:, None, None] & (here < classes)
+            if LOOP:
+                x = read(s, here, keep, "evict_first")
+                y = x
+                if KIND != NONE:
+                    y = read(t, here, keep, "evict_first")
+            grad = student_gradient(x, y, here, label, s, t, v.known, v.means, slope, targets, KIND, HARD, SMOOTH)
+            grad = through_transform(grad, x, s, middle, drift, classes)
+            to = grad_ptr + (row * width)[:, None, None] + here
+            tl.store(to, tl.where(keep, grad, 0.0), mask=exists[:, None, None] & (here < width))

@@ -1,121 +1,35 @@
-"""Gradients of sum_i grad_soft_i*soft_i + grad_hard_i*hard_i.
+"""Gradients of sum_i grad_soft_i*soft_i + grad_hard_i*hard_i from the statistics that `distill_rows` left: one pass.
 
-A tile that holds whole rows takes the row statistics from the logits again, free of the rounding of saved
-logarithms. With LOOP they are those that `distill_rows`, or another backend, left.
+A standardised side takes a pass more, for the sum that its chain rule needs.
 """
 
 import triton
 import triton.language as tl
 
+from .divergences import DKD, NKD, REVERSE
 from .row_gradients import (
-    centred_gap,
-    split_ratio,
+    Means,
+    Targets,
+    know,
+    moment,
     student_gradient,
+    student_soft,
     teacher_gradient,
-    temperature_moment,
+    teacher_soft,
 )
-from .row_statistics import hold_rows
-from .rows import (
-    INF,
-    STATISTICS,
-    columns,
-    divide,
-    exp_negative,
-    finite_max,
-    kl_value,
-    per_temperature,
-    read,
-    row_labels,
-    row_scalar,
-    row_start,
-    through_transform,
-    valid_sum,
-)
+from .row_values import prob_at_one, surprise_at_one
+from .rows import STATISTICS, columns, divide, finite_max, power, row_labels
+from .sides import label_logit, read, side, standardized, teacher_side, through_transform
 
 
 @triton.jit
-def write_tile(
-    x,
-    y,
-    here,
-    keep,
-    row,
-    exists,
-    ms,
-    mt,
-    cs,
-    ct,
-    rho,
-    Tt,
-    inv_t,
-    ratio,
-    ratio_rest,
-    mean_gap,
-    gap_rest,
-    q_factor,
-    t_slope,
-    q1_factor,
-    label,
-    label_share,
-    even_share,
-    s_scale,
-    s_softcap,
-    t_scale,
-    t_softcap,
-    d_student_ptr,
-    d_teacher_ptr,
-    s_width,
-    t_width,
-    STUDENT_MOMENT: tl.constexpr,
-    TEACHER_MOMENT: tl.constexpr,
-    HARD: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    S_SCALED: tl.constexpr,
-    S_CAPPED: tl.constexpr,
-    T_SCALED: tl.constexpr,
-    T_CAPPED: tl.constexpr,
-):
-    """Writes the wanted gradients of one tile; returns its lane sums for the gradients of the temperatures."""
-    s_moment = tl.zeros([x.shape[0], x.shape[1]], x.dtype)
-    t_moment = s_moment
-    if d_student_ptr is not None:
-        grad = student_gradient(
-            x,
-            y,
-            here,
-            ms,
-            mt,
-            cs,
-            ct,
-            q_factor,
-            ratio,
-            ratio_rest,
-            q1_factor,
-            label,
-            label_share,
-            even_share,
-            s_scale,
-            s_softcap,
-            True,
-            HARD,
-            SMOOTH,
-            S_SCALED,
-            S_CAPPED,
-        )
-        to = d_student_ptr + (row * s_width)[:, None, None] + here
-        tl.store(to, tl.where(keep, grad, 0.0), mask=exists[:, None, None] & (here < s_width))
-    if (d_teacher_ptr is not None) or TEACHER_MOMENT:
-        term = teacher_gradient(x, y, ms, mt, ct, rho, inv_t, mean_gap, gap_rest, Tt)
-        if TEACHER_MOMENT:
-            dy = y - finite_max(mt)[:, None, None]
-            t_moment = tl.sum(tl.where(term == 0.0, 0.0, term * dy), 2)
-        if d_teacher_ptr is not None:
-            grad = through_transform(term * t_slope[:, None, None], y, t_scale, t_softcap, T_SCALED, T_CAPPED)
-            to = d_teacher_ptr + (row * t_width)[:, None, None] + here
-            tl.store(to, tl.where(keep, grad, 0.0), mask=exists[:, None, None] & (here < t_width))
-    if STUDENT_MOMENT:
-        s_moment = temperature_moment(x, y, ms, mt, cs, ct, ratio, ratio_rest)
-    return s_moment, t_moment
+def over_probability(grad, y, t, k, KIND: tl.constexpr):
+    """grad/p with the p that grad is made of, 0 where p is 0."""
+    if (KIND == DKD) or (KIND == NKD):
+        p = tl.exp(divide(y, t.T[:, None, None]))
+    else:
+        p = power(y - finite_max(k.mt)[:, None, None], t.c[:, None, None]) * k.inv_t[:, None, None]
+    return tl.where(p == 0.0, 0.0, divide(grad, tl.where(p == 0.0, 1.0, p)))
 
 
 @triton.jit(
@@ -145,6 +59,12 @@ def distill_rows_backward(
     stats_ptr,
     grad_soft_ptr,
     grad_hard_ptr,
+    at_one_ptr,
+    more_ptrs,
+    more_inner,
+    more_outer,
+    more_row,
+    weights_ptr,
     labels_ptr,
     mask_ptr,
     temperature_ptr,
@@ -156,6 +76,8 @@ def distill_rows_backward(
     s_softcap: tl.float64,
     t_scale: tl.float64,
     t_softcap: tl.float64,
+    a: tl.float64,
+    b: tl.float64,
     n_rows: tl.int64,
     ignore_index: tl.int64,
     grad_soft_stride: tl.int64,
@@ -174,210 +96,209 @@ def distill_rows_backward(
     T_FLAT: tl.constexpr,
     T_STEP: tl.constexpr,
     TT_STEP: tl.constexpr,
+    KIND: tl.constexpr,
     HARD: tl.constexpr,
     SMOOTH: tl.constexpr,
     SQUARED: tl.constexpr,
     S_SCALED: tl.constexpr,
     S_CAPPED: tl.constexpr,
+    S_STANDARD: tl.constexpr,
     T_SCALED: tl.constexpr,
     T_CAPPED: tl.constexpr,
+    T_STANDARD: tl.constexpr,
     DTYPE: tl.constexpr,
     EXACT: tl.constexpr,
+    WEIGHTS_PER_ROW: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     LOOP: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Any of d_student, d_teacher [N, width] and d_temperature, d_teacher_temperature [N]; None: not wanted."""
+    """Any of d_student, d_teacher [N, width] and d_temperature, d_teacher_temperature [N]; None: not wanted.
+
+    With several teachers d_teacher and, of NKD, at_one [N] are what `mixture_backward` needs: the gradients of the
+    logits T log p, over p, and of the label's p at temperature 1.
+    """
     pid = tl.program_id(0).to(tl.int64)
     row = pid * ROWS + tl.arange(0, ROWS)
     exists = row < n_rows
     classes = classes * UNIT
     s_width = s_width * UNIT
     t_width = t_width * UNIT
-    label, counted, bad = row_labels(labels_ptr, mask_ptr, row, n_rows, classes, ignore_index, ROWS)
-    student_start = row_start(row, s_inner, s_outer, s_row, S_FLAT, UNIT)
-    teacher_start = row_start(row, t_inner, t_outer, t_row, T_FLAT, UNIT)
-    s_scale = tl.full([1], s_scale, DTYPE)
-    s_softcap = tl.full([1], s_softcap, DTYPE)
-    t_scale = tl.full([1], t_scale, DTYPE)
-    t_softcap = tl.full([1], t_softcap, DTYPE)
-    eps = tl.full([ROWS], smoothing, DTYPE)
-    one = tl.full([ROWS], 1.0, DTYPE)
-    Ts = row_scalar(temperature, temperature_ptr, row, exists, T_STEP, ROWS, DTYPE)
-    Tt = row_scalar(teacher_temperature, teacher_temperature_ptr, row, exists, TT_STEP, ROWS, DTYPE)
-    cs = per_temperature(Ts, EXACT)
-    ct = per_temperature(Tt, EXACT)
-    rho = divide(Tt, Ts)
-
+    label, counted, _bad = row_labels(labels_ptr, mask_ptr, row, n_rows, classes, ignore_index, ROWS)
+    s = side(
+        student_ptr,
+        row,
+        exists,
+        s_inner,
+        s_outer,
+        s_row,
+        temperature,
+        temperature_ptr,
+        s_scale,
+        s_softcap,
+        UNIT,
+        S_FLAT,
+        T_STEP,
+        S_SCALED,
+        S_CAPPED,
+        S_STANDARD,
+        EXACT,
+        ROWS,
+        DTYPE,
+    )
+    t = side(
+        teacher_ptr,
+        row,
+        exists,
+        t_inner,
+        t_outer,
+        t_row,
+        teacher_temperature,
+        teacher_temperature_ptr,
+        t_scale,
+        t_softcap,
+        UNIT,
+        T_FLAT,
+        TT_STEP,
+        T_SCALED,
+        T_CAPPED,
+        T_STANDARD,
+        EXACT,
+        ROWS,
+        DTYPE,
+    )
+    a = tl.full([1], a, DTYPE)
+    b = tl.full([1], b, DTYPE)
+    none = tl.zeros([ROWS], DTYPE)
     col = columns(LANES, VEC, CONTIGUOUS)
-    BLOCK: tl.constexpr = LANES * VEC
-    hard_share = tl.zeros([ROWS], DTYPE)
-    inv_1 = hard_share
-    if LOOP:
-        saved = stats_ptr + row * STATISTICS
-        ms = tl.load(saved, mask=counted, other=0.0)
-        ls = tl.load(saved + 1, mask=counted, other=0.0)
-        mt = tl.load(saved + 2, mask=counted, other=0.0)
-        lt = tl.load(saved + 3, mask=counted, other=0.0)
-        kl = tl.load(saved + 5, mask=counted, other=0.0)
-        inv_s = exp_negative(ls)
-        inv_t = exp_negative(lt)
-        # exp(ls - lt) - 1 by its series where it is small.
-        log_quotient = ls - lt
-        near = tl.abs(log_quotient) < 0.03
-        rest = log_quotient * (1.0 + log_quotient * (1 / 2 + log_quotient * (1 / 6 + log_quotient * (1 / 24))))
-        near = near & (tl.float32 == DTYPE)
-        ratio = tl.where(near, 1.0, exp_negative(-log_quotient))
-        ratio_rest = tl.where(near, rest, 0.0)
-        gap_rest = hard_share
-        mean_gap = Tt * (kl + (lt - ls))
-        if HARD:
-            inv_1 = exp_negative(tl.load(saved + 4, mask=counted, other=0.0))
-    else:
-        keep = counted[:, None, None] & (col < classes)
-        x = read(student_ptr, student_start, col, keep, s_scale, s_softcap, S_SCALED, S_CAPPED, DTYPE, "evict_first")
-        y = read(teacher_ptr, teacher_start, col, keep, t_scale, t_softcap, T_SCALED, T_CAPPED, DTYPE, "evict_first")
-        ms, mt, ss, st, cross, blocked, s1, _spread, _xs, _yt, _ix, _iy, _nans = hold_rows(
-            x, y, col, keep, cs, ct, rho, hard_share, True, HARD, False, False
-        )
-        ss = valid_sum(ss)
-        st = valid_sum(st)
-        kl = kl_value(ss, st, cross, blocked, mt, ct, Tt)
-        inv_s = divide(one, ss)
-        inv_t = divide(one, st)
-        mean_gap = divide(cross, st)
-        gap_rest = centred_gap(x, y, ms, mt, ct, rho, st, mean_gap)
-        mean_gap = tl.where(kl < INF, mean_gap, kl)
-        ratio, ratio_rest = split_ratio(ss, st)
-        if HARD:
-            inv_1 = divide(one, valid_sum(s1))
-    inv_s = tl.where(bad, float("nan"), inv_s)
-    kl = tl.where(bad, float("nan"), kl)
-    mean_gap = tl.where(bad, float("nan"), mean_gap)
+    s, s_back = standardized(s, col, counted, classes, ROWS, LANES, VEC)
+    t, t_back = teacher_side(
+        t,
+        more_ptrs,
+        more_inner,
+        more_outer,
+        more_row,
+        weights_ptr,
+        row,
+        exists,
+        col,
+        counted,
+        classes,
+        UNIT,
+        WEIGHTS_PER_ROW,
+        KIND == NKD,
+        ROWS,
+        LANES,
+        VEC,
+    )
+
+    saved = stats_ptr + row * STATISTICS
+    ms = tl.load(saved, mask=counted, other=0.0)
+    ss = tl.load(saved + 1, mask=counted, other=1.0)
+    mt = tl.load(saved + 2, mask=counted, other=0.0)
+    st = tl.load(saved + 3, mask=counted, other=1.0)
+    s1 = tl.load(saved + 4, mask=counted, other=1.0)
+    soft = tl.load(saved + 5, mask=counted, other=0.0)
+    first_mean = tl.load(saved + 6, mask=counted, other=0.0)
+    h = tl.load(saved + 7, mask=counted, other=0.0)
+    x_label, y_label = none, none
+    s_top, t_top = ms, mt
+    if (KIND == DKD) or (KIND == NKD):
+        x_label, y_label = label_logit(s, label, counted), label_logit(t, label, counted)
+        s_top, t_top = tl.maximum(ms, x_label), tl.maximum(mt, y_label)
+    k, _pair = know(ms, ss, mt, st, s, t, x_label, y_label, a, b, KIND)
+    means = Means(none, h, first_mean)
+    if KIND >= REVERSE:
+        means = Means(first_mean, h, none)
+    if KIND == NKD:
+        means = Means(none, h, none)
 
     g_soft = tl.load(grad_soft_ptr + row * grad_soft_stride, mask=counted, other=0.0).to(DTYPE)
-    slope = divide(g_soft, Ts)
-    t_slope = divide(g_soft, Tt)
+    slope = divide(g_soft, s.T)
+    t_slope = divide(g_soft, t.T)
     if SQUARED:
-        slope = g_soft * Ts
-        t_slope = t_slope * (Ts * Ts)
+        slope = g_soft * s.T
+        t_slope = t_slope * (s.T * s.T)
+    hard_share, at_one = none, none
     if HARD:
         hard_share = tl.load(grad_hard_ptr + row * grad_hard_stride, mask=counted, other=0.0).to(DTYPE)
-    q_factor = slope * inv_s
-    q1_factor = hard_share * inv_1
-    n_classes = one * classes
-    label_share = hard_share * (1.0 - eps * divide(n_classes - 1.0, n_classes))
-    even_share = divide(hard_share * eps, n_classes)
+    t_targets = Targets(t_top, none, none, none)
+    if KIND == NKD:
+        t1 = first_mean
+        p1 = prob_at_one(t, label, counted, y_label, t_top, t1)
+        at_one = g_soft * p1
+        surprise = surprise_at_one(x_label, s_top, s1)
+        up = tl.where(p1 == 0.0, 0.0, -at_one * surprise)
+        if more_ptrs is None:
+            t_targets = Targets(t_top, divide(up, t1), up, none)
+        elif at_one_ptr is not None:  # the mixture at temperature 1 is another than the one that is softened
+            tl.store(at_one_ptr + row, tl.where(counted, g_soft * surprise, 0.0), mask=exists)
+    n_classes = tl.full([ROWS], classes, DTYPE)
+    eps = tl.full([ROWS], smoothing, DTYPE)
+    kept = hard_share * (1.0 - eps * divide(n_classes - 1.0, n_classes)) + at_one
+    targets = Targets(s_top, divide(hard_share + at_one, s1), kept, divide(hard_share * eps, n_classes))
+
+    BLOCK: tl.constexpr = LANES * VEC
+    s_sum = tl.zeros([ROWS, LANES], DTYPE)
+    t_sum = s_sum
+    s_total, t_total = s_sum, s_sum
+    s_middle, t_middle, s_drift, t_drift = none, none, none, none
+    if S_STANDARD or T_STANDARD:
+        for first in range(0, classes, BLOCK):
+            here = col + first
+            keep = counted[:, None, None] & (here < classes)
+            x = read(s, here, keep, "evict_last")
+            y = read(t, here, keep, "evict_last")
+            if S_STANDARD:
+                grad = student_gradient(x, y, here, label, s, t, k, means, slope, targets, KIND, HARD, SMOOTH)
+                grad = tl.where(keep, grad, 0.0)
+                s_total += tl.sum(grad, 2)
+                s_sum += moment(grad, x, none)
+            if T_STANDARD:
+                grad = teacher_gradient(x, y, here, label, s, t, k, means, t_slope, t_targets, KIND)
+                grad = tl.where(keep, grad, 0.0)
+                t_total += tl.sum(grad, 2)
+                t_sum += moment(grad, y, none)
+        s_middle, s_drift = divide(tl.sum(s_total, 1), n_classes), tl.sum(s_sum, 1) * s_back
+        t_middle, t_drift = divide(tl.sum(t_total, 1), n_classes), tl.sum(t_sum, 1) * t_back
 
     s_moment = tl.zeros([ROWS, LANES], DTYPE)
     t_moment = s_moment
-    STUDENT_MOMENT: tl.constexpr = d_temperature_ptr is not None
-    TEACHER_MOMENT: tl.constexpr = d_teacher_temperature_ptr is not None
-    if LOOP:
-        for first in range(0, tl.maximum(s_width, t_width), BLOCK):
-            here = col + first
-            keep = counted[:, None, None] & (here < classes)
-            x = read(
-                student_ptr, student_start, here, keep, s_scale, s_softcap, S_SCALED, S_CAPPED, DTYPE, "evict_first"
-            )
-            y = read(
-                teacher_ptr, teacher_start, here, keep, t_scale, t_softcap, T_SCALED, T_CAPPED, DTYPE, "evict_first"
-            )
-            s_part, t_part = write_tile(
-                x,
-                y,
-                here,
-                keep,
-                row,
-                exists,
-                ms,
-                mt,
-                cs,
-                ct,
-                rho,
-                Tt,
-                inv_t,
-                ratio,
-                ratio_rest,
-                mean_gap,
-                gap_rest,
-                q_factor,
-                t_slope,
-                q1_factor,
-                label,
-                label_share,
-                even_share,
-                s_scale,
-                s_softcap,
-                t_scale,
-                t_softcap,
-                d_student_ptr,
-                d_teacher_ptr,
-                s_width,
-                t_width,
-                STUDENT_MOMENT,
-                TEACHER_MOMENT,
-                HARD,
-                SMOOTH,
-                S_SCALED,
-                S_CAPPED,
-                T_SCALED,
-                T_CAPPED,
-            )
-            s_moment += s_part
-            t_moment += t_part
-    else:
-        s_moment, t_moment = write_tile(
-            x,
-            y,
-            col,
-            keep,
-            row,
-            exists,
-            ms,
-            mt,
-            cs,
-            ct,
-            rho,
-            Tt,
-            inv_t,
-            ratio,
-            ratio_rest,
-            mean_gap,
-            gap_rest,
-            q_factor,
-            t_slope,
-            q1_factor,
-            label,
-            label_share,
-            even_share,
-            s_scale,
-            s_softcap,
-            t_scale,
-            t_softcap,
-            d_student_ptr,
-            d_teacher_ptr,
-            s_width,
-            t_width,
-            STUDENT_MOMENT,
-            TEACHER_MOMENT,
-            HARD,
-            SMOOTH,
-            S_SCALED,
-            S_CAPPED,
-            T_SCALED,
-            T_CAPPED,
-        )
+    last = tl.maximum(s_width, t_width) if LOOP else 1
+    for first in range(0, last, BLOCK):
+        here = col + first
+        keep = counted[:, None, None] & (here < classes)
+        x = read(s, here, keep, "evict_first")
+        y = read(t, here, keep, "evict_first")
+        if d_student_ptr is not None:
+            grad = student_gradient(x, y, here, label, s, t, k, means, slope, targets, KIND, HARD, SMOOTH)
+            grad = through_transform(grad, x, s, s_middle, s_drift, classes)
+            to = d_student_ptr + (row * s_width)[:, None, None] + here
+            tl.store(to, tl.where(keep, grad, 0.0), mask=exists[:, None, None] & (here < s_width))
+        if d_temperature_ptr is not None:
+            grad = student_soft(x, y, here, label, s, t, k, means, KIND)
+            s_moment += moment(tl.where(keep, grad, 0.0), x, finite_max(ms))
+        if d_teacher_ptr is not None:
+            grad = teacher_gradient(x, y, here, label, s, t, k, means, t_slope, t_targets, KIND)
+            if more_ptrs is None:
+                grad = through_transform(grad, y, t, t_middle, t_drift, classes)
+            else:
+                grad = over_probability(grad, y, t, k, KIND)
+            to = d_teacher_ptr + (row * t_width)[:, None, None] + here
+            tl.store(to, tl.where(keep, grad, 0.0), mask=exists[:, None, None] & (here < t_width))
+        if d_teacher_temperature_ptr is not None:
+            grad = teacher_soft(x, y, here, label, s, t, k, means, KIND)
+            t_moment += moment(tl.where(keep, grad, 0.0), y, finite_max(mt))
 
     if d_temperature_ptr is not None:
-        total = tl.sum(s_moment, 1) * inv_s
+        total = tl.sum(s_moment, 1)
         if SQUARED:
-            slope = 2.0 * (Ts * kl) - total
+            total = 2.0 * (s.T * soft) - total
         else:
-            slope = -divide(total, Ts * Ts)
-        tl.store(d_temperature_ptr + row, tl.where(counted, g_soft * slope, 0.0), mask=exists)
+            total = -divide(total, s.T * s.T)
+        tl.store(d_temperature_ptr + row, tl.where(counted, g_soft * total, 0.0), mask=exists)
     if d_teacher_temperature_ptr is not None:
-        total = -divide(tl.sum(t_moment, 1), Tt)
+        total = -divide(tl.sum(t_moment, 1), t.T)
         tl.store(d_teacher_temperature_ptr + row, tl.where(counted, t_slope * total, 0.0), mask=exists)

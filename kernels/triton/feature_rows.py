@@ -6,16 +6,7 @@ KIND: 0 mse, 1 smooth_l1, 2 cosine. Notation per row: s, t student and teacher f
 import triton
 import triton.language as tl
 
-from .rows import divide
-
-
-@triton.jit
-def root(x):
-    """Correctly rounded square root."""
-    if x.dtype == tl.float32:
-        return tl.sqrt_rn(x)
-    else:
-        return tl.sqrt(x)
+from .rows import divide, root
 
 
 @triton.jit

@@ -30,7 +30,8 @@ from .modal_pool import (
     streamed_gradients,
 )
 from .reduce import counted_rows
-from .rows import LAST, divide, per_temperature, row_labels, row_scalar, row_start
+from .rows import LAST, divide, row_labels, row_scalar
+from .sides import per_temperature, row_start
 
 
 @triton.jit(do_not_specialize=["n_rows", "ignore_index"])
@@ -75,6 +76,8 @@ def mfd_single_pass(
     pool_weight: tl.float64,
     normalizer: tl.float64,
     smoothing: tl.float64,
+    a: tl.float64,
+    b: tl.float64,
     y_ptr,
     z_ptr,
     dz_ptr,
@@ -101,7 +104,7 @@ def mfd_single_pass(
     T_STEP: tl.constexpr,
     TT_STEP: tl.constexpr,
     COUNT: tl.constexpr,
-    SOFT: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     HARD: tl.constexpr,
     SMOOTH: tl.constexpr,
     SQUARED: tl.constexpr,
@@ -231,6 +234,8 @@ def mfd_single_pass(
             soft_weight,
             hard_weight,
             smoothing,
+            a,
+            b,
             n_rows,
             ignore_index,
             classes,
@@ -238,7 +243,7 @@ def mfd_single_pass(
             T_FLAT,
             T_STEP,
             TT_STEP,
-            SOFT,
+            DIVERGENCE,
             HARD,
             SMOOTH,
             SQUARED,

@@ -3,22 +3,11 @@
 import triton
 import triton.language as tl
 
-from .row_gradients import split_ratio, student_gradient
-from .row_statistics import stream_rows
-from .rows import (
-    INTERPRETED,
-    columns,
-    divide,
-    hard_value,
-    kl_value,
-    label_logit,
-    per_temperature,
-    read,
-    row_labels,
-    row_scalar,
-    row_start,
-    valid_sum,
-)
+from .divergences import NKD, NONE
+from .row_gradients import Targets, student_gradient
+from .row_values import row_values
+from .rows import INTERPRETED, columns, divide, row_labels, row_scalar
+from .sides import read, side
 
 
 @triton.jit
@@ -86,6 +75,8 @@ def logit_rows(
     soft_weight,
     hard_weight,
     smoothing,
+    a,
+    b,
     n_rows,
     ignore_index,
     classes,
@@ -93,7 +84,7 @@ def logit_rows(
     T_FLAT: tl.constexpr,
     T_STEP: tl.constexpr,
     TT_STEP: tl.constexpr,
-    SOFT: tl.constexpr,
+    KIND: tl.constexpr,
     HARD: tl.constexpr,
     SMOOTH: tl.constexpr,
     SQUARED: tl.constexpr,
@@ -107,46 +98,73 @@ def logit_rows(
 ):
     """[ROWS] shares of loss, soft and hard in the total, from the parked logits z; writes dz.
 
-    The sum of dz over these rows goes to head_bias_partial[pid], added if `add`.
+    The sum of dz over these rows goes to head_bias_partial[pid], added if `add`. KIND: the divergence.
     """
     exists = row < n_rows
     label, counted, bad = row_labels(labels_ptr, mask_ptr, row, n_rows, classes, ignore_index, ROWS)
     one = tl.full([ROWS], 1.0, DTYPE)
-    z_row = row * z_stride
-    teacher_start = row_start(row, teacher_inner, teacher_outer, teacher_stride, T_FLAT, UNIT)
-    Ts = row_scalar(temperature, temperature_ptr, row, exists, T_STEP, ROWS, DTYPE)
-    Tt = row_scalar(teacher_temperature, teacher_temperature_ptr, row, exists, TT_STEP, ROWS, DTYPE)
-    cs = per_temperature(Ts, EXACT)
-    ct = per_temperature(Tt, EXACT)
-    of_label = tl.zeros([ROWS], DTYPE)
-    if HARD:
-        of_label = label_logit(z_ptr, z_row, label, counted, 1.0, 1.0, False, False, DTYPE)
-    shift = tl.where(tl.abs(of_label) < float("inf"), of_label, 0.0)
-    col = columns(LANES, VEC, CONTIGUOUS)
-    ms, mt, ss, st, cross, blocked, s1, spread, _xs, _yt, _ix, _iy, _nans = stream_rows(
+    s = side(
         z_ptr,
-        z_row,
+        row,
+        exists,
+        1,
+        0,
+        z_stride,
+        temperature,
+        temperature_ptr,
+        1.0,
+        1.0,
+        1,
+        True,
+        T_STEP,
+        False,
+        False,
+        False,
+        EXACT,
+        ROWS,
+        DTYPE,
+    )
+    t = side(
         teacher_ptr,
-        teacher_start,
+        row,
+        exists,
+        teacher_inner,
+        teacher_outer,
+        teacher_stride,
+        teacher_temperature,
+        teacher_temperature_ptr,
+        1.0,
+        1.0,
+        UNIT,
+        T_FLAT,
+        TT_STEP,
+        False,
+        False,
+        False,
+        EXACT,
+        ROWS,
+        DTYPE,
+    )
+    col = columns(LANES, VEC, CONTIGUOUS)
+    v = row_values(
+        one,
+        one,
+        s,
+        t,
         col,
         counted,
+        counted,
+        bad,
+        label,
         classes,
-        cs,
-        ct,
-        divide(Tt, Ts),
-        shift,
-        1.0,
-        1.0,
-        1.0,
-        1.0,
-        SOFT,
+        smoothing,
+        tl.full([1], a, DTYPE),
+        tl.full([1], b, DTYPE),
+        KIND,
         HARD,
         SMOOTH,
         False,
-        False,
-        False,
-        False,
-        False,
+        True,
         ROWS,
         LANES,
         VEC,
@@ -157,68 +175,42 @@ def logit_rows(
         w = tl.load(weight_ptr + row, mask=counted, other=0.0)
     share64 = w.to(tl.float64) * per_row
     share = share64.to(DTYPE)
-    none = tl.zeros([ROWS], DTYPE)
     soft, hard, loss = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
-    q_factor, ratio, ratio_rest, q1_factor, hard_share = none, none, none, none, none
-    if SOFT:
-        ss = tl.where(bad, float("nan"), valid_sum(ss))
-        st = valid_sum(st)
-        soft = kl_value(ss, st, cross, blocked, mt, ct, Tt).to(tl.float64)
-        slope = divide(one, Ts)
+    slope = divide(one, s.T)
+    hard_share = tl.zeros([ROWS], DTYPE)
+    at_one = hard_share
+    if KIND != NONE:
+        soft = v.soft.to(tl.float64)
         if SQUARED:
-            soft = soft * Ts * Ts
-            slope = Ts
+            soft = soft * s.T * s.T
+            slope = s.T
         soft_w = row_scalar(soft_weight, soft_weight_ptr, row, exists, 0, ROWS, tl.float64)
-        soft = tl.where(counted, share64 * soft, 0.0)
+        soft = tl.where(counted, share64 * (soft + v.at_one), 0.0)
         loss += soft_w * soft
-        q_factor = divide(slope * (soft_w.to(DTYPE) * share), ss)
-        ratio, ratio_rest = split_ratio(ss, st)
-    eps = tl.full([ROWS], smoothing, DTYPE)
-    n_classes = tl.full([ROWS], classes, DTYPE)
+        slope = slope * (soft_w.to(DTYPE) * share)
+        if KIND == NKD:
+            at_one = soft_w.to(DTYPE) * share * v.p1
     if HARD:
-        s1 = tl.where(bad, float("nan"), valid_sum(s1))
         hard_w = row_scalar(hard_weight, hard_weight_ptr, row, exists, 0, ROWS, tl.float64)
-        hard = hard_value(s1, ms, of_label, spread, eps, n_classes, SMOOTH)
-        hard = tl.where(counted, share64 * hard, 0.0)
+        hard = tl.where(counted, share64 * v.hard, 0.0)
         loss += hard_w * hard
         hard_share = hard_w.to(DTYPE) * share
-        q1_factor = divide(hard_share, s1)
     if dz_ptr is not None:
         OPERAND: tl.constexpr = dz_ptr.dtype.element_ty
-        label_share = hard_share * (1.0 - eps * divide(n_classes - 1.0, n_classes))
-        even_share = divide(hard_share * eps, n_classes)
+        eps = tl.full([ROWS], smoothing, DTYPE)
+        n_classes = tl.full([ROWS], classes, DTYPE)
+        kept = hard_share * (1.0 - eps * divide(n_classes - 1.0, n_classes)) + at_one
+        targets = Targets(v.s_top, divide(hard_share + at_one, v.s1), kept, divide(hard_share * eps, n_classes))
         for first in range(0, z_stride, LANES * VEC):
             here = col + first
             keep = counted[:, None, None] & (here < classes)
-            x = read(z_ptr, z_row, here, keep, 1.0, 1.0, False, False, DTYPE, "evict_last")
+            x = read(s, here, keep, "evict_last")
             y = x
-            if SOFT:
-                y = read(teacher_ptr, teacher_start, here, keep, 1.0, 1.0, False, False, DTYPE, "evict_first")
-            grad = student_gradient(
-                x,
-                y,
-                here,
-                ms,
-                mt,
-                cs,
-                ct,
-                q_factor,
-                ratio,
-                ratio_rest,
-                q1_factor,
-                label,
-                label_share,
-                even_share,
-                1.0,
-                1.0,
-                SOFT,
-                HARD,
-                SMOOTH,
-                False,
-                False,
-            )
+            if KIND != NONE:
+                y = read(t, here, keep, "evict_first")
+            grad = student_gradient(x, y, here, label, s, t, v.known, v.means, slope, targets, KIND, HARD, SMOOTH)
             grad = tl.where(keep, grad, 0.0)
-            to = dz_ptr + z_row[:, None, None] + here
+            to = dz_ptr + (row * z_stride)[:, None, None] + here
             tl.store(to, operand(grad, OPERAND), mask=exists[:, None, None] & (here < z_stride))
             if head_bias_partial_ptr is not None:
                 at = head_bias_partial_ptr + pid * classes + here

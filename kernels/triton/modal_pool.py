@@ -9,7 +9,8 @@ a second time, tile by tile. Numbers arrive as float64 and are rounded to DTYPE,
 import triton
 import triton.language as tl
 
-from .rows import INF, divide, per_temperature, power, row_scalar
+from .rows import INF, divide, power, row_scalar
+from .sides import per_temperature
 
 
 @triton.jit

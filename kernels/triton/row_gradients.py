@@ -1,69 +1,57 @@
-"""Gradients of the row losses with respect to the logits, one tile [ROWS, LANES, VEC] at a time."""
+"""Values and gradients of the row losses. Tiles are [ROWS, LANES, VEC]; the rest is per row, [ROWS]."""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from .rows import LOG2E, divide, finite_max, power, through_transform
+from .divergences import ALPHA_BETA, DKD, FORWARD, NKD, NONE, REVERSE, kl_term, log1p, pointwise
+from .row_statistics import but_label
+from .rows import INF, LOG2E, divide, finite_max, log_ratio, power, soft_gap
+from .sides import read
 
 
-@triton.jit
-def student_gradient(
-    x,
-    y,
-    here,
-    ms,
-    mt,
-    cs,
-    ct,
-    q_factor,
-    ratio,
-    ratio_rest,
-    q1_factor,
-    label,
-    label_share,
-    even_share,
-    scale,
-    softcap,
-    SOFT: tl.constexpr,
-    HARD: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    SCALED: tl.constexpr,
-    CAPPED: tl.constexpr,
-):
-    """(es - et*ratio)*q_factor + e1*q1_factor - (label_share at the label, else even_share), through the transform.
+class Known(NamedTuple):
+    """What the gradients of the divergence need of a row. Sums and maxima are those of `Sums`.
 
-    The factors are [ROWS] and hold the upstream gradient, 1/Ts and the reciprocals of the sums of exponentials;
-    ratio + ratio_rest = sum es / sum et.
+    ratio + ratio_rest: ss/st. log_ratio: its logarithm. weight: the factor of the part that the other classes make
+    (DKD, NKD). s_label, s_other: what DKD's pair (label, rest) adds to dD/du at the label, and per q of the others;
+    t_label, t_other: the same for the teacher. a, b: the parameters, [1].
     """
-    dx = x - finite_max(ms)[:, None, None]
-    grad = dx * 0.0
-    if SOFT:
-        dy = y - finite_max(mt)[:, None, None]
-        es = power(dx, cs[:, None, None])
-        et = power(dy, ct[:, None, None])
-        grad = ((es - et * ratio[:, None, None]) - et * ratio_rest[:, None, None]) * q_factor[:, None, None]
-    if HARD:
-        hard = power(dx, tl.full([1, 1, 1], LOG2E, cs.dtype)) * q1_factor[:, None, None]
-        target = tl.where(here == label[:, None, None], label_share[:, None, None], 0.0)
-        if SMOOTH:
-            target = tl.where(here == label[:, None, None], target, even_share[:, None, None])
-        hard = hard - target
-        if SOFT:
-            grad = grad + hard
-        else:
-            grad = hard
-    return through_transform(grad, x, scale, softcap, SCALED, CAPPED)
+
+    ms: tl.tensor
+    ss: tl.tensor
+    inv_s: tl.tensor
+    mt: tl.tensor
+    st: tl.tensor
+    inv_t: tl.tensor
+    ratio: tl.tensor
+    ratio_rest: tl.tensor
+    log_ratio: tl.tensor
+    weight: tl.tensor
+    s_label: tl.tensor
+    s_other: tl.tensor
+    t_label: tl.tensor
+    t_other: tl.tensor
+    a: tl.tensor
+    b: tl.tensor
 
 
-@triton.jit
-def temperature_moment(x, y, ms, mt, cs, ct, ratio, ratio_rest):
-    """Sum over VEC of (q - p)*(x - ms)*sum es; terms with x = -inf are 0."""
-    dx = x - finite_max(ms)[:, None, None]
-    dy = y - finite_max(mt)[:, None, None]
-    es = power(dx, cs[:, None, None])
-    et = power(dy, ct[:, None, None])
-    difference = (es - et * ratio[:, None, None]) - et * ratio_rest[:, None, None]
-    return tl.sum(tl.where(x == float("-inf"), 0.0, difference * dx), 2)
+class Means(NamedTuple):
+    """E_q[g] and E_p[h]; of the online divergences h + rest is E_p[soft_gap]."""
+
+    g: tl.tensor
+    h: tl.tensor
+    rest: tl.tensor
+
+
+class Targets(NamedTuple):
+    """A cross-entropy at temperature 1: factor*exp(x - m) - (label at the label, even elsewhere)."""
+
+    m: tl.tensor
+    factor: tl.tensor
+    label: tl.tensor
+    even: tl.tensor
 
 
 @triton.jit
@@ -75,25 +63,254 @@ def split_ratio(a, b):
 
 
 @triton.jit
-def centred_gap(x, y, ms, mt, ct, rho, st, mean_gap):
-    """E_p[gap - mean_gap] for a tile of whole rows: what rounding left in mean_gap = E_p[gap]."""
-    dx = x - finite_max(ms)[:, None, None]
-    dy = y - finite_max(mt)[:, None, None]
-    et = power(dy, ct[:, None, None])
-    rest = et * (dy - dx * rho[:, None, None] - mean_gap[:, None, None])
-    rest = tl.where((et > 0.0) & (x != float("-inf")), rest, 0.0)
-    return divide(tl.sum(tl.sum(rest, 2), 1), st)
+def pair_logit(x_label, m, total, T):
+    """log of (label : rest); +inf where the rest has no mass."""
+    return tl.where(total == 0.0, INF, divide(x_label - finite_max(m), T) - tl.log(total))
 
 
 @triton.jit
-def teacher_gradient(x, y, ms, mt, ct, rho, inv_t, mean_gap, gap_rest, Tt):
-    """p*(r - K), r = log p - log q; 0 where p is 0.
+def log_pair(z):
+    """Probabilities of the label and of the rest and their logarithms from the pair's logit."""
+    e = tl.exp(-tl.abs(z))
+    large, small = divide(tl.full([1], 1.0, z.dtype), 1.0 + e), divide(e, 1.0 + e)
+    rest = log1p(e)
+    label = tl.where(z > 0, large, small)
+    return label, tl.where(z > 0, small, large), tl.minimum(z, 0.0) - rest, -tl.maximum(z, 0.0) - rest
 
-    In r - K the sums of exponentials cancel: it is (gap - E_p[gap])/Tt with gap = (y-mt) - rho*(x-ms) and
-    E_p[gap] = mean_gap + gap_rest.
+
+@triton.jit
+def pair_term(p, q, log_p, log_q):
+    """p log(p/q) - p + q with 0 log 0 = 0."""
+    ruled_out = (log_q == -INF) & (p > 0)
+    return tl.where(p == 0.0, q, tl.where(ruled_out, INF, kl_term(p, q, log_p - log_q)))
+
+
+@triton.jit
+def know(ms, ss, mt, st, s, t, x_label, y_label, a, b, KIND: tl.constexpr):
+    """Known, and the pair's part of DKD."""
+    none = tl.zeros_like(ss)
+    one = none + 1.0
+    inv_s, inv_t = divide(one, ss), divide(one, st)
+    ratio, ratio_rest = split_ratio(ss, st)
+    weight, s_label, s_other, t_label, t_other, pair = one, none, none, none, none, none
+    if (KIND == DKD) or (KIND == NKD):
+        # An empty rest: no teacher mass, no second part; no student mass, q = 0 there.
+        inv_s, inv_t = tl.where(ss == 0.0, 0.0, inv_s), tl.where(st == 0.0, 0.0, inv_t)
+        ratio = tl.where(st == 0.0, 0.0, ratio)
+        ratio_rest = tl.where(st == 0.0, 0.0, ratio_rest)
+        if KIND == DKD:
+            weight = tl.where(st == 0.0, 0.0, one * b)
+            zq, zp = pair_logit(x_label, ms, ss, s.T), pair_logit(y_label, mt, st, t.T)
+            q, q_rest, log_q, log_q_rest = log_pair(zq)
+            p, p_rest, log_p, log_p_rest = log_pair(zp)
+            pair = pair_term(p, q, log_p, log_q) + pair_term(p_rest, q_rest, log_p_rest, log_q_rest)
+            s_label = a * tl.where(zq + zp > 0, p_rest - q_rest, q - p)
+            s_other = -s_label
+            both = p * p_rest
+            t_label = tl.where(both == 0.0, 0.0, a * (both * (zp - zq)))
+            t_other = -t_label
+            pair = tl.where(a == 0, 0.0, a * tl.where(pair < 0, 0.0, pair))
+        else:
+            weight = tl.where(st == 0.0, 0.0, one * a)
+    known = Known(
+        ms,
+        ss,
+        inv_s,
+        mt,
+        st,
+        inv_t,
+        ratio,
+        ratio_rest,
+        log_ratio(ss, st, divide(ss, st)),
+        weight,
+        s_label,
+        s_other,
+        t_label,
+        t_other,
+        a,
+        b,
+    )
+    return known, pair
+
+
+@triton.jit
+def online_value(k, pair, cross, blocked, t, KIND: tl.constexpr):
+    """D of the online divergences (of NKD the second part), NaN kept, +inf where q is 0 and p is not.
+
+    KL(p||q) = E_p[v-u] - log st + log ss, at least 0; CE(p, q) = E_p[-u] + log ss.
     """
-    dx = x - finite_max(ms)[:, None, None]
-    dy = y - finite_max(mt)[:, None, None]
-    p = power(dy, ct[:, None, None]) * inv_t[:, None, None]
-    gap = (dy - dx * rho[:, None, None] - mean_gap[:, None, None]) - gap_rest[:, None, None]
-    return tl.where(p == 0.0, 0.0, p * divide(gap, Tt[:, None, None]))
+    value = divide(divide(cross, k.st), t.T)
+    if KIND == NKD:
+        value = value + tl.log(k.ss)
+    else:
+        value = value + k.log_ratio
+    # INF + NaN stays NaN.
+    value = tl.where(power(blocked - k.mt, t.c) > 0.0, INF + (k.ss - k.ss) + (k.st - k.st), value)
+    value = tl.where(value < 0.0, 0.0, value)
+    if KIND != FORWARD:
+        value = tl.where(k.weight == 0.0, k.ss - k.ss, k.weight * tl.where(k.ss == 0.0, INF, value))
+    return value + pair
+
+
+@triton.jit
+def raised(d, c, total, degree):
+    """(2**(d*c)/total)**degree, by way of the exponents: a logarithm of the probability would round them."""
+    return power(d, c * degree.to(c.dtype)) * tl.exp(-degree * tl.log(total))
+
+
+@triton.jit
+def pointwise_tile(x, y, s, t, k, KIND: tl.constexpr):
+    """f, q g, p h, q and p of a tile."""
+    dx = x - finite_max(k.ms)[:, None, None]
+    dy = y - finite_max(k.mt)[:, None, None]
+    q = power(dx, s.c[:, None, None]) * k.inv_s[:, None, None]
+    p = power(dy, t.c[:, None, None]) * k.inv_t[:, None, None]
+    no_q, no_p = x == -INF, y == -INF
+    gap = tl.where(no_q | no_p, 0.0, dy - dx * divide(t.T, s.T)[:, None, None])
+    r = divide(gap, t.T[:, None, None]) + k.log_ratio[:, None, None]
+    qs, ps = q, p
+    if KIND == ALPHA_BETA:
+        qs = raised(tl.where(no_q, 0.0, dx), s.c[:, None, None], k.ss[:, None, None], k.a + k.b)
+        ps = raised(tl.where(no_p, 0.0, dy), t.c[:, None, None], k.st[:, None, None], k.a + k.b)
+    f, qg, ph = pointwise(q, p, qs, ps, r, no_q, no_p, k.a, k.b, KIND)
+    return f, qg, ph, q, p
+
+
+@triton.jit
+def pointwise_means(
+    x,
+    y,
+    s,
+    t,
+    k,
+    col,
+    counted,
+    classes,
+    KIND: tl.constexpr,
+    LOOP: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """D (at least 0, NaN kept), E_q[g] and E_p[h]. With LOOP the rows are read again, else x, y hold them."""
+    f_sum = tl.zeros([ROWS, LANES], s.T.dtype)
+    g_sum, h_sum = f_sum, f_sum
+    last = classes if LOOP else 1
+    for first in range(0, last, LANES * VEC):
+        if LOOP:
+            here = col + first
+            keep = counted[:, None, None] & (here < classes)
+            f, qg, ph, _q, _p = pointwise_tile(
+                read(s, here, keep, "evict_last"), read(t, here, keep, "evict_last"), s, t, k, KIND
+            )
+        else:
+            f, qg, ph, _q, _p = pointwise_tile(x, y, s, t, k, KIND)
+        f_sum += tl.sum(f, 2)
+        g_sum += tl.sum(qg, 2)
+        h_sum += tl.sum(ph, 2)
+    # A row without any logit is NaN, though no class shows it.
+    value = tl.sum(f_sum, 1) + (k.ss - k.ss) + (k.st - k.st)
+    return tl.where(value < 0.0, 0.0, value), tl.sum(g_sum, 1), tl.sum(h_sum, 1)
+
+
+@triton.jit
+def difference(x, y, s, t, k):
+    """q - p of a tile."""
+    es = power(x - finite_max(k.ms)[:, None, None], s.c[:, None, None])
+    et = power(y - finite_max(k.mt)[:, None, None], t.c[:, None, None])
+    return ((es - et * k.ratio[:, None, None]) - et * k.ratio_rest[:, None, None]) * k.inv_s[:, None, None]
+
+
+@triton.jit
+def student_soft(x, y, here, label, s, t, k, means, KIND: tl.constexpr):
+    """dD/du."""
+    if KIND >= REVERSE:
+        _f, qg, _ph, q, _p = pointwise_tile(x, y, s, t, k, KIND)
+        return qg - q * means.g[:, None, None]
+    elif KIND == FORWARD:
+        return difference(x, y, s, t, k)
+    else:
+        x, y = but_label(x, here, label, KIND), but_label(y, here, label, KIND)
+        grad = difference(x, y, s, t, k) * k.weight[:, None, None]
+        if KIND == DKD:
+            q = power(x - finite_max(k.ms)[:, None, None], s.c[:, None, None]) * k.inv_s[:, None, None]
+            grad = grad + q * k.s_other[:, None, None]
+        return tl.where(here == label[:, None, None], k.s_label[:, None, None], grad)
+
+
+@triton.jit
+def gap_from_mean(x, y, s, t, k, mean, KIND: tl.constexpr):
+    """soft_gap - mean, and exp((y - max y)/Tt)."""
+    dx = x - finite_max(k.ms)[:, None, None]
+    dy = y - finite_max(k.mt)[:, None, None]
+    gap = soft_gap(dx, dy, divide(t.T, s.T)[:, None, None], KIND == NKD) - mean[:, None, None]
+    return gap, power(dy, t.c[:, None, None])
+
+
+@triton.jit
+def teacher_soft(x, y, here, label, s, t, k, means, KIND: tl.constexpr):
+    """dD/dv, 0 where p is 0. Of the KL p (r - K): in r - K the sums of exponentials cancel."""
+    if KIND >= REVERSE:
+        _f, _qg, ph, _q, p = pointwise_tile(x, y, s, t, k, KIND)
+        return tl.where(y == -INF, p, ph - p * means.h[:, None, None])
+    else:
+        x, y = but_label(x, here, label, KIND), but_label(y, here, label, KIND)
+        gap, et = gap_from_mean(x, y, s, t, k, means.h, KIND)
+        p = et * k.inv_t[:, None, None]
+        grad = tl.where(p == 0.0, 0.0, p * divide(gap - means.rest[:, None, None], t.T[:, None, None]))
+        if KIND != FORWARD:
+            grad = grad * k.weight[:, None, None]
+            grad = tl.where(k.weight[:, None, None] == 0.0, 0.0, grad)
+        if KIND == DKD:
+            grad = grad + p * k.t_other[:, None, None]
+        if (KIND == DKD) or (KIND == NKD):
+            grad = tl.where(here == label[:, None, None], k.t_label[:, None, None], grad)
+        return grad
+
+
+@triton.jit
+def centred_gap(x, y, here, label, s, t, k, mean, KIND: tl.constexpr):
+    """E_p[soft_gap - mean] of a tile of whole rows: what rounding left in mean = E_p[soft_gap]."""
+    x, y = but_label(x, here, label, KIND), but_label(y, here, label, KIND)
+    gap, et = gap_from_mean(x, y, s, t, k, mean, KIND)
+    rest = tl.where((et > 0.0) & (x != -INF), et * gap, 0.0)
+    return tl.sum(tl.sum(rest, 2), 1) * k.inv_t
+
+
+@triton.jit
+def targets_gradient(x, here, label, of, like, SMOOTH: tl.constexpr):
+    """Gradient of a cross-entropy at temperature 1; ``like`` has the dtype of the exponentials' factor."""
+    hard = power(x - finite_max(of.m)[:, None, None], tl.full([1, 1, 1], LOG2E, like.dtype)) * of.factor[:, None, None]
+    if SMOOTH:
+        return hard - tl.where(here == label[:, None, None], of.label[:, None, None], of.even[:, None, None])
+    else:
+        return hard - tl.where(here == label[:, None, None], of.label[:, None, None], 0.0)
+
+
+@triton.jit
+def student_gradient(
+    x, y, here, label, s, t, k, means, slope, of, KIND: tl.constexpr, HARD: tl.constexpr, SMOOTH: tl.constexpr
+):
+    """slope*dD/du + the gradient of the targets, with respect to the transformed logits."""
+    if KIND == NONE:
+        return targets_gradient(x, here, label, of, s.c, SMOOTH)
+    else:
+        grad = student_soft(x, y, here, label, s, t, k, means, KIND) * slope[:, None, None]
+        if HARD or (KIND == NKD):
+            grad = grad + targets_gradient(x, here, label, of, s.c, SMOOTH)
+        return grad
+
+
+@triton.jit
+def teacher_gradient(x, y, here, label, s, t, k, means, slope, of, KIND: tl.constexpr):
+    """slope*dD/dv + the gradient of NKD's first part, with respect to the transformed logits."""
+    grad = teacher_soft(x, y, here, label, s, t, k, means, KIND) * slope[:, None, None]
+    if KIND == NKD:
+        grad = grad + targets_gradient(y, here, label, of, t.c, False)
+    return grad
+
+
+@triton.jit
+def moment(grad, x, top):
+    """Lane sums of grad*(x - top), 0 where grad is 0."""
+    return tl.sum(tl.where(grad == 0.0, 0.0, grad * (x - top[:, None, None])), 2)

@@ -1,22 +1,60 @@
-"""Statistics of row pairs in one read: maxima, sums of exponentials, the KL sum, optional by-products."""
+"""Statistics of row pairs in one read: maxima, sums of exponentials, the sum of the online divergences, by-products.
+
+KIND is the divergence. DKD and NKD see the classes other than the label here; `with_label` brings the label back.
+"""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+from .divergences import DKD, NKD, NONE
 from .rows import (
     INF,
     LAST,
     LOG2E,
+    divide,
     entropy_sum,
     finite_max,
     first_column,
     moved,
     power,
-    read,
     rescale,
     rescale_moment,
-    soft_sums,
+    soft_gap,
 )
+from .sides import read
+
+
+class Sums(NamedTuple):
+    """Sums relative to the maxima, per lane [ROWS, LANES] or per row [ROWS]; 0 if not asked for.
+
+    ss, st: of es, et. cross: of et*soft_gap where x is finite; blocked: max y where x is -inf. spread: of x - shift.
+    s1, t1: of exp(x - max x), exp(y - max y). xs, yt: of es*(x - max x), et*(y - max y). ix, iy: first column of the
+    maximum. nans: number of NaN.
+    """
+
+    ss: tl.tensor
+    st: tl.tensor
+    cross: tl.tensor
+    blocked: tl.tensor
+    s1: tl.tensor
+    t1: tl.tensor
+    spread: tl.tensor
+    xs: tl.tensor
+    yt: tl.tensor
+    ix: tl.tensor
+    iy: tl.tensor
+    nans: tl.tensor
+
+
+@triton.jit
+def but_label(x, col, label, KIND: tl.constexpr):
+    """x, -inf at the label where the divergence treats it apart."""
+    if (KIND == DKD) or (KIND == NKD):
+        return tl.where(col == label[:, None, None], -INF, x)
+    else:
+        return x
 
 
 @triton.jit
@@ -30,30 +68,61 @@ def tile_sums(
     cs,
     ct,
     rho,
+    label,
     shift,
-    SOFT: tl.constexpr,
+    KIND: tl.constexpr,
     HARD: tl.constexpr,
     SMOOTH: tl.constexpr,
     TERMS: tl.constexpr,
 ):
-    """Lane sums [ROWS, LANES] of one tile relative to the maxima ms, mt [ROWS, LANES or 1, 1]; 0 if not asked for."""
+    """Lane sums of one tile relative to the maxima ms, mt [ROWS, LANES or 1, 1]; x, y are as `but_label` left them."""
     none = tl.zeros([x.shape[0], x.shape[1]], x.dtype)
-    ss, st, cross, blocked, s1, spread, xs, yt = none, none, none, none, none, none, none, none
+    ss, st, cross, blocked, s1, t1, spread, xs, yt = none, none, none, none, none, none, none, none, none
     ix = tl.zeros([x.shape[0], x.shape[1]], tl.int32)
     iy, nans = ix, ix
-    if SOFT:
-        ss, st, cross, blocked = soft_sums(x, y, ms, mt, cs, ct, rho)
-    if HARD:
-        s1 = tl.sum(power(x - finite_max(ms), tl.full([1, 1, 1], LOG2E, cs.dtype)), 2)
+    dx = x - finite_max(ms)
+    dy = y - finite_max(mt)
+    c1 = tl.full([1, 1, 1], LOG2E, cs.dtype)
+    if KIND != NONE:
+        es = power(dx, cs)
+        et = power(dy, ct)
+        ss, st = tl.sum(es, 2), tl.sum(et, 2)
+        if KIND <= NKD:
+            cut = x == -INF
+            cross = tl.sum(et * tl.where((et > 0.0) & (cut == 0), soft_gap(dx, dy, rho, KIND == NKD), 0.0), 2)
+            blocked = tl.max(tl.where(cut, y, -INF), 2)
+    if HARD or (KIND == NKD):
+        s1 = tl.sum(power(dx, c1), 2)
+    if KIND == NKD:
+        t1 = tl.sum(power(dy, c1), 2)
     if SMOOTH:
-        spread = tl.sum(tl.where(keep, x - shift, 0.0), 2)
+        spread = tl.sum(tl.where(keep & (col != label), x - shift, 0.0), 2)
     if TERMS:
-        xs = entropy_sum(x - finite_max(ms), cs)
-        yt = entropy_sum(y - finite_max(mt), ct)
+        xs = entropy_sum(dx, cs)
+        yt = entropy_sum(dy, ct)
         ix = first_column(x, ms, col)
         iy = first_column(y, mt, col)
         nans = tl.sum(((x != x) | (y != y)).to(tl.int32), 2)
-    return ss, st, cross, blocked, s1, spread, xs, yt, ix, iy, nans
+    return Sums(ss, st, cross, blocked, s1, t1, spread, xs, yt, ix, iy, nans)
+
+
+@triton.jit
+def over_lanes(sums):
+    """Row sums of lane sums that are relative to one maximum per row."""
+    return Sums(
+        tl.sum(sums.ss, 1),
+        tl.sum(sums.st, 1),
+        tl.sum(sums.cross, 1),
+        tl.max(sums.blocked, 1),
+        tl.sum(sums.s1, 1),
+        tl.sum(sums.t1, 1),
+        tl.sum(sums.spread, 1),
+        tl.sum(sums.xs, 1),
+        tl.sum(sums.yt, 1),
+        tl.min(sums.ix, 1),
+        tl.min(sums.iy, 1),
+        tl.sum(sums.nans, 1),
+    )
 
 
 @triton.jit
@@ -62,163 +131,153 @@ def hold_rows(
     y,
     col,
     keep,
-    cs,
-    ct,
-    rho,
+    s,
+    t,
+    label,
     shift,
-    SOFT: tl.constexpr,
+    KIND: tl.constexpr,
     HARD: tl.constexpr,
     SMOOTH: tl.constexpr,
     TERMS: tl.constexpr,
 ):
-    """Row statistics [ROWS] of a tile that holds whole rows."""
-    ms = tl.max(tl.max(x, 2), 1)
-    mt = tl.max(tl.max(y, 2), 1)
-    ss, st, cross, blocked, s1, spread, xs, yt, ix, iy, nans = tile_sums(
+    """max x, max y and Sums per row of a tile that holds whole rows."""
+    x, y = but_label(x, col, label, KIND), but_label(y, col, label, KIND)
+    ms, mt = tl.max(tl.max(x, 2), 1), tl.max(tl.max(y, 2), 1)
+    sums = tile_sums(
         x,
         y,
         col,
         keep,
         ms[:, None, None],
         mt[:, None, None],
-        cs[:, None, None],
-        ct[:, None, None],
-        rho[:, None, None],
+        s.c[:, None, None],
+        t.c[:, None, None],
+        divide(t.T, s.T)[:, None, None],
+        label[:, None, None],
         shift[:, None, None],
-        SOFT,
+        KIND,
         HARD,
         SMOOTH,
         TERMS,
     )
-    return (
-        ms,
-        mt,
-        tl.sum(ss, 1),
-        tl.sum(st, 1),
-        tl.sum(cross, 1),
-        tl.max(blocked, 1),
-        tl.sum(s1, 1),
-        tl.sum(spread, 1),
-        tl.sum(xs, 1),
-        tl.sum(yt, 1),
-        tl.min(ix, 1),
-        tl.min(iy, 1),
-        tl.sum(nans, 1),
-    )
+    return ms, mt, over_lanes(sums)
+
+
+@triton.jit
+def add_sums(
+    a,
+    b,
+    ms,
+    mt,
+    to_ms,
+    to_mt,
+    cs,
+    ct,
+    rho,
+    KIND: tl.constexpr,
+    HARD: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """a, relative to ms, mt, and b, relative to to_ms, to_mt; the result is relative to the latter."""
+    ss, st, cross, blocked, s1, t1, xs, yt = a.ss, a.st, a.cross, a.blocked, a.s1, a.t1, a.xs, a.yt
+    ix, iy = a.ix, a.iy
+    c1 = tl.full([1, 1], LOG2E, cs.dtype)
+    if KIND != NONE:
+        if KIND <= NKD:
+            shift = soft_gap(moved(ms, to_ms), moved(mt, to_mt), rho, KIND == NKD)
+            cross = rescale_moment(cross, st, shift, mt, to_mt, ct) + b.cross
+            blocked = tl.maximum(blocked, b.blocked)
+        if TERMS:
+            xs = rescale_moment(xs, ss, moved(ms, to_ms), ms, to_ms, cs) + b.xs
+            yt = rescale_moment(yt, st, moved(mt, to_mt), mt, to_mt, ct) + b.yt
+            ix = tl.where(to_ms > ms, b.ix, tl.minimum(ix, b.ix))
+            iy = tl.where(to_mt > mt, b.iy, tl.minimum(iy, b.iy))
+        ss = rescale(ss, ms, to_ms, cs) + b.ss
+        st = rescale(st, mt, to_mt, ct) + b.st
+    if HARD or (KIND == NKD):
+        s1 = rescale(s1, ms, to_ms, c1) + b.s1
+    if KIND == NKD:
+        t1 = rescale(t1, mt, to_mt, c1) + b.t1
+    return Sums(ss, st, cross, blocked, s1, t1, a.spread + b.spread, xs, yt, ix, iy, a.nans + b.nans)
+
+
+@triton.jit
+def no_sums(SHAPE: tl.constexpr, DTYPE: tl.constexpr):
+    """Sums of nothing."""
+    none = tl.zeros(SHAPE, DTYPE)
+    first = tl.full(SHAPE, LAST, tl.int32)
+    nans = tl.zeros(SHAPE, tl.int32)
+    return Sums(none, none, none, none - INF, none, none, none, none, none, first, first, nans)
 
 
 @triton.jit
 def stream_rows(
-    student_ptr,
-    student_start,
-    teacher_ptr,
-    teacher_start,
+    s,
+    t,
     col,
     counted,
     classes,
-    cs,
-    ct,
-    rho,
+    label,
     shift,
-    s_scale,
-    s_softcap,
-    t_scale,
-    t_softcap,
-    SOFT: tl.constexpr,
+    KIND: tl.constexpr,
     HARD: tl.constexpr,
     SMOOTH: tl.constexpr,
     TERMS: tl.constexpr,
-    S_SCALED: tl.constexpr,
-    S_CAPPED: tl.constexpr,
-    T_SCALED: tl.constexpr,
-    T_CAPPED: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Row statistics [ROWS] of rows longer than a tile; every lane keeps its own maximum until the end."""
-    none = tl.zeros([ROWS, LANES], DTYPE)
-    ss, st, cross, s1, spread, xs, yt = none, none, none, none, none, none, none
-    ms, mt, blocked = none - INF, none - INF, none - INF
-    ix = tl.full([ROWS, LANES], LAST, tl.int32)
-    iy = ix
-    nans = tl.zeros([ROWS, LANES], tl.int32)
-    cs, ct, rho = cs[:, None], ct[:, None], rho[:, None]
-    c1 = tl.full([1, 1], LOG2E, cs.dtype)
+    """The same of rows longer than a tile; every lane keeps its own maximum until the end."""
+    sums = no_sums([ROWS, LANES], DTYPE)
+    ms = tl.full([ROWS, LANES], -INF, DTYPE)
+    mt = ms
+    rho = divide(t.T, s.T)
     for first in range(0, classes, LANES * VEC):
         here = col + first
         keep = counted[:, None, None] & (here < classes)
-        x = read(student_ptr, student_start, here, keep, s_scale, s_softcap, S_SCALED, S_CAPPED, DTYPE, "evict_last")
+        x = but_label(read(s, here, keep, "evict_last"), here, label, KIND)
         new_ms = tl.maximum(ms, tl.max(x, 2))
         y = x
         new_mt = new_ms
-        if SOFT:
-            y = read(
-                teacher_ptr, teacher_start, here, keep, t_scale, t_softcap, T_SCALED, T_CAPPED, DTYPE, "evict_last"
-            )
+        if KIND != NONE:
+            y = but_label(read(t, here, keep, "evict_last"), here, label, KIND)
             new_mt = tl.maximum(mt, tl.max(y, 2))
-        a_ss, a_st, a_cross, a_blocked, a_s1, a_spread, a_xs, a_yt, a_ix, a_iy, a_nans = tile_sums(
+        more = tile_sums(
             x,
             y,
             here,
             keep,
             new_ms[:, :, None],
             new_mt[:, :, None],
-            cs[:, :, None],
-            ct[:, :, None],
-            rho[:, :, None],
+            s.c[:, None, None],
+            t.c[:, None, None],
+            rho[:, None, None],
+            label[:, None, None],
             shift[:, None, None],
-            SOFT,
+            KIND,
             HARD,
             SMOOTH,
             TERMS,
         )
-        if SOFT:
-            gap = moved(mt, new_mt) - rho * moved(ms, new_ms)
-            cross = rescale_moment(cross, st, gap, mt, new_mt, ct) + a_cross
-            blocked = tl.maximum(blocked, a_blocked)
-        if TERMS:
-            xs = rescale_moment(xs, ss, moved(ms, new_ms), ms, new_ms, cs) + a_xs
-            yt = rescale_moment(yt, st, moved(mt, new_mt), mt, new_mt, ct) + a_yt
-            ix = tl.where(new_ms > ms, a_ix, tl.minimum(ix, a_ix))
-            iy = tl.where(new_mt > mt, a_iy, tl.minimum(iy, a_iy))
-            nans += a_nans
-        if SOFT:
-            ss = rescale(ss, ms, new_ms, cs) + a_ss
-            st = rescale(st, mt, new_mt, ct) + a_st
-        if HARD:
-            s1 = rescale(s1, ms, new_ms, c1) + a_s1
-        if SMOOTH:
-            spread += a_spread
+        cs, ct = s.c[:, None], t.c[:, None]
+        sums = add_sums(sums, more, ms, mt, new_ms, new_mt, cs, ct, rho[:, None], KIND, HARD, TERMS)
         ms, mt = new_ms, new_mt
 
     row_ms, row_mt = tl.max(ms, 1), tl.max(mt, 1)
-    to_ms, to_mt = row_ms[:, None], row_mt[:, None]
-    if SOFT:
-        cross = rescale_moment(cross, st, moved(mt, to_mt) - rho * moved(ms, to_ms), mt, to_mt, ct)
-    if TERMS:
-        xs = rescale_moment(xs, ss, moved(ms, to_ms), ms, to_ms, cs)
-        yt = rescale_moment(yt, st, moved(mt, to_mt), mt, to_mt, ct)
-        ix = tl.where(ms == to_ms, ix, LAST)
-        iy = tl.where(mt == to_mt, iy, LAST)
-    if SOFT:
-        ss = rescale(ss, ms, to_ms, cs)
-        st = rescale(st, mt, to_mt, ct)
-    if HARD:
-        s1 = rescale(s1, ms, to_ms, c1)
-    return (
-        row_ms,
-        row_mt,
-        tl.sum(ss, 1),
-        tl.sum(st, 1),
-        tl.sum(cross, 1),
-        tl.max(blocked, 1),
-        tl.sum(s1, 1),
-        tl.sum(spread, 1),
-        tl.sum(xs, 1),
-        tl.sum(yt, 1),
-        tl.min(ix, 1),
-        tl.min(iy, 1),
-        tl.sum(nans, 1),
-    )
+    to_ms, to_mt = row_ms[:, None] + tl.zeros_like(ms), row_mt[:, None] + tl.zeros_like(mt)
+    cs, ct = s.c[:, None], t.c[:, None]
+    none = no_sums([ROWS, LANES], DTYPE)
+    sums = add_sums(sums, none, ms, mt, to_ms, to_mt, cs, ct, rho[:, None], KIND, HARD, TERMS)
+    return row_ms, row_mt, over_lanes(sums)
+
+
+@triton.jit
+def with_label(m, total, moment, column, x, label, c):
+    """Maximum, sum of exponentials, its first moment and first column of the maximum, the label's logit x included."""
+    to = tl.maximum(m, x)
+    top = finite_max(to)
+    mine = power(x - top, c)
+    moment = rescale_moment(moment, total, moved(m, to), m, to, c) + tl.where(mine > 0.0, mine * (x - top), 0.0)
+    column = tl.where(x > m, label.to(tl.int32), tl.where(x == m, tl.minimum(column, label.to(tl.int32)), column))
+    return to, rescale(total, m, to, c) + mine, moment, column

@@ -29,6 +29,15 @@ def divide(a, b):
 
 
 @triton.jit
+def root(a):
+    """Correctly rounded square root."""
+    if a.dtype == tl.float32:
+        return tl.sqrt_rn(a)
+    else:
+        return tl.sqrt(a)
+
+
+@triton.jit
 def log_ratio(a, b, quotient):
     """log(a/b), accurate to its own size near a = b: 2 artanh((a-b)/(a+b))."""
     s = divide(a - b, a + b)
@@ -39,15 +48,6 @@ def log_ratio(a, b, quotient):
         return tl.where(t < 0.01, 2.0 * s * near, tl.log(quotient))
     else:
         return tl.log(quotient)
-
-
-@triton.jit
-def per_temperature(T, EXACT: tl.constexpr):
-    """log2(e)/T, the c of `power`: float64 where the exponentials are to be exact."""
-    if EXACT:
-        return tl.full(T.shape, LOG2E, tl.float64) / T.to(tl.float64)
-    else:
-        return divide(tl.full(T.shape, LOG2E, T.dtype), T)
 
 
 @triton.jit
@@ -62,28 +62,9 @@ def power(d, c):
         else:
             lost = tl.fma(d, tl.broadcast_to(high, d.shape), -a)
         e = tl.exp2(a)
-        return tl.where(e > 0.0, e + e * ((lost + d * low) * LN2), e)
+        return tl.where((e > 0.0) & (e < INF), e + e * ((lost + d * low) * LN2), e)
     else:
         return tl.exp2(d * c)
-
-
-@triton.jit
-def exp_negative(a):
-    """exp(-a) without the rounding of the product with log2(e), which grows with a."""
-    t = a.to(tl.float64) * (-1.0 * LOG2E)
-    whole = tl.floor(t)
-    return tl.exp2((t - whole).to(a.dtype)) * tl.exp2(whole.to(a.dtype))
-
-
-@triton.jit
-def tanh(z):
-    """tanh by Lambert's continued fraction (9 terms, exact to float64 for |z| < 0.6), else by the exponential."""
-    w = z * z
-    over = 34459425.0 + w * (4729725.0 + w * (135135.0 + w * (990.0 + w)))
-    under = 34459425.0 + w * (16216200.0 + w * (945945.0 + w * (13860.0 + w * 45.0)))
-    e = tl.exp2(tl.abs(z) * (-2.0 * LOG2E))
-    large = (1.0 - e) / (1.0 + e)
-    return tl.where(w < 0.36, z * (over / under), tl.where(z < 0, -large, large))
 
 
 @triton.jit
@@ -95,15 +76,6 @@ def columns(LANES: tl.constexpr, VEC: tl.constexpr, CONTIGUOUS: tl.constexpr):
         return lane * VEC + vec
     else:
         return lane + vec * LANES
-
-
-@triton.jit
-def row_start(row, inner, outer_stride, row_stride, FLAT: tl.constexpr, UNIT: tl.constexpr):
-    """First element of each row, int64. Strides come divided by UNIT, so that the compiler sees the alignment."""
-    if FLAT:
-        return row * row_stride * UNIT
-    else:
-        return ((row // inner) * outer_stride + (row % inner) * row_stride) * UNIT
 
 
 @triton.jit
@@ -133,62 +105,18 @@ def row_labels(labels_ptr, mask_ptr, row, n_rows, classes, ignore_index, ROWS: t
 
 
 @triton.jit
-def transform(x, scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
-    if SCALED:
-        x = x * scale
-    if CAPPED:
-        x = softcap * tanh(divide(x, softcap))
-    return x
-
-
-@triton.jit
-def through_transform(grad, x, scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
-    """Chain rule of `transform` from its output x: scale * (1 - (x/softcap)^2)."""
-    if CAPPED:
-        z = divide(x, softcap)
-        grad = grad * (1.0 - z * z)
-    if SCALED:
-        grad = grad * scale
-    return grad
-
-
-@triton.jit
-def read(
-    ptr,
-    start,
-    col,
-    keep,
-    scale,
-    softcap,
-    SCALED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    DTYPE: tl.constexpr,
-    EVICT: tl.constexpr,
-):
-    """Transformed logits of a tile; -inf where keep is false (nothing is read there)."""
-    x = tl.load(ptr + start[:, None, None] + col, mask=keep, other=0.0, eviction_policy=EVICT).to(DTYPE)
-    return tl.where(keep, transform(x, scale, softcap, SCALED, CAPPED), -INF)
-
-
-@triton.jit
 def finite_max(m):
     """A maximum to subtract: 0 in place of -inf, so that -inf - m is -inf and not NaN."""
     return tl.where(m == -INF, 0.0, m)
 
 
 @triton.jit
-def soft_sums(x, y, ms, mt, cs, ct, rho):
-    """Sums over VEC relative to the maxima: sum es, sum et, sum et*((y-mt) - rho*(x-ms)), max y where x is -inf.
-
-    The third is Tt * E_p[v-u] * sum et. Terms with et = 0 are 0; terms with x = -inf are left to the fourth.
-    """
-    dx = x - finite_max(ms)
-    dy = y - finite_max(mt)
-    es = power(dx, cs)
-    et = power(dy, ct)
-    cut = x == -INF
-    gap = tl.where((et > 0.0) & (cut == 0), dy - dx * rho, 0.0)
-    return tl.sum(es, 2), tl.sum(et, 2), tl.sum(et * gap, 2), tl.max(tl.where(cut, y, -INF), 2)
+def soft_gap(dx, dy, rho, CROSS_ENTROPY: tl.constexpr):
+    """Tt * (v - u) up to what is the same for all classes; of a cross-entropy Tt * (-u)."""
+    if CROSS_ENTROPY:
+        return -(dx * rho)
+    else:
+        return dy - dx * rho
 
 
 @triton.jit
@@ -224,14 +152,6 @@ def entropy_sum(d, c):
 
 
 @triton.jit
-def kl_value(ss, st, cross, blocked, mt, ct, Tt):
-    """KL(p||q) = E_p[v-u] - log sum et + log sum es, at least 0, NaN kept, +inf where q is 0 and p is not."""
-    kl = divide(divide(cross, st), Tt) + log_ratio(ss, st, divide(ss, st))
-    kl = kl + tl.where(power(blocked - mt, ct) > 0.0, INF, 0.0)
-    return tl.where(kl < 0.0, 0.0, kl)
-
-
-@triton.jit
 def hard_value(s1, ms, label_logit, spread, smoothing, classes, SMOOTH: tl.constexpr):
     """(1-eps)*(lse - x_label) + eps*(lse - mean x); spread = sum(x - shift), shift the finite label logit or 0."""
     hard = tl.log(s1) - (label_logit - ms)
@@ -244,12 +164,3 @@ def hard_value(s1, ms, label_logit, spread, smoothing, classes, SMOOTH: tl.const
 def valid_sum(total):
     """A sum of exponentials is at least 1; anything else (no logit, NaN) makes the row NaN."""
     return tl.where(total > 0.0, total, float("nan"))
-
-
-@triton.jit
-def label_logit(
-    ptr, start, label, wanted, scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr, DTYPE: tl.constexpr
-):
-    """Transformed logit of the label, [ROWS]; meaningless where not wanted (nothing is read there)."""
-    x = tl.load(ptr + start + label, mask=wanted, other=0.0).to(DTYPE)
-    return transform(x, scale, softcap, SCALED, CAPPED)

@@ -186,6 +186,9 @@ def both_sides(rows: Rows, op: str) -> Sides:
         label = listed.to(torch.int8).argmax(-1)
     x = transform_logits(x, rows.student_transform)
     if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        if rows.topk is not None:
+            ordered = rows.topk.indices.sort(-1).values
+            bad = bad | (ordered[:, 1:] == ordered[:, :-1]).any(-1)
         x = torch.where(bad[:, None], torch.full_like(x, torch.nan), x)
     return Sides(x, [transform_logits(y, rows.teacher_transform) for y in ys], labels, label, indices)
 

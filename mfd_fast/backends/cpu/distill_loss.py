@@ -13,6 +13,7 @@ from ...rows import Rows
 from ...types import LogitTransform
 from .. import allocate
 from ..layout import STATISTICS, row_layout
+from ..limits import beyond_kernels
 from . import native
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -42,9 +43,7 @@ def can_run(rows: Rows) -> str | None:
     """Why the native kernels cannot take this call, None if they can."""
     if rows.student.device.type != "cpu":
         return f"the tensors are on {rows.student.device}"
-    if rows.divergence.near_a_limit:
-        return f"{rows.divergence} is so close to a limit that the kernel would lose its digits"
-    return None
+    return beyond_kernels(rows)
 
 
 def _side(module: Any, logits: Tensor, transform: LogitTransform | None, keep: list[Any]) -> Any:

@@ -12,6 +12,7 @@ from ...rows import Rows
 from .. import allocate
 from ..cpu.distill_loss import DTYPES, native_problem
 from ..layout import STATISTICS
+from ..limits import beyond_kernels
 from . import native, why_not_device
 from .launch import number, where, workspace
 
@@ -24,9 +25,7 @@ def can_run(rows: Rows) -> str | None:
         return "no CUDA kernel for a TopK teacher yet"
     if len(rows.teachers) > 1:
         return "no CUDA kernel for several teachers yet"
-    if rows.divergence.near_a_limit:
-        return f"{rows.divergence} is so close to a limit that the kernel would lose its digits"
-    return why_not_device(rows.device)
+    return beyond_kernels(rows) or why_not_device(rows.device)
 
 
 def _problem(module: Any, rows: Rows, keep: list[Tensor]) -> Any:

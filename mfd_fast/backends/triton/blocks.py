@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 MAX_UNIT = 16  # elements; 16 bytes of the smallest dtype are 8
 VECTOR_BYTES = 16  # widest load of one thread
-MAX_HELD = 4096  # elements of 4 bytes or less of the longest row that a program holds in registers
+THREAD_BYTES = 32  # of each side in the registers of one thread
+LONG = 65536  # columns; longer rows take more warps
+HELD_WARPS = 8  # of the program that holds the longest row that is read once
 
 
 class Blocks(NamedTuple):
@@ -27,29 +29,41 @@ class Blocks(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_blocks(columns: int, widest: int, unit: int, many_sums: bool = False) -> Blocks:
+def choose_blocks(columns: int, widest: int, unit: int, heavy: bool = False, heaviest: bool = False) -> Blocks:
     """Blocks for rows of ``columns`` columns whose larger dtype has ``widest`` bytes, aligned to ``unit`` elements.
 
-    At most 16 elements of each side per thread (8 of 8 bytes): more spills.
-    Half of it where every lane carries ``many_sums`` from tile to tile.
+    A thread holds 32 bytes of each side, half of it for a ``heavy`` kernel: more spills. The ``heaviest`` ones need the
+    registers of more warps as well.
     """
     vector = min(VECTOR_BYTES // widest, unit)
-    wide = max(widest // 4, 1)  # registers per element
-    size = _power_of_two(columns)
-    if size <= MAX_HELD // wide:
-        per_warp = 512 // wide
+    wide_enough = vector * widest >= 8
+    per_thread = THREAD_BYTES // widest // (2 if heavy else 1)
+    size = power_of_two(columns)
+    if size <= HELD_WARPS * 32 * per_thread:
+        per_warp = 32 * per_thread
         warps = max(size // per_warp, 1)
-        vec = min(vector, size) if vector * widest >= 8 else max(size // (32 * warps), 1)
+        vec = min(vector, size) if wide_enough else max(size // (32 * warps), 1)
         lanes = size // vec
         # Four rows per thread: what is known of a row is held by every thread that works on it.
         rows = max(min(per_warp // size, 4 * 32 // lanes), 1)
-        return Blocks(rows, lanes, vec, vector * widest >= 8, False, warps)
+        return Blocks(rows, lanes, vec, wide_enough, False, warps)
     # Of the longest rows one per processor is in flight, so that a second read finds them in the L2 cache.
-    warps, per_thread = (16, 32 // widest) if columns > 65536 else (8, 16 // wide)
-    per_thread = per_thread // 2 if many_sums else per_thread
+    warps = 16 if columns > LONG and not heaviest else 8
     if vector * widest < VECTOR_BYTES:
-        return Blocks(1, 32 * warps, min(per_thread, 8), False, True, warps)
+        return Blocks(1, 32 * warps, per_thread, False, True, warps)
     return Blocks(1, 32 * warps * per_thread // vector, vector, True, True, warps)
+
+
+def choose_row_blocks(columns: int, widest: int, unit: int, slots: int) -> Blocks:
+    """Blocks of programs that own one row, and beside it ``slots`` values in registers."""
+    vector = min(VECTOR_BYTES // widest, unit)
+    wide_enough = vector * widest >= 8
+    per_thread = THREAD_BYTES // widest // 2
+    size = power_of_two(columns)
+    warps = min(max(size // (32 * per_thread), slots // 512, 1), HELD_WARPS)
+    size = min(size, 32 * warps * per_thread)
+    vec = min(vector, size) if wide_enough else max(size // (32 * warps), 1)
+    return Blocks(1, size // vec, vec, wide_enough, True, warps)
 
 
 def common_unit(*counts: int) -> int:
@@ -57,5 +71,5 @@ def common_unit(*counts: int) -> int:
     return math.gcd(MAX_UNIT, *counts)
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()

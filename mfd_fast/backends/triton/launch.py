@@ -15,6 +15,9 @@ from torch import Tensor
 from .. import allocate
 from . import interpreting
 
+REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor
+MAX_REGISTERS = 255  # of a thread
+
 _modules: dict[str, ModuleType] = {}
 
 
@@ -26,6 +29,16 @@ def kernels(name: str) -> ModuleType:
     return module
 
 
+def compile_options(warps: int) -> dict[str, Any]:
+    """How every kernel is compiled.
+
+    Contraction to FMA is off: a student equal to its teacher gives gradients of exactly 0. The register limit is what
+    the hardware allows: left to itself the assembler may aim at a higher occupancy and spill.
+    """
+    registers = min(REGISTER_FILE // (32 * warps), MAX_REGISTERS)
+    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False, "maxnreg": registers}
+
+
 def launch(
     kernel: Any, programs: int, device: torch.device, warps: int, arguments: dict[str, Any], **more: Any
 ) -> None:
@@ -34,13 +47,17 @@ def launch(
         with _quiet():
             kernel[(programs,)](**arguments)
         return
-    # Contraction to FMA off: a student equal to its teacher gives gradients of exactly 0.
-    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False, **more}
+    options = compile_options(warps) | more
     if device.index is None or device.index == torch.cuda.current_device():
         kernel[(programs,)](**arguments, **options)
         return
     with torch.cuda.device(device):
         kernel[(programs,)](**arguments, **options)
+
+
+def taken(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``arguments`` that ``kernel`` has."""
+    return {name: arguments[name] for name in kernel.arg_names if name in arguments}
 
 
 @contextlib.contextmanager

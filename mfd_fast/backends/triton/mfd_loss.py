@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ...contract import check_labels_in_range
-from ...divergences import ForwardKL
 from ...reference.feature_loss import KINDS
 from .. import allocate
 from ..layout import row_layout
@@ -23,13 +22,14 @@ from . import modal_pool as pooling
 from .blocks import common_unit
 from .launch import finish, kernels, launch, number
 from .reduce_columns import ColumnSums
+from .row_arguments import kind_of, parameters
 
 ROWS = 16  # of a program: the least that a tensor core takes
 TILE_BYTES = 256  # of each row of a tile of a matrix product
 TILE_D = 64  # columns of a tile of features
 STEP_BYTES = 128  # of each row's summands per step of a matrix product
 WARPS = 4
-OPTIONS = {"num_stages": 3, "maxnreg": 255}  # the next tiles are on their way; no spills for the sake of occupancy
+OPTIONS = {"num_stages": 3}  # the next tiles are on their way
 # Beyond these the library's GEMMs and kernels that own a whole row are the better tiles, or the code too long.
 MAX_CLASSES = 2048
 MAX_WIDTH = 2048
@@ -50,8 +50,7 @@ def has_one_pass(p: Any) -> bool:
     """Whether the single launch covers this call: a matter of shapes, dtypes and options, never of values."""
     rows = p.rows
     return (
-        type(rows.divergence) is ForwardKL
-        and rows.dtype == torch.float32
+        rows.dtype == torch.float32
         and (_is_used(p.soft_weight) or _is_used(p.hard_weight))
         and rows.classes <= MAX_CLASSES
         and p.pool.width <= MAX_WIDTH
@@ -173,6 +172,7 @@ def _row_arguments(p: Any) -> dict[str, Any]:
     everything = rows.labels is None and rows.mask is None
     divisor = 1.0 if p.reduction == "sum" else float(n) if count else p.normalizer
     numbers["normalizer"], numbers["normalizer_ptr"] = number(divisor, head)
+    numbers["a"], numbers["b"] = parameters(rows.divergence)
     size = 1 << (classes - 1).bit_length()
     vec = min(8, size)
     lanes = min(32, size // vec)  # a warp per row
@@ -203,7 +203,7 @@ def _row_arguments(p: Any) -> dict[str, Any]:
         "T_STEP": 0 if steps[0] is None or steps[0].dim() == 0 else 1,
         "TT_STEP": 0 if steps[1] is None or steps[1].dim() == 0 else 1,
         "COUNT": count and not everything,
-        "SOFT": soft,
+        "DIVERGENCE": kind_of(rows.divergence if soft else None),
         "HARD": hard,
         "SMOOTH": hard and rows.label_smoothing != 0,
         "SQUARED": rows.scale_by_temperature,

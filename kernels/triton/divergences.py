@@ -1,0 +1,175 @@
+"""Row mathematics of the divergences between p (teacher) and q (student): value, g = df/dq and h = df/dp per class.
+
+A pointwise divergence is D = sum_j f(q_j, p_j); its gradients with respect to the softened logits u = log q and
+v = log p (up to a constant) are q (g - E_q[g]) and p (h - E_p[h]). Constants in g and h drop out, so g and h are
+taken to vanish at p = q: nothing large cancels there. Everything is a function of q, p and r = log p - log q,
+which the kernels compute from differences of logits.
+
+FORWARD, DKD and NKD need no second look at a row: their sums are those of the online pass. DKD and NKD see the
+classes other than the label through it.
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import INF, divide
+
+NONE = tl.constexpr(-1)  # no soft term
+FORWARD = tl.constexpr(0)
+DKD = tl.constexpr(1)
+NKD = tl.constexpr(2)
+REVERSE = tl.constexpr(3)  # from here on: pointwise
+JSD = tl.constexpr(4)
+SKEW = tl.constexpr(5)
+SKEW_REVERSE = tl.constexpr(6)
+TVD = tl.constexpr(7)
+ALPHA_BETA = tl.constexpr(8)
+FORWARD_POINT = tl.constexpr(9)  # FORWARD where p need not sum to 1
+
+# |r| of a class that one side rules out: exp(-FAR) is 0 in every dtype.
+FAR = tl.constexpr(1000.0)
+
+
+@triton.jit
+def series_range(dtype: tl.constexpr):
+    """Up to where nine terms of the series for exp are exact in the dtype."""
+    if dtype == tl.float32:
+        return tl.full([1], 0.5, dtype)
+    else:
+        return tl.full([1], 0.02, dtype)
+
+
+@triton.jit
+def expm1(z):
+    """exp(z) - 1, accurate to its own size near 0."""
+    near = z * (1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5 * (1 + z / 6 * (1 + z / 7 * (1 + z / 8)))))))
+    return tl.where(tl.abs(z) < series_range(z.dtype), near, tl.exp(z) - 1.0)
+
+
+@triton.jit
+def log1p(w):
+    """log(1 + w), -1 < w <= 0, accurate to its own size near 0: 2 artanh(w/(2 + w))."""
+    s = divide(w, 2.0 + w)
+    t = s * s
+    if w.dtype == tl.float32:
+        near = 2.0 * s * (1.0 + t * (1 / 3 + t * (1 / 5 + t * (1 / 7 + t * (1 / 9)))))
+        return tl.where(t < 0.01, near, tl.log(1.0 + w))
+    else:
+        near = 2.0 * s * (1.0 + t * (1 / 3 + t * (1 / 5 + t * (1 / 7))))
+        return tl.where(t < 1e-4, near, tl.log(1.0 + w))
+
+
+@triton.jit
+def kl_term(a, b, rho):
+    """a (rho - 1) + b with rho = log(a/b): a log(a/b) - a + b >= 0, whose sum over distributions is KL(a||b)."""
+    z = rho
+    series = 1 - z / 3 * (
+        1 - z / 4 * (1 - z / 5 * (1 - z / 6 * (1 - z / 7 * (1 - z / 8 * (1 - z / 9 * (1 - z / 10))))))
+    )
+    e = tl.exp(-tl.abs(rho))
+    above = a * ((rho - 1.0) + e)
+    below = b * (1.0 + e * (rho - 1.0))
+    far = tl.where(rho > 0, above, below)
+    return tl.where(tl.abs(rho) < series_range(a.dtype), a * (0.5 * rho * rho) * series, far)
+
+
+@triton.jit
+def mixture_logs(r, share_p, share_q):
+    """log(p/m) and log(q/m) for m = share_p*p + share_q*q."""
+    above = r > 0
+    gap = -log1p(tl.where(above, share_q, share_p) * expm1(-tl.abs(r)))
+    return tl.where(above, gap, gap + r), tl.where(above, gap - r, gap)
+
+
+@triton.jit
+def alpha_beta(qs, ps, r, no_q, no_p, a, b):
+    """f, q g and p h of -1/(ab) (p^a q^b - a/s p^s - b/s q^s), s = a + b, with its limits; qs = q^s, ps = p^s.
+
+    f is homogeneous of degree s, so that
+        s f = q g + p h,  q g = (q^s - p^a q^b)/a,  p h = (p^s - p^a q^b)/b,
+    with p^a q^b from the greater of p and q: of a, b > 0 nothing overflows. Near p = q
+        f = q^s r^2 sum_k r^k H_k/(k+2)!,  H_k = sum_i s^i a^(k-i),
+    which has no limits to take.
+    """
+    s = a + b
+    either = no_q | no_p
+    r = tl.where(either, 0.0, r)
+    above = r > 0
+    greater, lesser = tl.where(above, ps, qs), tl.where(above, qs, ps)
+    down = expm1(tl.where(above, -b * r, a * r))  # p^a q^b = greater (1 + down)
+    up = expm1(tl.where(above, a * r, -b * r))  # = lesser (1 + up)
+    from_greater = -greater * down
+    from_lesser = tl.where(tl.abs(r) < 1.0, -lesser * up, lesser - (greater + greater * down))
+    qg = divide(tl.where(above, from_lesser, from_greater), tl.where(a == 0, 1.0, a))
+    ph = divide(tl.where(above, from_greater, from_lesser), tl.where(b == 0, 1.0, b))
+    qg = tl.where(a == 0, -qs * r, qg)
+    ph = tl.where(b == 0, ps * r, ph)
+    coefficient = tl.full([1], 1.0, r.dtype)
+    s_power = coefficient
+    term = tl.zeros_like(r) + 0.5
+    series = term
+    for k in tl.static_range(1, 9):
+        s_power = s_power * s
+        coefficient = s_power + a * coefficient
+        term = term * (r * (1 / (k + 2)))
+        series += term * coefficient
+    near = tl.maximum(tl.abs(s), tl.abs(a)) * tl.abs(r) < series_range(r.dtype)
+    apart = divide(tl.where(s == 0, ph - r, qg + ph), tl.where(s == 0, tl.where(a == 0, 1.0, a), s))
+    f = tl.where(near, qs * (r * r) * series, apart)
+    # Exponents of opposite signs, or a negative sum of them.
+    f = tl.where((down == INF) | (greater == INF) | (lesser == INF), INF, f)
+    f = tl.where(r == 0, 0.0, f)
+    # One of the two is 0: the other, to the power s, over s and over the exponent of the one that is 0.
+    alone = tl.where(no_q, ps, qs)
+    gone = tl.where(no_q, b, a)
+    finite = (gone > 0) & (s > 0)
+    f = tl.where(either, tl.where(finite, divide(alone, tl.where(finite, gone * s, 1.0)), INF), f)
+    share = divide(alone, tl.where(gone > 0, gone, 1.0))
+    qg = tl.where(no_q, 0.0, tl.where(no_p, share, qg))
+    ph = tl.where(no_p, 0.0, tl.where(no_q, share, ph))
+    return tl.where(no_q & no_p, 0.0, f), qg, ph
+
+
+@triton.jit
+def pointwise(q, p, qs, ps, r, no_q, no_p, a, b, KIND: tl.constexpr):
+    """f, q g and p h of every class. qs, ps: q and p to the power a + b, of ALPHA_BETA.
+
+    a, b: beta and 1-beta of JSD, lambda and 1-lambda of SKEW, 1-lambda and lambda of SKEW_REVERSE (the shares of p
+    and q in the mixture m), the exponents of ALPHA_BETA. no_q, no_p: where the logit is -inf.
+    """
+    if KIND == ALPHA_BETA:
+        f, qg, ph = alpha_beta(qs, ps, r, no_q, no_p, a, b)
+    else:
+        r = tl.where(no_q, FAR, tl.where(no_p, -FAR, r))
+        r = tl.where(no_q & no_p, 0.0, r)
+        if KIND == REVERSE:
+            f = tl.where(no_p & (q > 0), INF, kl_term(q, p, -r))
+            qg = -q * r
+            ph = tl.where(r > 0, -p, q) * expm1(-tl.abs(r))
+        elif KIND == FORWARD_POINT:
+            f = tl.where(no_q & (p > 0), INF, kl_term(p, q, r))
+            qg = tl.where(r > 0, p, -q) * expm1(-tl.abs(r))
+            ph = p * r
+        elif KIND == TVD:
+            sign = tl.where(r > 0, 0.5, tl.where(r < 0, -0.5, r))
+            f = -0.5 * tl.maximum(q, p) * expm1(-tl.abs(r))
+            qg = -q * sign
+            ph = p * sign
+        else:
+            m = a * p + b * q
+            over_p, over_q = mixture_logs(r, a, b)
+            if KIND == JSD:
+                f = a * kl_term(p, m, over_p) + b * kl_term(q, m, over_q)
+                qg = q * (b * over_q)
+                ph = p * (a * over_p)
+            elif KIND == SKEW:
+                w = expm1(over_p)
+                f = kl_term(p, m, over_p)
+                qg = -q * (b * w)
+                ph = p * (over_p - a * w)
+            else:
+                w = expm1(over_q)
+                f = kl_term(q, m, over_q)
+                qg = q * (over_q - b * w)
+                ph = -p * (a * w)
+    return f, qg, ph

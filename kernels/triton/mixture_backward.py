@@ -1,0 +1,182 @@
+"""Gradients of several teachers, their weights and their temperature from that of the logits y = T log p.
+
+p = sum_k w_k p_k with p_k = softmax(y_k/T). With g = dL/dy, r = g/p and A_k = E_{p_k}[r]:
+    dL/dy_k = w_k p_k (r - A_k),  dL/dw_k = T A_k (up to the same constant for all k),  dL/dT = -sum dL/dy_k y_k/T.
+NKD reads the label's probability at temperature 1 as well, P = sum_k w_k P_k: with G = dL/dP
+    dL/dy_k += G w_k P_k,label (e_label - P_k),  dL/dw_k += G P_k,label.
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import columns, divide, finite_max, row_labels
+from .sides import (
+    label_logit,
+    part_log_prob,
+    part_prob_at_one,
+    read_one,
+    side,
+    teacher_side,
+    through_transform,
+)
+
+
+@triton.jit
+def part_gradient(of, y, here, keep, ratio, mean, label, of_label, AT_ONE: tl.constexpr):
+    """dL/dy_k of a tile; of_label: G w_k P_k,label. 0 where keep is false."""
+    log_p = divide(y - finite_max(of.top)[:, None, None], of.side.T[:, None, None]) - of.log_sum[:, None, None]
+    grad = tl.exp(log_p + of.log_weight[:, None, None]) * (ratio - mean[:, None, None])
+    if AT_ONE:
+        target = tl.where(here == label[:, None, None], 1.0, 0.0)
+        grad = grad + of_label[:, None, None] * (target - part_prob_at_one(of, y))
+    return tl.where(keep, grad, 0.0)
+
+
+@triton.jit(do_not_specialize=["n_rows", "ignore_index", "classes", "width", "t_inner", "t_outer", "t_row"])
+def mixture_backward(
+    ratio_ptr,
+    at_one_ptr,
+    teacher_ptr,
+    d_ptrs,
+    d_widths,
+    d_weights_ptr,
+    d_temperature_ptr,
+    more_ptrs,
+    more_inner,
+    more_outer,
+    more_row,
+    weights_ptr,
+    labels_ptr,
+    mask_ptr,
+    teacher_temperature_ptr,
+    teacher_temperature: tl.float64,
+    t_scale: tl.float64,
+    t_softcap: tl.float64,
+    n_rows: tl.int64,
+    ignore_index: tl.int64,
+    classes: tl.int32,
+    width: tl.int32,
+    t_inner: tl.int64,
+    t_outer: tl.int64,
+    t_row: tl.int64,
+    UNIT: tl.constexpr,
+    T_FLAT: tl.constexpr,
+    TT_STEP: tl.constexpr,
+    T_SCALED: tl.constexpr,
+    T_CAPPED: tl.constexpr,
+    T_STANDARD: tl.constexpr,
+    DTYPE: tl.constexpr,
+    EXACT: tl.constexpr,
+    WEIGHTS_PER_ROW: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """ratio [N, classes] of DTYPE: r; d_ptrs, d_widths: a gradient per teacher; d_weights [N, K], d_temperature [N]."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid * ROWS + tl.arange(0, ROWS)
+    exists = row < n_rows
+    classes = classes * UNIT
+    width = width * UNIT
+    label, counted, _bad = row_labels(labels_ptr, mask_ptr, row, n_rows, classes, ignore_index, ROWS)
+    t = side(
+        teacher_ptr,
+        row,
+        exists,
+        t_inner,
+        t_outer,
+        t_row,
+        teacher_temperature,
+        teacher_temperature_ptr,
+        t_scale,
+        t_softcap,
+        UNIT,
+        T_FLAT,
+        TT_STEP,
+        T_SCALED,
+        T_CAPPED,
+        T_STANDARD,
+        EXACT,
+        ROWS,
+        DTYPE,
+    )
+    col = columns(LANES, VEC, CONTIGUOUS)
+    t, _t_back = teacher_side(
+        t,
+        more_ptrs,
+        more_inner,
+        more_outer,
+        more_row,
+        weights_ptr,
+        row,
+        exists,
+        col,
+        counted,
+        classes,
+        UNIT,
+        WEIGHTS_PER_ROW,
+        at_one_ptr is not None,
+        ROWS,
+        LANES,
+        VEC,
+    )
+    N: tl.constexpr = len(more_ptrs) + 1
+    BLOCK: tl.constexpr = LANES * VEC
+    ratio_row = ratio_ptr + (row * classes)[:, None, None]
+    zero = tl.zeros([ROWS, LANES], DTYPE)
+    sums = ()
+    for _k in tl.static_range(N):
+        sums = sums + (zero,)
+    for first in range(0, classes, BLOCK):
+        here = col + first
+        keep = counted[:, None, None] & (here < classes)
+        ratio = tl.load(ratio_row + here, mask=keep, other=0.0)
+        more = ()
+        for k in tl.static_range(N):
+            p_k = tl.exp(part_log_prob(t.parts[k], here, keep, "evict_last"))
+            more = more + (sums[k] + tl.sum(ratio * p_k, 2),)
+        sums = more
+
+    up = tl.zeros([ROWS], DTYPE)
+    if at_one_ptr is not None:
+        up = tl.load(at_one_ptr + row, mask=counted, other=0.0)
+    moment = zero
+    for k in tl.static_range(N):
+        of = t.parts[k]
+        mean = tl.sum(sums[k], 1)
+        of_label = tl.zeros([ROWS], DTYPE)
+        if at_one_ptr is not None:
+            y_label = label_logit(of.side, label, counted)
+            of_label = up * tl.exp((y_label - finite_max(of.top)) - of.log_sum_at_one)
+        if d_weights_ptr is not None:
+            tl.store(d_weights_ptr + row * N + k, tl.where(counted, mean * t.T + of_label, 0.0), mask=exists)
+        of_label = tl.exp(of.log_weight) * of_label
+        drift = zero
+        if T_STANDARD and d_ptrs is not None:
+            for first in range(0, classes, BLOCK):
+                here = col + first
+                keep = counted[:, None, None] & (here < classes)
+                ratio = tl.load(ratio_row + here, mask=keep, other=0.0)
+                y = read_one(of.side, here, keep, "evict_last")
+                grad = part_gradient(of, y, here, keep, ratio, mean, label, of_label, at_one_ptr is not None)
+                drift += tl.sum(tl.where(grad == 0.0, 0.0, grad * y), 2)
+        for first in range(0, width, BLOCK):
+            here = col + first
+            keep = counted[:, None, None] & (here < classes)
+            ratio = tl.load(ratio_row + here, mask=keep, other=0.0)
+            y = read_one(of.side, here, keep, "evict_last")
+            if d_temperature_ptr is not None:
+                grad = part_gradient(of, y, here, keep, ratio, mean, label, of_label, False)
+                from_top = y - finite_max(of.top)[:, None, None]
+                moment += tl.sum(tl.where(grad == 0.0, 0.0, grad * from_top), 2)
+            if d_ptrs is not None:
+                grad = part_gradient(of, y, here, keep, ratio, mean, label, of_label, at_one_ptr is not None)
+                # Its mean over the row is 0.
+                grad = through_transform(grad, y, of.side, mean * 0.0, tl.sum(drift, 1) * of.back, classes)
+                d_width = d_widths[k] * UNIT
+                to = d_ptrs[k] + (row * d_width)[:, None, None] + here
+                tl.store(to, tl.where(keep, grad, 0.0), mask=exists[:, None, None] & (here < d_width))
+    if d_temperature_ptr is not None:
+        total = -divide(tl.sum(moment, 1), t.T)
+        tl.store(d_temperature_ptr + row, tl.where(counted, total, 0.0), mask=exists)

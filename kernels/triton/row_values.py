@@ -1,0 +1,208 @@
+"""All terms of a row pair, from logits to values: what the scalar and the per-row kernel share."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .divergences import DKD, NKD, NONE, REVERSE
+from .row_gradients import Known, Means, centred_gap, know, online_value, pointwise_means
+from .row_statistics import Sums, hold_rows, stream_rows
+from .rows import INF, LOG2E, divide, finite_max, hard_value, power, rescale, valid_sum
+from .sides import label_logit, label_prob_at_one
+
+
+class Soft(NamedTuple):
+    """D (what takes the factor T^2) per row [ROWS], and what its gradients need.
+
+    s_top, s1, t_top, t1: maximum and sum of exponentials at temperature 1, over all classes.
+    """
+
+    value: tl.tensor
+    s_top: tl.tensor
+    s1: tl.tensor
+    t_top: tl.tensor
+    t1: tl.tensor
+    known: Known
+    means: Means
+
+
+class Values(NamedTuple):
+    """Per row [ROWS]. soft takes the factor T^2, at_one (the first part of NKD) does not.
+
+    s_top, s1, t_top, t1: as in `Soft`. p1: NKD's teacher probability of the label at temperature 1.
+    x_label, y_label: logits of the label, where they are needed.
+    """
+
+    soft: tl.tensor
+    at_one: tl.tensor
+    hard: tl.tensor
+    s_top: tl.tensor
+    s1: tl.tensor
+    t_top: tl.tensor
+    t1: tl.tensor
+    p1: tl.tensor
+    x_label: tl.tensor
+    y_label: tl.tensor
+    known: Known
+    means: Means
+    sums: Sums
+
+
+@triton.jit
+def soft_value(
+    x,
+    y,
+    s,
+    t,
+    col,
+    counted,
+    bad,
+    label,
+    x_label,
+    y_label,
+    classes,
+    ms,
+    mt,
+    sums,
+    a,
+    b,
+    KIND: tl.constexpr,
+    LOOP: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """`Soft` from the sums of the rows, which x, y hold or, with LOOP, are read again where D asks for it."""
+    APART: tl.constexpr = (KIND == DKD) or (KIND == NKD)
+    none = tl.zeros_like(ms)
+    value = none
+    ss, st, s1, t1, s_top, t_top = sums.ss, sums.st, sums.s1, sums.t1, ms, mt
+    if APART:
+        s_top, t_top = tl.maximum(ms, x_label), tl.maximum(mt, y_label)
+        to_s, to_t = x_label - finite_max(s_top), y_label - finite_max(t_top)
+        all_s = valid_sum(rescale(ss, ms, s_top, s.c) + power(to_s, s.c))
+        all_t = valid_sum(rescale(st, mt, t_top, t.c) + power(to_t, t.c))
+        ss, st = ss + (all_s - all_s), st + (all_t - all_t)
+        c1 = tl.full([1], LOG2E, s.c.dtype)
+        s1 = rescale(s1, ms, s_top, c1) + power(to_s, c1)
+        t1 = rescale(t1, mt, t_top, c1) + power(to_t, c1)
+    elif KIND != NONE:
+        ss, st = valid_sum(ss), valid_sum(st)
+    ss = tl.where(bad, float("nan"), ss)
+    s1 = tl.where(bad, float("nan"), valid_sum(s1))
+
+    known, pair = know(ms, ss, mt, st, s, t, x_label, y_label, a, b, KIND)
+    means = Means(none, none, none)
+    if KIND >= REVERSE:
+        value, mean_g, mean_h = pointwise_means(x, y, s, t, known, col, counted, classes, KIND, LOOP, ROWS, LANES, VEC)
+        means = Means(mean_g, mean_h, none)
+    elif KIND != NONE:
+        value = online_value(known, pair, sums.cross, sums.blocked, t, KIND)
+        mean = sums.cross * known.inv_t if APART else divide(sums.cross, st)
+        rest = none
+        if not LOOP:
+            rest = centred_gap(x, y, col, label, s, t, known, mean, KIND)
+        means = Means(none, tl.where(value < INF, mean, value), rest)
+    return Soft(value, s_top, s1, t_top, t1, known, means)
+
+
+@triton.jit
+def prob_at_one(t, label, counted, y_label, t_top, t1):
+    """The teacher's probability of the label at temperature 1."""
+    if t.parts is None:
+        return divide(power(y_label - finite_max(t_top), tl.full([1], LOG2E, t.c.dtype)), t1)
+    else:
+        return label_prob_at_one(t, label, counted)
+
+
+@triton.jit
+def surprise_at_one(x_label, s_top, s1):
+    """-log q of the label at temperature 1."""
+    return tl.log(s1) - (x_label - finite_max(s_top))
+
+
+@triton.jit
+def row_values(
+    x,
+    y,
+    s,
+    t,
+    col,
+    keep,
+    counted,
+    bad,
+    label,
+    classes,
+    smoothing,
+    a,
+    b,
+    KIND: tl.constexpr,
+    HARD: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    TERMS: tl.constexpr,
+    LOOP: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Values of the rows that x, y hold or, with LOOP, that are read here. NaN where `bad` or without any logit."""
+    APART: tl.constexpr = (KIND == DKD) or (KIND == NKD)
+    none = tl.zeros([ROWS], DTYPE)
+    x_label, y_label, hard, at_one, p1 = none, none, none, none, none
+    if HARD or APART:
+        x_label = label_logit(s, label, counted)
+    if APART or (HARD and TERMS):
+        y_label = label_logit(t, label, counted)
+    shift = tl.where(tl.abs(x_label) < INF, x_label, 0.0)
+    if LOOP:
+        ms, mt, sums = stream_rows(
+            s, t, col, counted, classes, label, shift, KIND, HARD, SMOOTH, TERMS, ROWS, LANES, VEC, DTYPE
+        )
+    else:
+        ms, mt, sums = hold_rows(x, y, col, keep, s, t, label, shift, KIND, HARD, SMOOTH, TERMS)
+    soft = soft_value(
+        x,
+        y,
+        s,
+        t,
+        col,
+        counted,
+        bad,
+        label,
+        x_label,
+        y_label,
+        classes,
+        ms,
+        mt,
+        sums,
+        a,
+        b,
+        KIND,
+        LOOP,
+        ROWS,
+        LANES,
+        VEC,
+    )
+    if KIND == NKD:
+        p1 = prob_at_one(t, label, counted, y_label, soft.t_top, soft.t1)
+        at_one = tl.where(p1 == 0.0, 0.0, p1 * surprise_at_one(x_label, soft.s_top, soft.s1))
+    if HARD:
+        eps, n_classes = tl.full([ROWS], smoothing, DTYPE), tl.full([ROWS], classes, DTYPE)
+        hard = hard_value(soft.s1, soft.s_top, x_label, sums.spread, eps, n_classes, SMOOTH)
+    return Values(
+        soft.value,
+        at_one,
+        hard,
+        soft.s_top,
+        soft.s1,
+        soft.t_top,
+        soft.t1,
+        p1,
+        x_label,
+        y_label,
+        soft.known,
+        soft.means,
+        sums,
+    )

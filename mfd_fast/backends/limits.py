@@ -1,0 +1,12 @@
+"""Row losses that no kernel computes, whatever its backend: the reference does."""
+
+from __future__ import annotations
+
+from ..rows import Rows
+
+
+def beyond_kernels(rows: Rows) -> str | None:
+    """The reason, None where a kernel keeps its digits."""
+    if rows.divergence.near_a_limit:
+        return f"{rows.divergence} is so close to a limit that a kernel would lose its digits"
+    return None

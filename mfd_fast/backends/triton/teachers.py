@@ -1,0 +1,54 @@
+"""Backward of several teachers on Triton; the kernel is ``kernels/triton/mixture_backward.py``."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ...rows import Rows
+from .. import allocate
+from .blocks import Blocks
+from .launch import finish, gradient, kernels, launch, taken
+
+
+class TeacherGradients(NamedTuple):
+    """Of the teachers' temperature [N], their weights [N, K] and their logits; None where not wanted."""
+
+    temperature: Tensor | None
+    weights: Tensor | None
+    teachers: list[Tensor | None]
+
+
+def mixture_backward(
+    rows: Rows,
+    common: dict[str, Any],
+    blocks: Blocks | None,
+    mixed: Tensor | None,
+    at_one: Tensor | None,
+    needs: tuple[bool, ...],
+) -> TeacherGradients:
+    """``mixed`` [N, classes]: the gradient with respect to the mixture's logits T log p, over p; None if not needed.
+
+    ``at_one`` [N]: of NKD, that with respect to the mixture's probability of the label at temperature 1.
+    ``needs``: whether the temperature, the weights and each of the teachers wants a gradient.
+    """
+    n, count = rows.n_rows, len(rows.teachers)
+    temperature = allocate.empty((n,), rows.dtype, rows.device) if needs[0] else None
+    weights = allocate.empty((n, count), rows.dtype, rows.device) if needs[1] else None
+    pairs = [gradient(logits) for logits in rows.teachers] if any(needs[2:]) else []
+    if mixed is not None and blocks is not None:
+        widths = tuple(logits.shape[-1] for logits in rows.teachers)
+        kernel = kernels("mixture_backward").mixture_backward
+        arguments = taken(kernel, common) | {
+            "ratio_ptr": mixed,
+            "at_one_ptr": at_one,
+            "d_ptrs": tuple(written for written, _ in pairs) or None,
+            "d_widths": tuple(width // common["UNIT"] for width in widths) if pairs else None,
+            "d_weights_ptr": weights,
+            "d_temperature_ptr": temperature,
+            "width": max(widths) // common["UNIT"] if pairs else common["classes"],
+        }
+        launch(kernel, -(-n // blocks.rows), rows.device, blocks.warps, arguments)
+    found = [finish(written, out) if need else None for (written, out), need in zip(pairs, needs[2:], strict=False)]
+    return TeacherGradients(temperature, weights, found or [None] * count)
