@@ -16,8 +16,8 @@ DIVERGENCES: dict[str, mfd.Divergence] = {
         mfd.ForwardKL(),
         mfd.ReverseKL(),
         mfd.JSD(0.3),
-        mfd.SkewKL(0.25),
-        mfd.SkewReverseKL(0.2),
+        mfd.SkewKL(),
+        mfd.SkewReverseKL(),
         mfd.TVD(),
         mfd.AlphaBeta(0.6, 0.3),
         mfd.DKD(0.7, 2.0),
@@ -37,7 +37,7 @@ def feature(sample: str) -> str:
 
 def samples(dtype: torch.dtype, distance: str, seed: int, rows: int, classes: int) -> dict[str, dict[str, Any]]:
     base = distill_inputs((rows, classes), distance=distance, dtype=dtype, seed=seed)
-    second = distill_inputs((rows, classes), dtype=dtype, spread=1.0, seed=seed + 500)
+    second = distill_inputs((rows, classes), dtype=dtype, seed=seed + 500)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     rng = torch.Generator().manual_seed(2000 + seed)
 
@@ -48,7 +48,7 @@ def samples(dtype: torch.dtype, distance: str, seed: int, rows: int, classes: in
     mask[1:2] = False
     both: dict[str, Any] = {"student": base.student, "teacher": base.teacher}
     labelled = {**both, "labels": base.labels, "mask": mask}
-    per_row = {"temperature": uniform(rows, low=1.2, high=2.0), "weight": uniform(rows), "reduction": "none"}
+    per_row = {"temperature": uniform(rows, high=4.0), "weight": uniform(rows), "reduction": "none"}
     shared = {"temperature": torch.tensor(1.7, dtype=acc), "hard_weight": 0.5, "soft_weight": 0.8}
 
     k = min(max(classes // 2, 1), 1024)
@@ -77,7 +77,7 @@ def samples(dtype: torch.dtype, distance: str, seed: int, rows: int, classes: in
         "skew_reverse_kl": {**labelled, **shared, "divergence": DIVERGENCES["skew_reverse_kl"]},
         "tvd": {"student": apart.student, "teacher": apart.teacher, **per_row, "divergence": "tvd"},
         "alpha_beta": {**labelled, **shared, "divergence": DIVERGENCES["alpha_beta"]},
-        "alpha_beta_limit": {**both, **per_row, "divergence": mfd.AlphaBeta(0.7, 0.0)},
+        "alpha_beta_limit": {**both, **per_row, "divergence": mfd.AlphaBeta(0.5, 0.0)},
         "dkd": {**labelled, **per_row, "divergence": DIVERGENCES["dkd"]},
         "nkd": {**labelled, **shared, "divergence": DIVERGENCES["nkd"]},
         "topk_bucket": {**listed, **per_row, "student": base.student, "teacher": sparse("bucket"), "divergence": "dkd"},

@@ -80,9 +80,11 @@ def test_four_times_the_loss_has_four_times_the_gradient(record, backend, name, 
         )
         for factor in (1.0, 4.0, 3.0)
     )
+    # Gradients that cancel keep the rounding of the terms: that of the largest gradient.
+    scale = max(1.0, *(float(g.abs().max()) for g in one if g.numel()))
     for a, b, c in zip(one, four, three, strict=True):
         assert_bitwise_equal(4 * a, b)
-        torch.testing.assert_close(3 * a, c, rtol=1e-5, atol=4e-6)
+        torch.testing.assert_close(3 * a, c, rtol=1e-5, atol=4e-6 * scale)
 
 
 @pytest.mark.parametrize(("record", "backend"), CASES, ids=CASE_IDS)

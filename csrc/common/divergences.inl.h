@@ -41,39 +41,42 @@ struct ReverseKL {
   }
 };
 
-// Where p, q and their mean m = wp*p + wq*q, wp + wq = 1, lie: with the greater side b, log(b/m) in [0, -log
-// w] keeps its digits near p = q, and the lesser side's logarithm differs by |r|. The least normal number
-// beside wp*p and wq*q spares every case of 0: it weighs nothing against the largest |r| let through.
+// Divergences from the mean m = wp*p + wq*q, wp + wq = 1.
 template <class S>
-struct MeanOf {
+struct OfMean {
   typedef typename S::V V;
   typedef typename S::T T;
-  V log_pm, log_qm;    // log(p/m), log(q/m)
-  V student, teacher;  // wq*q, wp*p
-  V inverse;           // 1/m
+  static constexpr bool kTakesLogs = false;
+  V wq, wp;
+  MFD_MEMBER explicit OfMean(double share)
+      : wq(S::splat(static_cast<T>(1 - share))), wp(S::splat(static_cast<T>(share))) {}
 
-  MFD_MEMBER MeanOf(V q, V p, V r, V wq, V wp) {
-    const V zero{}, bound = S::splat(T(1e4)), least = S::splat(S::kLeast);
-    student = S::fma(q, wq, least);
-    teacher = S::fma(p, wp, least);
-    inverse = S::splat(T(1)) / (student + teacher);
-    const V log_bm = log_of(S::max(q, p) * inverse);
-    log_qm = log_bm - S::min(bound, S::max(r, zero));
-    log_pm = log_bm + S::max(-bound, S::min(r, zero));
+  struct Mean {
+    V log_pm, log_qm;             // log(p/m), log(q/m)
+    V student, teacher, inverse;  // wq*q, wp*p, 1/m
+  };
+
+  // With the greater side b, log(b/m) = log(1 + (b - m)/m) keeps its digits near p = q, and the lesser side's
+  // logarithm differs by |r|, of which 1e4 is as good as more; the order of max and min makes 0 of a NaN. The
+  // least normal number spares every case of 0.
+  MFD_MEMBER Mean mean(V q, V p, V r) const {
+    const V zero{}, bound = S::splat(T(1e4)), least = S::splat(S::kLeast), difference = p - q;
+    const V student = S::fma(q, wq, least), teacher = S::fma(p, wp, least);
+    const V inverse = S::splat(T(1)) / (student + teacher);
+    const V log_bm = log1p_above(S::max(wq * difference, -(wp * difference)) * inverse);
+    return {log_bm + S::max(S::min(r, zero), -bound), log_bm - S::min(S::max(r, zero), bound), student,
+            teacher, inverse};
   }
 };
 
 // m = (1 - beta)*q + beta*p, f = beta*p*log(p/m) + (1 - beta)*q*log(q/m)
 template <class S>
-struct JSD {
+struct JSD : OfMean<S> {
   typedef typename S::V V;
-  static constexpr bool kTakesLogs = false;
-  V wq, wp;
-  MFD_MEMBER JSD(double beta, double)
-      : wq(S::splat(static_cast<typename S::T>(1 - beta))), wp(S::splat(static_cast<typename S::T>(beta))) {}
+  MFD_MEMBER JSD(double beta, double) : OfMean<S>(beta) {}
   MFD_MEMBER Point<S> operator()(V q, V p, V r, V, V) const {
-    const MeanOf<S> m(q, p, r, wq, wp);
-    const V g = weighed<S>(q, wq * m.log_qm), h = weighed<S>(p, wp * m.log_pm);
+    const auto m = this->mean(q, p, r);
+    const V g = m.student * m.log_qm, h = m.teacher * m.log_pm;
     return {g + h, g, h};
   }
 };
@@ -81,31 +84,25 @@ struct JSD {
 // m = lam*p + (1 - lam)*q, f = p*log(p/m) - p + m, df/dq = (1 - lam) - (1 - lam)*p/m,
 // df/dp = log(p/m) - lam*p/m + lam
 template <class S>
-struct SkewKL {
+struct SkewKL : OfMean<S> {
   typedef typename S::V V;
-  static constexpr bool kTakesLogs = false;
-  V wq, wp;
-  MFD_MEMBER SkewKL(double lam, double)
-      : wq(S::splat(static_cast<typename S::T>(1 - lam))), wp(S::splat(static_cast<typename S::T>(lam))) {}
+  MFD_MEMBER SkewKL(double lam, double) : OfMean<S>(lam) {}
   MFD_MEMBER Point<S> operator()(V q, V p, V r, V, V) const {
-    const MeanOf<S> m(q, p, r, wq, wp);
-    const V difference = wq * (q - p), tilt = difference * m.inverse;
-    return {S::fma(p, m.log_pm, difference), m.student * tilt, p * S::fma(wp, tilt, m.log_pm)};
+    const auto m = this->mean(q, p, r);
+    const V difference = this->wq * (q - p), tilt = difference * m.inverse;
+    return {S::fma(p, m.log_pm, difference), m.student * tilt, p * S::fma(this->wp, tilt, m.log_pm)};
   }
 };
 
 // The same with p and q exchanged: m = (1 - lam)*p + lam*q, f = q*log(q/m) - q + m
 template <class S>
-struct SkewReverseKL {
+struct SkewReverseKL : OfMean<S> {
   typedef typename S::V V;
-  static constexpr bool kTakesLogs = false;
-  V wq, wp;
-  MFD_MEMBER SkewReverseKL(double lam, double)
-      : wq(S::splat(static_cast<typename S::T>(lam))), wp(S::splat(static_cast<typename S::T>(1 - lam))) {}
+  MFD_MEMBER SkewReverseKL(double lam, double) : OfMean<S>(1 - lam) {}
   MFD_MEMBER Point<S> operator()(V q, V p, V r, V, V) const {
-    const MeanOf<S> m(q, p, r, wq, wp);
-    const V difference = wp * (p - q), tilt = difference * m.inverse;
-    return {S::fma(q, m.log_qm, difference), q * S::fma(wq, tilt, m.log_qm), m.teacher * tilt};
+    const auto m = this->mean(q, p, r);
+    const V difference = this->wp * (p - q), tilt = difference * m.inverse;
+    return {S::fma(q, m.log_qm, difference), q * S::fma(this->wq, tilt, m.log_qm), m.teacher * tilt};
   }
 };
 
@@ -123,12 +120,14 @@ struct TVD {
 };
 
 // f = -(p^a q^b - a/s p^s - b/s q^s)/(a*b), s = a + b: homogeneous of degree s, so that s*f = g + h, with
-//   g = (q^s - p^a q^b)/a = -q^s expm1(a*r)/a,  h = (p^s - p^a q^b)/b = -p^s expm1(-b*r)/b.
-// From the greater of p and q, so that nothing overflows for a, b > 0. Limits: a = 0: g = -q^s r; b = 0: h =
-// p^s r; s = 0: f = (expm1(a*r) - a*r)/a^2, and r^2/2 for a = b = 0. Cichocki, Cruces, Amari: Generalized
-// Alpha-Beta Divergences, Entropy 13 (2011) 134.
-// Degree 1 needs no powers.
-template <class S, bool kDegreeOne>
+//   g = (q^s - p^a q^b)/a,  h = (p^s - p^a q^b)/b.
+// With the greater side's power B = max(p, q)^s and n_a = expm1(-a*|r|)/a (its limit -|r| for a = 0), which
+// do not overflow for a, b > 0:
+//   p above: h = -B*n_b, g = B*e^(-b*|r|)*n_a;  q above: g = -B*n_a, h = B*e^(-a*|r|)*n_b.
+// s = 0: f = (expm1(a*r) - a*r)/a^2, and r^2/2 for a = b = 0. Cichocki, Cruces, Amari: Generalized Alpha-Beta
+// Divergences, Entropy 13 (2011) 134.
+// Degree 1 needs no powers; with positive exponents no infinities come of finite logits.
+template <class S, bool kDegreeOne, bool kPositive>
 struct AlphaBeta {
   typedef typename S::V V;
   typedef typename S::T T;
@@ -136,33 +135,37 @@ struct AlphaBeta {
   double alpha, beta;
   MFD_MEMBER AlphaBeta(double a, double b) : alpha(a), beta(b) {}
 
-  // p^s with its logarithm at hand.
-  MFD_MEMBER V raised(V probability, V logarithm) const {
-    const double degree = alpha + beta;
-    if (kDegreeOne) return probability;
-    if (degree == 0.0) return S::splat(T(1));
-    return exp_of(logarithm * S::splat(static_cast<T>(degree)));
+  // expm1(-x*|r|)
+  static MFD_MEMBER V fall(double x, V magnitude) {
+    const V z = magnitude * S::splat(static_cast<T>(-x));
+    return kPositive ? expm1_below(z) : expm1_of(z);
+  }
+  // fall/x
+  static MFD_MEMBER V quotient(double x, V magnitude, V fallen) {
+    return x == 0 ? -magnitude : fallen * S::splat(static_cast<T>(1 / x));
   }
 
   MFD_MEMBER Point<S> operator()(V q, V p, V r, V log_q, V log_p) const {
     const double degree = alpha + beta;
-    const V a = S::splat(static_cast<T>(alpha)), b = S::splat(static_cast<T>(beta));
-    const V qs = raised(q, log_q), ps = raised(p, log_p);
     const auto teacher_above = r > V{};
-    const V to_student = -b * r, to_teacher = a * r;
-    // From the greater side: p^a q^b = big^s*(1 + e); the lesser side's own expm1 only where nothing
-    // overflows.
-    const V e = expm1_of(S::select(teacher_above, to_student, to_teacher));
-    const auto near = (r < S::splat(T(1))) & (r > S::splat(T(-1)));
-    const V lesser = S::select(near, S::select(teacher_above, to_teacher, to_student), V{});
-    const V greater_power = S::select(teacher_above, ps, qs), lesser_power = S::select(teacher_above, qs, ps);
-    const V greater = -(greater_power * e);
-    const V other = S::select(near, -(lesser_power * expm1_of(lesser)),
-                              lesser_power - (greater_power + greater_power * e));
-    V g = S::select(teacher_above, other, greater) * S::splat(static_cast<T>(1 / alpha));
-    V h = S::select(teacher_above, greater, other) * S::splat(static_cast<T>(1 / beta));
-    if (alpha == 0) g = -weighed<S>(qs, r);
-    if (beta == 0) h = weighed<S>(ps, r);
+    const V magnitude = S::select(teacher_above, r, -r), one = S::splat(T(1));
+    V power = S::max(p, q);
+    if (!kDegreeOne)
+      power = degree == 0 ? one : exp_of(S::max(log_p, log_q) * S::splat(static_cast<T>(degree)));
+    const V fall_a = alpha == 0 ? V{} : fall(alpha, magnitude);
+    const V fall_b = beta == 0 ? V{} : beta == alpha ? fall_a : fall(beta, magnitude);
+    const V n_a = quotient(alpha, magnitude, fall_a), n_b = quotient(beta, magnitude, fall_b);
+    const V fallen = S::select(teacher_above, fall_b, fall_a);
+    const V greater = -power * S::select(teacher_above, n_b, n_a);
+    V lesser = weighed<S>(power * (one + fallen), S::select(teacher_above, n_a, n_b));
+    if (!kPositive && alpha != 0 && beta != 0) {
+      // A fallen power times a risen one: far from p = q as the difference of powers that it is.
+      const V inverse_a = S::splat(static_cast<T>(1 / alpha)), inverse_b = S::splat(static_cast<T>(1 / beta));
+      const V change = exp_of(magnitude * S::splat(static_cast<T>(-degree))) - (one + fallen);
+      const V far = power * change * S::select(teacher_above, inverse_a, inverse_b);
+      lesser = S::select(magnitude < one, lesser, far);
+    }
+    const V g = S::select(teacher_above, lesser, greater), h = S::select(teacher_above, greater, lesser);
     V value;
     if (degree != 0) {
       value = (g + h) * S::splat(static_cast<T>(1 / degree));
@@ -171,16 +174,29 @@ struct AlphaBeta {
     } else {
       value = r * r * S::splat(T(0.5));
     }
-    // p^a q^b overflows, of exponents of opposite signs; one logit -inf.
-    const V infinity = S::splat(static_cast<T>(kInf));
-    value = S::select(e == infinity, infinity, value);
-    value = S::select(r == -infinity, alpha > 0 && degree > 0 ? value : infinity, value);
-    value = S::select(r == infinity, beta > 0 && degree > 0 ? value : infinity, value);
+    if (!kPositive) {
+      // p^a q^b overflows, of exponents of opposite signs; one logit -inf.
+      const V infinity = S::splat(static_cast<T>(kInf));
+      value = S::select(fallen == infinity, infinity, value);
+      value = S::select(r == -infinity, alpha > 0 && degree > 0 ? value : infinity, value);
+      value = S::select(r == infinity, beta > 0 && degree > 0 ? value : infinity, value);
+    }
     // Both logits -inf, or past the end of the row.
     const auto absent = ((q == V{}) & (p == V{})) & (r != r);
     return {S::select(absent, V{}, value), S::select(absent, V{}, g), S::select(absent, V{}, h)};
   }
 };
+
+template <class S, class Act>
+MFD_INLINE void with_alpha_beta(double alpha, double beta, const Act& act) {
+  const bool degree_one = alpha + beta == 1.0;
+  if (alpha > 0 && beta > 0) {
+    if (degree_one) return act(AlphaBeta<S, true, true>(alpha, beta));
+    return act(AlphaBeta<S, false, true>(alpha, beta));
+  }
+  if (degree_one) return act(AlphaBeta<S, true, false>(alpha, beta));
+  return act(AlphaBeta<S, false, false>(alpha, beta));
+}
 
 // Calls act with the functor of a pointwise divergence.
 template <class S, class Act>
@@ -197,8 +213,7 @@ MFD_INLINE void with_divergence(const Problem& p, const Act& act) {
     case Divergence::kTVD:
       return act(TVD<S>(p.first, p.second));
     case Divergence::kAlphaBeta:
-      if (p.first + p.second == 1.0) return act(AlphaBeta<S, true>(p.first, p.second));
-      return act(AlphaBeta<S, false>(p.first, p.second));
+      return with_alpha_beta<S>(p.first, p.second, act);
     default:  // one-pass without a mixture of teachers
       return act(ForwardKL<S>(p.first, p.second));
   }

@@ -42,19 +42,43 @@ MFD_INLINE double expm1_of(double z) {
   return ::expm1(z);
 }
 
-// log x for normal x > 0: x = 2^k m, m in [sqrt(1/2), sqrt(2)), log(1 + f) = f - f^2/2 + f^3 P(f) with
-// relative error 3.2e-8 before rounding. Finite at 0.
-MFD_INLINE F32::V log_of(F32::V x) {
+// expm1(z) for z <= 0.
+MFD_INLINE F32::V expm1_below(F32::V z) {
+  const PowerOfTwo e = power_of_two(F32::max(F32::splat(kExpLow), z));
+  return F32::fma(e.scale, e.minus, e.scale - 1.0f);
+}
+MFD_INLINE double expm1_below(double z) {
+  return ::expm1(z);
+}
+
+// k*log 2 + log(1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1), log(1 + f) = f - f^2/2 + f^3 P(f) with relative
+// error 3.2e-8 before rounding.
+MFD_INLINE F32::V log_of_parts(VecI k, F32::V f) {
   typedef F32::V V;
-  constexpr int32_t kSqrtHalf = 0x3f3504f3;
-  const VecI k = ((VecI)x - kSqrtHalf) >> 23;
-  const V f = (V)((VecI)x - (k << 23)) - 1.0f;
   constexpr float kPolynomial[] = {8.700430572e-02f, -1.426748622e-01f, 1.491476922e-01f, -1.657758477e-01f,
                                    1.996306370e-01f, -2.500133704e-01f, 3.333391074e-01f};
   V p = F32::splat(kPolynomial[0]);
   for (int i = 1; i < 7; ++i) p = F32::fma(p, f, F32::splat(kPolynomial[i]));
   p = F32::fma(f * f, F32::fma(p, f, F32::splat(-0.5f)), f);
   return F32::fma(__builtin_convertvector(k, V), F32::splat(0.69314718f), p);
+}
+
+constexpr int32_t kSqrtHalf = 0x3f3504f3;
+
+// log x for normal x > 0: x = 2^k m, m in [sqrt(1/2), sqrt(2)). Finite at 0.
+MFD_INLINE F32::V log_of(F32::V x) {
+  const VecI k = ((VecI)x - kSqrtHalf) >> 23;
+  return log_of_parts(k, (F32::V)((VecI)x - (k << 23)) - 1.0f);
+}
+
+// log(1 + x) for x >= 0; f is x itself where k is 0, so that a small x keeps its digits.
+MFD_INLINE F32::V log1p_above(F32::V x) {
+  const F32::V y = 1.0f + x;
+  const VecI k = ((VecI)y - kSqrtHalf) >> 23;
+  return log_of_parts(k, F32::select(k == 0, x, (F32::V)((VecI)y - (k << 23)) - 1.0f));
+}
+MFD_INLINE double log1p_above(double x) {
+  return ::log1p(x);
 }
 MFD_INLINE double log_of(double x) {
   return ::log(F64::max(F64::kLeast, x));

@@ -55,6 +55,20 @@ MFD_INLINE float expm1_of(float x) {
 MFD_INLINE double expm1_of(double x) {
   return expm1(x);
 }
+// expm1(x) for x <= 0.
+MFD_INLINE float expm1_below(float x) {
+  return expm1f(x);
+}
+MFD_INLINE double expm1_below(double x) {
+  return expm1(x);
+}
+// log(1 + x) for x >= 0.
+MFD_INLINE float log1p_above(float x) {
+  return log1pf(x);
+}
+MFD_INLINE double log1p_above(double x) {
+  return log1p(x);
+}
 MFD_INLINE float tanh_of(float x) {
   return tanhf(x);
 }

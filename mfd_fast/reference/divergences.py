@@ -25,8 +25,24 @@ def forward_kl(log_p: Tensor, log_q: Tensor, *, complete: bool = True) -> Tensor
     p = log_p.exp()
     zero = p == 0
     ratio = torch.where(zero, torch.zeros_like(p), log_p) - torch.where(zero, torch.zeros_like(p), log_q)
-    kl = (p * ratio).sum(-1)
-    return not_negative(kl) if complete else kl
+    return kl_sum(p, ratio, log_q.exp()) if complete else (p * ratio).sum(-1)
+
+
+def kl_sum(p: Tensor, r: Tensor, q: Tensor) -> Tensor:
+    """Σ p r with r = log(p/q) of two distributions, never negative.
+
+    Its value is that of Σ (p r − p + q), whose terms are >= 0 and of second order in r, so that rounding in r does not
+    show at p ≈ q.
+    """
+    plain = (p * r).sum(-1)
+    with torch.no_grad():
+        near = (r.abs() < 0.5) & (p != 0)
+        small = torch.where(near, r, torch.zeros_like(r))
+        better = torch.where(near, p * (small + torch.expm1(-small)), p * r + (q - p)).sum(-1)
+        # Beside a label that has everything p is nothing, and no distribution.
+        applies = better.isfinite() & (p != 0).any(-1)
+        change = torch.where(applies, better - plain, torch.zeros_like(plain))
+    return not_negative(plain + change)
 
 
 def not_negative(value: Tensor) -> Tensor:
@@ -51,8 +67,13 @@ def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor, complete: bo
         value = (beta * p * log_p_over_m + (1 - beta) * q * log_q_over_m).sum(-1)
     elif isinstance(divergence, SkewKL):
         value = (p * log_p_over_m).sum(-1)
+        if complete:
+            value = kl_sum(p, log_p_over_m, divergence.lam * p + (1 - divergence.lam) * q)
     else:
+        assert isinstance(divergence, SkewReverseKL)
         value = (q * log_q_over_m).sum(-1)
+        if complete:
+            value = kl_sum(q, log_q_over_m, divergence.lam * q + (1 - divergence.lam) * p)
     return not_negative(value) if complete else value
 
 
@@ -155,9 +176,9 @@ def without_label(log_p: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """log(1 − p_y) ``[N, 1]``, the log-sum-exp of the others, and log p̂ ``[N, C]``, −inf at the label."""
     others = log_p.scatter(-1, label[:, None], -torch.inf)
     rest = log_sum_exp(others)
-    nothing = (others == -torch.inf) | (rest == -torch.inf)
-    log_hat = torch.where(nothing, -torch.inf, others - torch.where(rest == -torch.inf, torch.zeros_like(rest), rest))
-    return rest, log_hat
+    empty = rest == -torch.inf
+    log_hat = torch.log_softmax(torch.where(empty, torch.zeros_like(others), others), -1)
+    return rest, torch.where(empty | (others == -torch.inf), -torch.inf, log_hat)
 
 
 def decoupled(divergence: DKD, log_p: Tensor, log_q: Tensor, label: Tensor) -> Tensor:
