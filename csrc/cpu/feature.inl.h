@@ -68,17 +68,18 @@ static void feature_gradient(const A* s, const B* t, int64_t n, double of_t, dou
   typedef typename S::T T;
   typedef typename S::V V;
   const V a = S::splat(static_cast<T>(of_t)), b = S::splat(static_cast<T>(of_s));
-  over_vectors<S>(n, MFD_STEP {
-    const V x = load_upto<S>(s + i, left), y = load_upto<S>(t + i, left);
-    V g;
-    if (kKind == kCosine) {
-      g = S::fma(a, y, b * x);
-    } else {
-      g = a * (kKind == kMse ? x - y : clamp_unit<S>(x - y));
-    }
-    if (base) g = g + load_upto<S>(base + i, left);
-    store_upto<S>(out + i, g, left);
-  });
+  over_vectors<S>(
+      n, MFD_STEP {
+        const V x = load_upto<S>(s + i, left), y = load_upto<S>(t + i, left);
+        V g;
+        if (kKind == kCosine) {
+          g = S::fma(a, y, b * x);
+        } else {
+          g = a * (kKind == kMse ? x - y : clamp_unit<S>(x - y));
+        }
+        if (base) g = g + load_upto<S>(base + i, left);
+        store_upto<S>(out + i, g, left);
+      });
 }
 
 template <class S, class A, class B, class Out>

@@ -134,7 +134,8 @@ void predict(const Problem& p, int64_t begin, int64_t end, int64_t* out) {
   p.is_double ? predict_rows_of<F64>(p, begin, end, out) : predict_rows_of<F32>(p, begin, end, out);
 }
 
-constexpr FusionKernels kFusion = {pool_forward, pool_backward, add_parts, tap_rows, predict, product_columns, product};
+constexpr FusionKernels kFusion = {pool_forward, pool_backward,   add_parts, tap_rows,
+                                   predict,      product_columns, product};
 
 constexpr Kernels kTable = {MFD_ISA_NAME,    kLanes,        forward_rows, forward_sums, forward_points,
                             forward_outputs, backward_rows, topk_rows,    add,          &kFusion};

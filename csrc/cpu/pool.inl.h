@@ -46,17 +46,17 @@ static void dots(int count, const E* const* x, const typename S::T* y, int64_t n
 
 // out = sum_k a[k]*x[k]; kCount 0: any number of them.
 template <class S, int kCount, class E>
-static void weighted_rows(const E* const* x, const typename S::T* a, int any, int64_t n,
-                          typename S::T* out) {
+static void weighted_rows(const E* const* x, const typename S::T* a, int any, int64_t n, typename S::T* out) {
   typedef typename S::V V;
   const int count = kCount ? kCount : any;
   V factors[kCount ? kCount : kMaxModalities];
   for (int k = 0; k < count; ++k) factors[k] = S::splat(a[k]);
-  over_vectors<S>(n, MFD_STEP {
-    V sum{};
-    for (int k = 0; k < count; ++k) sum = S::fma(factors[k], load_upto<S>(x[k] + i, left), sum);
-    store_upto<S>(out + i, sum, left);
-  });
+  over_vectors<S>(
+      n, MFD_STEP {
+        V sum{};
+        for (int k = 0; k < count; ++k) sum = S::fma(factors[k], load_upto<S>(x[k] + i, left), sum);
+        store_upto<S>(out + i, sum, left);
+      });
 }
 
 template <class S, class E>
@@ -163,20 +163,21 @@ static void pool_row_gradient(const Present<E>& in, const RowGradient<typename S
     a[k] = S::splat(g.a[k]);
     c[k] = S::splat(g.c[k]);
   }
-  over_vectors<S>(n, MFD_STEP {
-    const V up = dy ? load_upto<S>(dy + i, left) : V{};
-    const V q = kQuery ? load_upto<S>(query + i, left) : V{};
-    V sum = kQuery && d_query ? load_upto<S>(d_query + i, left) : V{};
-    for (int k = 0; k < count; ++k) {
-      V dx = a[k] * up;
-      if (kQuery) {
-        dx = S::fma(c[k], q, dx);
-        if (d_query) sum = S::fma(c[k], load_upto<S>(in.x[k] + i, left), sum);
-      }
-      if (g.dx[k]) store_upto<S>(g.dx[k] + i, dx, left);
-    }
-    if (kQuery && d_query) store_upto<S>(d_query + i, sum, left);
-  });
+  over_vectors<S>(
+      n, MFD_STEP {
+        const V up = dy ? load_upto<S>(dy + i, left) : V{};
+        const V q = kQuery ? load_upto<S>(query + i, left) : V{};
+        V sum = kQuery && d_query ? load_upto<S>(d_query + i, left) : V{};
+        for (int k = 0; k < count; ++k) {
+          V dx = a[k] * up;
+          if (kQuery) {
+            dx = S::fma(c[k], q, dx);
+            if (d_query) sum = S::fma(c[k], load_upto<S>(in.x[k] + i, left), sum);
+          }
+          if (g.dx[k]) store_upto<S>(g.dx[k] + i, dx, left);
+        }
+        if (kQuery && d_query) store_upto<S>(d_query + i, sum, left);
+      });
 }
 
 template <class S, int kCount, class E>
@@ -192,10 +193,11 @@ template <class S>
 static void flush(void* sum, void* block, int64_t n) {
   typedef typename S::T T;
   T *total = static_cast<T*>(sum), *part = static_cast<T*>(block);
-  over_vectors<S>(n, MFD_STEP {
-    store_upto<S>(total + i, load_upto<S>(total + i, left) + load_upto<S>(part + i, left), left);
-    store_upto<S>(part + i, typename S::V{}, left);
-  });
+  over_vectors<S>(
+      n, MFD_STEP {
+        store_upto<S>(total + i, load_upto<S>(total + i, left) + load_upto<S>(part + i, left), left);
+        store_upto<S>(part + i, typename S::V{}, left);
+      });
 }
 
 // dy of one row: the upstream gradient and the feature term's; null where it is 0.
@@ -313,9 +315,10 @@ static void pool_backward_of(const PoolBackward& g, int64_t begin, int64_t end, 
     if (partial.logits_block) {
       const T* dz = static_cast<const T*>(g.d_logits) + row * g.classes;
       T* sum = static_cast<T*>(partial.logits_block);
-      over_vectors<S>(g.classes, MFD_STEP {
-        store_upto<S>(sum + i, load_upto<S>(sum + i, left) + load_upto<S>(dz + i, left), left);
-      });
+      over_vectors<S>(
+          g.classes, MFD_STEP {
+            store_upto<S>(sum + i, load_upto<S>(sum + i, left) + load_upto<S>(dz + i, left), left);
+          });
     }
     if ((row + 1 - begin) % kSumRows && row + 1 < end) continue;
     if (partial.query_block) flush<S>(partial.query, partial.query_block, g.pool->width);

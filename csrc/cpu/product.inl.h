@@ -1,5 +1,5 @@
-// Products of matrices: tiles of rows by three vectors of columns in registers, over panels of b that stay in the
-// L1 cache.
+// Products of matrices: tiles of rows by three vectors of columns in registers, over panels of b that stay in
+// the L1 cache.
 
 constexpr int kTileRows = kLanes == 16 ? 8 : 4, kTileColumns = 3 * kLanes;
 
@@ -12,8 +12,8 @@ struct Panel {
   const float* b;  // [depth, kTileColumns]
 };
 
-// out[i, :] = sum_k a[i, k]*b[k, :] + bias over the panel's rows, added to what is there from the second block
-// of rows on.
+// out[i, :] = sum_k a[i, k]*b[k, :] + bias over the panel's rows, added to what is there from the second
+// block of rows on.
 template <int kRows, int kVectors>
 static void product_tile(const Product& p, const Panel& panel, int64_t row) {
   const float* a = p.a + row * p.a_row + panel.start * p.a_depth;
