@@ -82,6 +82,7 @@ _CPU_TABLE = [
     *both(head(64, 2, 512, 31, targets=Targets(eager=3, compile=2))),
     *both(head(256, 3, 512, 100, targets=Targets(eager=3, compile=2))),
     *both(head(1024, 3, 768, 1000, targets=Targets(floor=1.1, compile=1))),
+    *both(features(2048, 4, 768)),
 ]
 _AS_KL = Targets(plain=1.6)
 _PLAIN_KL = {"divergence": "forward_kl"}
@@ -120,9 +121,9 @@ _CPU_SHAPES = [
     Entry(distill(512, 32000, "float16"), ("eager",)),
     Entry(pool(64, 2, 512)),
     Entry(pool(16384, 4, 1024), ("eager",)),
-    *both(features(2048, 12, 768)),
     Entry(features(8192, 12, 1024), ("eager",)),
-    *(Entry(features(2048, 12, 768, options={"kind": kind}), ("eager",)) for kind in ("smooth_l1", "cosine")),
+    *(Entry(features(2048, 4, 768, options={"kind": kind}), ("eager",)) for kind in ("smooth_l1", "cosine")),
+    Entry(features(64, 4, 256)),  # latency
     *both(step(256, 3, 512, 100, 1024)),
     *both(fusion("modal_fusion", 4096, 768, 128, 512)),
     *both(fusion("low_rank_fusion", 1024, 256, 64, 128)),
