@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from aot_distill_loss import DIVERGENCES
 from aot_recorder import Launch, recorded
 
 from mfd_fast.backends.triton import mfd_loss, scale
@@ -14,12 +15,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHAPE = "3x768x1000"
 NAMES = [f"mfd_single_pass-{SHAPE}-bf16-{cc}" for cc in (80, 90, 100)]
 NAMES += [f"mfd_single_pass-{SHAPE}-fp32-90", f"scale_all_in_place-{SHAPE}-bf16-90"]
+NAMES += [f"mfd_single_pass-{SHAPE}-bf16-90-{divergence}" for divergence in DIVERGENCES if divergence != "forward"]
 
 
 def launches(name: str) -> Launch:
-    """(kernel, arguments, capability, warps, options) of the launch called ``kernel-MxDxC-dtype-capability``."""
-    kernel, shape, dtype, capability = name.split("-")
-    return recorded(kernel, int(capability), lambda: _run(shape, dtype))
+    """(kernel, arguments, capability, warps, options) of ``kernel-MxDxC-dtype-capability[-divergence]``."""
+    kernel, shape, dtype, capability, *divergence = name.split("-")
+    options = DIVERGENCES[divergence[0]] if divergence else {}
+    return recorded(kernel, int(capability), lambda: _run(shape, dtype, **options))
 
 
 def variants(name: str) -> list[Launch]:

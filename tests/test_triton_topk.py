@@ -36,8 +36,8 @@ def agree(arguments, context, tail, values_are, **options):
 @every_divergence
 @every_kind
 def test_float64(divergence, tail, values_are):
-    """All classes listed, one, some; and rows of several tiles of columns."""
-    for classes, width in ((9, 9), (9, 1), (70, 17), (2100, 5)):
+    """All classes listed, one, some of a row of several tiles."""
+    for classes, width in ((9, 9), (9, 1), (600, 5)):
         if refused(divergence, tail, values_are, width, classes):
             continue
         agree(sample(classes, width, rows=2), f"C={classes} K={width}", tail, values_are, divergence=divergence)
