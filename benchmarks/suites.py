@@ -38,6 +38,10 @@ def distill(rows: int, classes: int, dtype: str = "float32", **more: Any) -> Wor
     return Workload("distill_loss", {"rows": rows, "classes": classes}, dtype, **more)
 
 
+def topk(rows: int, classes: int, listed: int, dtype: str = "float32", **more: Any) -> Workload:
+    return Workload("topk_loss", {"rows": rows, "classes": classes, "listed": listed}, dtype, **more)
+
+
 def pool(batch: int, modalities: int, width: int, dtype: str = "float32", **more: Any) -> Workload:
     return Workload("modal_pool", {"batch": batch, "modalities": modalities, "width": width}, dtype, **more)
 
@@ -98,9 +102,12 @@ _CPU_VARIANTS = [
         for name in ("jsd", "reverse_kl", "dkd")
     ),
     *(
-        Entry(distill(4096, 1000, options={"divergence": name}, plain=_PLAIN_KL), ("eager",))
-        for name in ("skew_kl", "skew_reverse_kl", "tvd", "nkd")
+        Entry(distill(*sizes, options={"divergence": name}, targets=_AS_KL, plain=_PLAIN_KL), ("eager",))
+        for sizes in ((4096, 1000), (512, 32000))
+        for name in ("skew_kl", "skew_reverse_kl", "tvd", "alpha_beta", "nkd")
     ),
+    *both(topk(4096, 1000, 64, targets=Targets(floor=1.3)), ("eager",)),
+    *both(topk(512, 32000, 64, targets=Targets(floor=1.3)), ("eager",)),
 ]
 _CPU_SHAPES = [
     *(

@@ -1,5 +1,5 @@
 // The classes that a sparse teacher does not list: their exponentials in scratch, 0 at the listed ones, and
-// their sums. No sum is the difference of two others, so that a tiny rest keeps its digits.
+// their sums. No sum is a small difference of two others, so that a tiny rest keeps its digits.
 
 // The arrays of a row's listed classes, K <= kBlock elements each.
 template <class S>
@@ -128,8 +128,11 @@ static void rest_block(const TopKRow<S>& c, const Scales<S>& scales, int64_t b) 
     out.sum_x = block_shifted_sum<S>(x, n, out.max_s) + static_cast<double>(n) * out.max_s;
   if (begin < end) {
     for (int64_t m = begin; m < end; ++m) c.listed.x[scratch.slots[m]] = x[scratch.columns[m] - start];
+    double listed = 0;
+    for (int64_t m = begin; m < end; ++m) listed += es[scratch.columns[m] - start];
     clear_listed<S>(c, begin, end, start, es);
-    out.sum_s = plain_sum<S>(es, n);
+    // A small share may be subtracted: nothing cancels.
+    out.sum_s = listed < 0.25 * out.sum_s ? out.sum_s - listed : plain_sum<S>(es, n);
     if (out.sum_s < kTinySum) {
       T* others = static_cast<T*>(scratch.block_out);
       __builtin_memcpy(others, x, static_cast<size_t>(n) * sizeof(T));

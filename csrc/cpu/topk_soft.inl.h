@@ -22,8 +22,7 @@ struct SoftTerm {
 // log(1 - sum exp(y)) of log-probabilities; -inf where nothing is left.
 template <class S>
 static double log_of_rest(const typename S::T* y, int64_t n) {
-  double left = 1;
-  for (int64_t k = 0; k < n; ++k) left -= ::exp(static_cast<double>(y[k]));
+  const double left = 1 - wide_exponential_sum(y, n);
   return left <= 0 ? -kInf : log(left);
 }
 

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: Exponents of the measured "alpha_beta", which has no default ones: no limit, and a degree other than 1.
+ALPHA_BETA = (0.6, 0.3)
+
 Rows = Callable[[Tensor, Tensor, "Tensor | None", float], Tensor]
 
 
@@ -62,6 +65,15 @@ def tvd(student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: fl
     return temperature**2 * 0.5 * (p - q).abs().sum(-1)
 
 
+def alpha_beta(student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float) -> Tensor:  # noqa: ARG001
+    """The exponents of :data:`ALPHA_BETA` (Cichocki, Cruces, Amari, Entropy 13 (2011) 134)."""
+    p, q = F.softmax(teacher / temperature, -1), F.softmax(student / temperature, -1)
+    a, b = ALPHA_BETA
+    s = a + b
+    each = p**a * q**b - a / s * p**s - b / s * q**s
+    return -(temperature**2) / (a * b) * each.sum(-1)
+
+
 def dkd(student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
     """α = 1, β = 8; the mask of −1000 is the authors' own (Zhao et al., arXiv:2203.08679)."""
     assert labels is not None
@@ -98,6 +110,7 @@ DIVERGENCES: dict[str, Rows] = {
     "skew_kl": skew_kl,
     "skew_reverse_kl": skew_reverse_kl,
     "tvd": tvd,
+    "alpha_beta": alpha_beta,
     "dkd": dkd,
     "nkd": nkd,
 }
@@ -123,6 +136,15 @@ def distill_loss(
         loss = hard if loss is None else loss + hard
     assert loss is not None
     return loss
+
+
+def topk_loss(student: Tensor, values: Tensor, indices: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Forward KL over the listed classes and a bucket of the others."""
+    left = torch.log1p(-values.exp().sum(-1, keepdim=True))
+    log_p = F.log_softmax(torch.cat([values, left], -1) / temperature, -1)
+    listed = F.log_softmax(student / temperature, -1).gather(-1, indices)
+    log_q = torch.cat([listed, torch.log1p(-listed.exp().sum(-1, keepdim=True))], -1)
+    return temperature**2 * _kl(log_p, log_q).mean()
 
 
 def modal_pool(features: Sequence[Tensor], query: Tensor) -> Tensor:

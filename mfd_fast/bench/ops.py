@@ -22,8 +22,14 @@ from .records import Arguments, BenchOp, Sizes, Work, generator, near, normal
 from .workloads import Workload
 
 
+def _public(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as the public op takes them."""
+    named = {"divergence": mfd.AlphaBeta(*eager.ALPHA_BETA)} if options.get("divergence") == "alpha_beta" else {}
+    return {**options, **named}
+
+
 def _explained(op: Callable[..., Any]) -> Callable[..., mfd.Choice]:
-    return lambda arguments, options, backend: mfd.explain(op, **arguments, **options, backend=backend)
+    return lambda arguments, options, backend: mfd.explain(op, **arguments, **_public(options), backend=backend)
 
 
 # ------------------------------------------------------------------------------------------------ distill_loss
@@ -35,11 +41,37 @@ def _distill_inputs(sizes: Sizes, dtype: torch.dtype, distance: str, seed: int) 
 
 
 def _distill_call(options: Mapping[str, Any], backend: str | None) -> Callable[..., Tensor]:
-    return lambda **arguments: mfd.distill_loss(**arguments, **options, backend=backend)
+    return lambda **arguments: mfd.distill_loss(**arguments, **_public(options), backend=backend)
 
 
 def _distill_work(sizes: Sizes, item: int, training: bool) -> Work:
     return Work((3 if training else 2) * sizes["rows"] * sizes["classes"] * item)
+
+
+# --------------------------------------------------------------------------------------------------- topk_loss
+
+
+def _topk_inputs(sizes: Sizes, dtype: torch.dtype, distance: str, seed: int) -> Arguments:
+    sample = distill_inputs((sizes["rows"], sizes["classes"]), distance=distance, dtype=dtype, seed=seed)
+    values, indices = F.log_softmax(sample.teacher.float(), -1).topk(min(sizes["listed"], sizes["classes"]), -1)
+    return {"student": sample.student, "values": values.to(dtype), "indices": indices}
+
+
+def _topk_call(options: Mapping[str, Any], backend: str | None) -> Callable[..., Tensor]:
+    return lambda student, values, indices: mfd.distill_loss(
+        student, mfd.TopK(values, indices), **options, backend=backend
+    )
+
+
+def _topk_choice(arguments: Arguments, options: Mapping[str, Any], backend: str | None) -> mfd.Choice:
+    teacher = mfd.TopK(arguments["values"], arguments["indices"])
+    return mfd.explain(mfd.distill_loss, arguments["student"], teacher, **options, backend=backend)
+
+
+def _topk_work(sizes: Sizes, item: int, training: bool) -> Work:
+    """The student in (and its gradient out), the listed values and their int64 indices in."""
+    passes = 2 if training else 1
+    return Work(sizes["rows"] * (passes * sizes["classes"] * item + sizes["listed"] * (item + 8)))
 
 
 # -------------------------------------------------------------------------------------------------- modal_pool
@@ -218,6 +250,18 @@ OPS: dict[str, BenchOp] = {
             eager=eager.distill_loss,
             choice=_explained(mfd.distill_loss),
             work=_distill_work,
+        ),
+        BenchOp(
+            "topk_loss",
+            sizes={"rows": 4096, "classes": 1000, "listed": 64},
+            options={"temperature": 2.0},
+            inputs=_topk_inputs,
+            rows=frozenset({"student", "values", "indices"}),
+            leaves=frozenset({"student"}),
+            call=_topk_call,
+            eager=eager.topk_loss,
+            choice=_topk_choice,
+            work=_topk_work,
         ),
         BenchOp(
             "modal_pool",
