@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-#: Columns of the statistics that the per-row forward saves for its backward: kStats of csrc/common/types.h, which says
-#: what they hold; a backend writes 0 where it needs none.
+#: Columns of the statistics that the per-row forward saves for the backward of the same backend: kStats of
+#: csrc/common/types.h, which says what those of `cpu` hold; a backend writes 0 where it needs none.
 STATISTICS = 11
 
 

@@ -8,8 +8,7 @@ autograd does not record. Every backend has the same four: ``can_run``, ``scalar
 several teachers also (teacher_weights, second teacher, third teacher, …); the gradients of the temperatures are ``[N]``
 and of the weights ``[N, teachers]``, one value per row, of weights that already sum to 1. With a TopK teacher the
 gradient of the teacher is that of its values ``[..., K]``.
-The statistics ``[N, STATISTICS]`` are: max x, log Σexp((x−max)/T), max y, log Σexp((y−max)/T), log Σexp(x−max), and
-others that the backend chooses; only its own backward reads those.
+The statistics ``[N, STATISTICS]`` are what the backend chooses; only its own backward reads them.
 """
 
 from __future__ import annotations
