@@ -115,14 +115,11 @@ def specialization_key(kernel: Any, arguments: dict[str, Any], capability: int) 
 
 def inspect_cubin(cubin: bytes, shared: int, ttir: str) -> Report:
     """Reads a cubin with the cuobjdump and nvdisasm that the triton wheel carries."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _output(tools / "cuobjdump", "-res-usage", path)
-        sass = _output(tools / "nvdisasm", "-c", path)
+        usage = _output(_tools() / "cuobjdump", "-res-usage", path)
+        sass = disassemble(path)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     operations = re.findall(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", sass, re.MULTILINE)
@@ -139,6 +136,17 @@ def inspect_cubin(cubin: bytes, shared: int, ttir: str) -> Report:
         tensor_core_instructions=sum(bool(re.match(r"(HMMA|HGMMA|UTC\w*MMA)\b", op)) for op in operations),
         ttir=ttir,
     )
+
+
+def _tools() -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def disassemble(cubin: Path) -> str:
+    """Machine code of all kernels of a cubin."""
+    return _output(_tools() / "nvdisasm", "-c", cubin)
 
 
 def _output(*command: Any) -> str:

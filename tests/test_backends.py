@@ -29,9 +29,9 @@ def test_explain_tells_what_runs(record, backend):
 def test_default_choice(record):
     choice = mfd.explain(record.op, **next(iter(record.samples().values())))
     assert choice.backend == ("cpu" if "cpu" in record.backends else "reference")
-    assert "CUDA" in choice.rejected["cuda"]
-    if "triton" in record.backends:
-        assert "only when asked for" in choice.rejected["triton"]
+    for name in ("cuda", "triton"):
+        expected = "only when asked for" if name in record.backends else f"no {name} kernel"
+        assert expected in choice.rejected[name]
 
 
 def test_nearest_request_wins(monkeypatch):
@@ -57,14 +57,14 @@ def test_request_ends_with_its_block_also_after_an_error():
     assert mfd.explain(mfd.distill_loss, **SAMPLE).backend == "cpu"
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "triton", "reference"])
 def test_the_backend_that_was_asked_for_is_the_one_that_runs(monkeypatch, backend):
     """Every other backend's entry points would fail loudly."""
 
     def fail(*args, **kwargs):
         raise AssertionError("the wrong backend ran")
 
-    for other in {"cpu", "triton"} - {backend}:
+    for other in {"cpu", "cuda", "triton"} - {backend}:
         module = backends.implementation(other, "distill_loss")
         for entry in ("scalar", "per_row", "per_row_backward"):
             monkeypatch.setattr(module, entry, fail)

@@ -29,6 +29,7 @@ from mfd_fast.divergences import DIVERGENCES
 CPU = torch.device("cpu")
 SMALL = {
     "distill_loss": {"rows": 48, "classes": 50},
+    "topk_loss": {"rows": 48, "classes": 50, "listed": 5},
     "modal_pool": {"batch": 48, "modalities": 3, "width": 32},
     "feature_loss": {"rows": 48, "taps": 2, "width": 32},
     "mfd_loss": {"batch": 48, "modalities": 2, "width": 32, "classes": 7},
@@ -315,7 +316,7 @@ def test_importing_the_package_imports_no_harness():
         (["distill_loss", "--rows", "100000000", "--classes", "100000"], "GiB are free"),
         (["distill_loss", "--device", "cuda:9"], "PyTorch sees"),
         (["distill_loss", "--device", "tpu"], "no such kind of device"),
-        (["distill_loss", "--backend", "cuda", "--rows", "4", "--classes", "4"], "backend 'cuda' cannot run"),
+        (["mfd_loss", "--backend", "cuda", "--batch", "4", "--classes", "4"], "backend 'cuda' cannot run"),
     ],
 )
 def test_the_command_says_in_a_sentence_what_is_wrong(arguments, sentence, capsys, monkeypatch):
@@ -339,6 +340,7 @@ def test_the_command_refuses_what_it_does_not_know(arguments, capsys):
 
 @pytest.mark.parametrize("with_rich", [True, False])
 def test_the_command_measures_and_judges_on_one_screen(with_rich, capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("MFD_FAST_CUDA_EMULATOR")  # results hold the environment: a place on this machine
     rates = {"stream_gb_s": 10.0, "cached_stream_gb_s": 20.0, "copy_gb_s": 9.0, "gemm_gflop_s": 50.0, "call_us": 10.0}
     monkeypatch.setattr("mfd_fast.bench.ceilings.measure", lambda *args, **options: rates)
     if not with_rich:

@@ -177,7 +177,8 @@ def test_relative_error_keeps_nan():
     assert math.isnan(timing.relative_error((torch.tensor([1.0, math.nan]), torch.ones(2)), exact))
 
 
-def test_a_backend_that_can_run_nothing_is_refused_before_training(tmp_path, capsys):
+def test_a_backend_that_can_run_nothing_is_refused_before_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mfd_fast.backends.cuda.available", lambda: "there is no GPU")
     assert demo.main(["--quick", "--backend", "cuda", "--output", str(tmp_path)]) == 1
     assert "backend 'cuda' cannot run" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

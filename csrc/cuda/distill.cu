@@ -8,6 +8,7 @@ namespace cuda {
 namespace {
 
 constexpr int64_t kWarpClasses = 1024;
+constexpr int kThreads = device::Residency<device::Block>::kThreads;
 // Up to this many rows each block counts for itself.
 constexpr int64_t kCountInPlace = 8192;
 constexpr int64_t kOverhead = 1024;  // of each block, kept by the system
@@ -38,12 +39,19 @@ int64_t parking_at(int groups) {
 }
 
 int threads_for(int64_t vectors) {
-  return static_cast<int>(vectors >= 512 ? 512 : vectors >= 256 ? 256 : 128);
+  return vectors >= 2 * kThreads ? kThreads : kThreads / 2;
 }
 
-template <class S, class Group, bool kParked>
-void start_forward(device::ForwardLaunch launch, const Plan& plan, const DeviceFacts& facts,
-                   const Where& where) {
+// Whether the lean kernels do.
+bool is_lean(const Forward& f) {
+  const auto plain = [](const Side& s) { return s.scale == 1.0 && !(s.softcap > 0) && !s.standardize; };
+  return f.use_soft && f.problem.divergence == Divergence::kForwardKL && !f.problem.is_double &&
+         !f.student_entropy && plain(f.problem.student) && plain(f.problem.teacher);
+}
+
+template <class S, class Group, bool kParked, bool kLean>
+void start_kernel(device::ForwardLaunch launch, const Plan& plan, const DeviceFacts& facts,
+                  const Where& where) {
   const Problem& p = launch.forward.problem;
   const int in_block = plan.rung == Rung::kWarp ? plan.threads / 32 : 1;
   launch.states_at = static_cast<int>(states_at<Group>());
@@ -61,7 +69,17 @@ void start_forward(device::ForwardLaunch launch, const Plan& plan, const DeviceF
   if (clusters > needed) clusters = needed;
   if (clusters < 1) clusters = 1;
   start(where, {clusters * plan.cluster, plan.threads, shared, plan.cluster},
-        device::distill_forward<S, Group, kParked>, launch);
+        device::distill_forward<S, Group, kParked, kLean>, launch);
+}
+
+template <class Group, bool kParked>
+void start_forward(const device::ForwardLaunch& launch, const Plan& plan, const DeviceFacts& facts,
+                   const Where& where) {
+  if (is_lean(launch.forward)) {
+    start_kernel<device::F32, Group, kParked, true>(launch, plan, facts, where);
+  } else {
+    start_kernel<device::F32, Group, kParked, false>(launch, plan, facts, where);
+  }
 }
 
 }  // namespace
@@ -70,7 +88,7 @@ Plan plan_of(const Problem& p, bool use_soft, int device) {
   const DeviceFacts facts = facts_of(device);
   if (p.is_double) return {Rung::kStream, 1, 128};
   const int64_t vectors = (p.classes + 7) / 8;
-  if (p.classes <= kWarpClasses) return {Rung::kWarp, 1, 256};
+  if (p.classes <= kWarpClasses) return {Rung::kWarp, 1, device::Residency<device::Warp>::kThreads};
   const int64_t room = facts.shared_per_block - parking_at<device::Cluster>(1);
   // Two blocks on a processor overlap one's loads with the other's arithmetic.
   const int64_t half = (facts.shared_per_processor / 2 - kOverhead) - parking_at<device::Cluster>(1);
@@ -83,7 +101,7 @@ Plan plan_of(const Problem& p, bool use_soft, int device) {
   } else if (pair_bytes(p, use_soft, 1) <= room) {
     return {Rung::kBlock, 1, threads_for(vectors)};
   }
-  return {Rung::kStream, 1, 512};
+  return {Rung::kStream, 1, kThreads};
 }
 
 void forward(const Forward& f, const ScalarLoss* scalar, const Where& where) {
@@ -112,16 +130,16 @@ void forward(const Forward& f, const ScalarLoss* scalar, const Where& where) {
     }
   }
   const Plan plan = plan_of(p, f.use_soft, where.device);
-  if (p.is_double) return start_forward<device::F64, device::Block, false>(launch, plan, facts, where);
+  if (p.is_double) return start_kernel<device::F64, device::Block, false, false>(launch, plan, facts, where);
   switch (plan.rung) {
     case Rung::kWarp:
-      return start_forward<device::F32, device::Warp, true>(launch, plan, facts, where);
+      return start_forward<device::Warp, true>(launch, plan, facts, where);
     case Rung::kBlock:
-      return start_forward<device::F32, device::Block, true>(launch, plan, facts, where);
+      return start_forward<device::Block, true>(launch, plan, facts, where);
     case Rung::kCluster:
-      return start_forward<device::F32, device::Cluster, true>(launch, plan, facts, where);
+      return start_forward<device::Cluster, true>(launch, plan, facts, where);
     case Rung::kStream:
-      return start_forward<device::F32, device::Block, false>(launch, plan, facts, where);
+      return start_forward<device::Block, false>(launch, plan, facts, where);
   }
 }
 

@@ -23,6 +23,8 @@ MFD_DEVICE To bits_as(From from) {
 
 #if defined(MFD_CUDA_EMULATOR)
 
+constexpr bool kHasClusters = true;
+
 MFD_DEVICE unsigned char* dynamic_shared() {
   return mfd_emulator::shared_memory();
 }
@@ -125,6 +127,8 @@ MFD_DEVICE void await_copies() {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
+constexpr bool kHasClusters = true;
+
 MFD_DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -149,6 +153,8 @@ MFD_DEVICE double load_from_peer(double* shared, unsigned rank) {
 }
 
 #else  // No clusters: the launcher never starts the kernels that would need them.
+
+constexpr bool kHasClusters = false;
 
 MFD_DEVICE void cluster_barrier() {}
 MFD_DEVICE unsigned cluster_rank() {

@@ -18,7 +18,9 @@ struct RowState {
 // What a pass over the row after the first one is for.
 enum class Pass { kInfiniteCross, kArgmax, kPoints, kDots, kGradient };
 
-template <class S, class Group, bool kParked>
+// kLean: the forward KL of logits without a transform, and no by-products, so that most of the registers stay
+// free.
+template <class S, class Group, bool kParked, bool kLean>
 struct ForwardRow {
   typedef typename S::T T;
   static constexpr int N = VectorOf<S>::kColumns;
@@ -44,13 +46,13 @@ struct ForwardRow {
         row(r),
         label(p.labels ? p.labels[r] : -1),
         bad(p.labels && (label < 0 || label >= p.classes)),
-        ts(f.use_soft ? at<T>(p.student_temperature, r) : 1.0),
-        tt(f.use_soft ? at<T>(p.teacher_temperature, r) : 1.0),
-        wanted(wanted_sums(forward)),
+        ts(soft_term() ? at<T>(p.student_temperature, r) : 1.0),
+        tt(soft_term() ? at<T>(p.teacher_temperature, r) : 1.0),
+        wanted(kLean ? Wanted{true, f.use_hard, false, false, false, false} : wanted_sums(forward)),
         exponents(ts, tt, wanted.unit, size_of(p.student.dtype) == 2 && size_of(p.teacher.dtype) == 2) {
     if (bad) label = 0;
     x = view_of<S>(p.student, row, wanted.apart ? label : -1);
-    y = f.use_soft ? view_of<S>(p.teacher, row, x.apart) : x;
+    y = soft_term() ? view_of<S>(p.teacher, row, x.apart) : x;
     x_global = x.data;
     y_global = y.data;
     const int64_t vectors = (p.classes + N - 1) / N, each = (vectors + group.parts() - 1) / group.parts();
@@ -58,33 +60,37 @@ struct ForwardRow {
     span.end = span.begin + each < vectors ? span.begin + each : vectors;
   }
 
+  MFD_DEVICE bool soft_term() const { return kLean || f.use_soft; }
+  MFD_DEVICE bool is_pointwise_term() const { return !kLean && f.use_soft && is_pointwise(p.divergence); }
+
   MFD_DEVICE void park_pair(unsigned char* parking, int64_t teacher_at) {
     park<S>(group, x, span, p.classes, parking);
-    if (f.use_soft) park<S>(group, y, span, p.classes, parking + teacher_at);
+    if (soft_term()) park<S>(group, y, span, p.classes, parking + teacher_at);
     await_copies();
     group.sync();
   }
 
   MFD_DEVICE void find_centres() {
+    if (kLean) return;
     if (p.student.standardize) find_centre<S, kParked>(group, x, x_global, span, p.classes);
-    if (f.use_soft && p.teacher.standardize) find_centre<S, kParked>(group, y, y_global, span, p.classes);
+    if (soft_term() && p.teacher.standardize) find_centre<S, kParked>(group, y, y_global, span, p.classes);
   }
 
   MFD_DEVICE RowSums sums() const {
     ThreadSums<S> own;
     const bool smooth = f.use_hard && p.smoothing != 0;
     over_vectors<S>(group, span, [&](int64_t start) {
-      T a[N], b[N], tx[N];
-      load_logits<S, kParked>(x, start, p.classes, a);
-      if (f.use_soft) load_logits<S, kParked>(y, start, p.classes, b);
+      T a[N], b[N] = {}, tx[N];
+      load_logits<S, kParked, kLean>(x, start, p.classes, a);
+      if (soft_term()) load_logits<S, kParked, kLean>(y, start, p.classes, b);
       const T max_s = largest_of<S>(a, own.max_s),
-              max_t = f.use_soft ? largest_of<S>(b, own.max_t) : own.max_t;
+              max_t = soft_term() ? largest_of<S>(b, own.max_t) : own.max_t;
       if (max_s > own.max_s || max_t > own.max_t) own.raise(exponents, max_s, max_t);
       own.add_student(exponents, wanted, a, tx);
-      if (f.use_soft) own.add_teacher(exponents, wanted, b, tx);
+      if (soft_term()) own.add_teacher(exponents, wanted, b, tx);
       if (smooth) own.add_shifted(tx, start, p.classes, x.apart);
     });
-    return merge_threads<S>(group, own, exponents, ts, tt, p.classes);
+    return merge_threads<S, kLean>(group, own, exponents, ts, tt, p.classes);
   }
 
   // A further pass over the row. Adds to v, of this thread:
@@ -94,7 +100,7 @@ struct ForwardRow {
   // kGradient writes d loss/d student.
   MFD_DEVICE void pass(Pass kind, const RowSums& r, const Slopes& slopes, double label_x, double dot,
                        double (&v)[3]) const {
-    const bool pointwise = f.use_soft && is_pointwise(p.divergence);
+    const bool pointwise = is_pointwise_term();
     // Maxima this close leave y - x with no larger error than the differences from the maxima have.
     const bool near = ts == tt && fabs(r.max_t - r.max_s) <= 8.0;
     const T max_s = static_cast<T>(r.max_s), max_t = static_cast<T>(r.max_t), gap = max_t - max_s;
@@ -110,9 +116,9 @@ struct ForwardRow {
     const bool wide = sizeof(T) == 4 && is_aligned(out);
     T value = 0, g_sum = 0, h_sum = 0;
     over_vectors<S>(group, span, [&](int64_t start) {
-      T a[N], b[N], es[N], second[N];
-      load_logits<S, kParked>(x, start, p.classes, a);
-      if (f.use_soft) load_logits<S, kParked>(y, start, p.classes, b);
+      T a[N], b[N] = {}, es[N], second[N] = {};
+      load_logits<S, kParked, kLean>(x, start, p.classes, a);
+      if (soft_term()) load_logits<S, kParked, kLean>(y, start, p.classes, b);
       if (kind == Pass::kArgmax) {
 #pragma unroll
         for (int k = 0; k < N; ++k) {
@@ -123,7 +129,7 @@ struct ForwardRow {
         }
         return;
       }
-      if (f.use_soft) {
+      if (soft_term()) {
 #pragma unroll
         for (int k = 0; k < N; ++k) second[k] = exponents.teacher(b[k] - max_t);
       }
@@ -161,7 +167,7 @@ struct ForwardRow {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         // Both products are rounded, so that equal distributions give exactly 0.
-        T gradient = f.use_soft ? es[k] * student - second[k] * teacher : T(0);
+        T gradient = soft_term() ? es[k] * student - second[k] * teacher : T(0);
         if (wanted.hard) gradient = S::fma(exponents.hard(es[k], a[k] - max_s), hard, gradient);
         gradient = gradient - (start + k == own ? label_shift : shift);
         if (wanted.apart && start + k == label) a[k] = static_cast<T>(label_x);
@@ -169,7 +175,7 @@ struct ForwardRow {
           if (start + k < p.classes && gradient != T(0)) v[0] += static_cast<double>(gradient * a[k]);
           continue;
         }
-        if (changes_gradient(p.student)) gradient = raw_gradient<S>(x, gradient, a[k], dot);
+        if (!kLean && changes_gradient(p.student)) gradient = raw_gradient<S>(x, gradient, a[k], dot);
         second[k] = start + k < p.classes ? gradient : T(0);
       }
       if (kind == Pass::kGradient) store_gradient<S>(out, p.student.dtype, start, width, wide, second);
@@ -214,17 +220,17 @@ struct ForwardRow {
     put(f.soft, r.soft);
     put(f.hard, r.hard);
     if (f.stats) saved_statistics(r, wanted, static_cast<T*>(f.stats) + row * kStats);
-    if (f.student_entropy) {
+    if (!kLean && f.student_entropy) {
       const Entropies e = row_entropies(r, wanted);
       put(f.student_entropy, e.student);
       put(f.teacher_entropy, e.teacher);
       f.agreement[row] = agreement;
     }
-    if (f.student_label_prob) {
+    if (!kLean && f.student_label_prob) {
       put(f.student_label_prob, wanted.apart ? r.target.student.label : exp(r.label / ts) / r.sums.sum_s);
       put(f.teacher_label_prob, wanted.apart ? r.target.teacher.label : exp(label_t / tt) / r.sums.sum_t);
     }
-    return (f.use_soft ? soft * r.soft : 0.0) + (f.use_hard ? hard * r.hard : 0.0);
+    return (soft_term() ? soft * r.soft : 0.0) + (f.use_hard ? hard * r.hard : 0.0);
   }
 
   MFD_DEVICE void skip() const {
@@ -248,9 +254,9 @@ struct ForwardRow {
     if (kParked) park_pair(parking, teacher_at);
     find_centres();
     RowSums r = sums();
-    const bool labelled = p.labels != nullptr, pointwise = f.use_soft && is_pointwise(p.divergence);
+    const bool labelled = p.labels != nullptr, pointwise = is_pointwise_term();
     const double label_x = labelled ? logit_at<S>(x, x_global, label) : 0.0, label_s = label_x - r.max_s;
-    const double label_t = labelled && f.use_soft ? logit_at<S>(y, y_global, label) - r.max_t : 0.0;
+    const double label_t = labelled && soft_term() ? logit_at<S>(y, y_global, label) - r.max_t : 0.0;
     if (wanted.apart && f.use_hard && p.smoothing != 0) r.mean_x += label_s / static_cast<double>(p.classes);
     bool agreement = false;
     double loss = 0, dot = 0;
@@ -261,7 +267,7 @@ struct ForwardRow {
       if (kind == Pass::kInfiniteCross) {
         if (r.cross != kInf) continue;
       } else if (kind == Pass::kArgmax) {
-        if (!f.agreement) continue;
+        if (kLean || !f.agreement) continue;
         v[0] = v[1] = -kInf;
       } else if (kind == Pass::kPoints) {
         if (bad) r.sum_s = r.sum_t = r.sum_h = kNan;
@@ -271,7 +277,7 @@ struct ForwardRow {
         loss = finish_values(r, factors, label_x, label_t, agreement);
         if (!f.grad) break;
         group.sync();
-        if (!p.student.standardize) continue;
+        if (kLean || !p.student.standardize) continue;
       }
       pass(kind, r, state->slopes, label_x, dot, v);
       if (kind == Pass::kGradient) continue;
@@ -311,9 +317,10 @@ struct ForwardRow {
   }
 };
 
-template <class S, class Group, bool kParked>
-__global__ void __launch_bounds__(kForwardThreads)
+template <class S, class Group, bool kParked, bool kLean>
+__global__ void __launch_bounds__(Residency<Group>::kThreads, kLean ? Residency<Group>::kLeanBlocks : 1)
     distill_forward(const __grid_constant__ ForwardLaunch launch) {
+  if (Group::kSplitsRows && !kHasClusters) return;
   unsigned char* shared = dynamic_shared();
   const Group group(reinterpret_cast<typename Group::Shared*>(shared));
   const Forward& f = launch.forward;
@@ -325,7 +332,7 @@ __global__ void __launch_bounds__(kForwardThreads)
   const int64_t own = static_cast<int64_t>(blockIdx.x) / group.parts() * group.in_block() + mine;
   double loss = 0;
   for (int64_t row = own; row < f.problem.n_rows; row += groups) {
-    ForwardRow<S, Group, kParked> of_row(f, group, state, row);
+    ForwardRow<S, Group, kParked, kLean> of_row(f, group, state, row);
     if (is_counted(f.problem, row)) {
       loss += of_row.run(factors, parking, launch.teacher_at);
     } else {

@@ -8,7 +8,16 @@
 namespace mfd {
 namespace device {
 
-constexpr int kForwardThreads = 256;
+// Threads of a block, at most, and blocks of the lean kernels that share a processor, at least. Lean kernels
+// thus have 128 registers, those of a warp per row 168.
+template <class Group>
+struct Residency {
+  static constexpr int kThreads = 256, kLeanBlocks = 2;
+};
+template <>
+struct Residency<Warp> {
+  static constexpr int kThreads = 128, kLeanBlocks = 3;
+};
 
 // A number, or where it lies in device memory, in the compute dtype.
 struct Number {

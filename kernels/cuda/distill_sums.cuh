@@ -54,8 +54,8 @@ MFD_INLINE T sum_of(const T (&x)[8]) {
   return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
 }
 template <class T>
-MFD_INLINE T sum_of(const T (&x)[2]) {
-  return x[0] + x[1];
+MFD_INLINE T sum_of(const T (&x)[1]) {
+  return x[0];
 }
 
 // As BlockSums, of one thread.
@@ -154,7 +154,7 @@ MFD_INLINE typename S::T largest_of(const typename S::T (&x)[VectorOf<S>::kColum
 }
 
 // The row's sums from those of its threads, in double precision.
-template <class S, class Group>
+template <class S, bool kLean, class Group>
 MFD_INLINE RowSums merge_threads(const Group& group, const ThreadSums<S>& own, const Exponents<S>& e,
                                  double ts, double tt, int64_t classes) {
   typedef typename S::T T;
@@ -167,27 +167,31 @@ MFD_INLINE RowSums merge_threads(const Group& group, const ThreadSums<S>& own, c
   const double ws = static_cast<double>(es), wt = static_cast<double>(et);
   const double s = static_cast<double>(own.s), t = static_cast<double>(own.t);
   const double shift = static_cast<double>(e.ratio) * dt - ds;
-  double v[8];
+  double v[kLean ? 5 : 8];
   v[0] = ws * s;
   v[1] = wt * t;
-  v[2] = static_cast<double>(e.hard(es, fs)) * static_cast<double>(own.h);
-  v[3] = static_cast<double>(e.unit(et, ft)) * static_cast<double>(own.u);
-  v[4] = own.t * et == T(0) ? 0.0 : wt * (static_cast<double>(own.cross) + t * shift);
-  v[5] = s == 0 ? 0.0 : ws * (static_cast<double>(own.dot_s) + s * ds);
-  v[6] = t == 0 ? 0.0 : wt * (static_cast<double>(own.dot_t) + t * dt);
-  v[7] = own.columns == T(0) ? 0.0 : static_cast<double>(own.x) + static_cast<double>(own.columns) * ds;
+  v[2] = own.t * et == T(0) ? 0.0 : wt * (static_cast<double>(own.cross) + t * shift);
+  v[3] = static_cast<double>(e.hard(es, fs)) * static_cast<double>(own.h);
+  v[4] = own.columns == T(0) ? 0.0 : static_cast<double>(own.x) + static_cast<double>(own.columns) * ds;
+  if constexpr (!kLean) {
+    v[5] = static_cast<double>(e.unit(et, ft)) * static_cast<double>(own.u);
+    v[6] = s == 0 ? 0.0 : ws * (static_cast<double>(own.dot_s) + s * ds);
+    v[7] = t == 0 ? 0.0 : wt * (static_cast<double>(own.dot_t) + t * dt);
+  }
   group.template reduce<Sum>(v);
   RowSums row{};
   row.max_s = maxima[0];
   row.max_t = maxima[1];
   row.sum_s = v[0];
   row.sum_t = v[1];
-  row.sum_h = v[2];
-  row.sum_u = v[3];
-  row.cross = v[4] / (ts * v[1]);
-  row.dot_s = v[5] / ts;
-  row.dot_t = v[6] / tt;
-  row.mean_x = v[7] / static_cast<double>(classes);
+  row.cross = v[2] / (ts * v[1]);
+  row.sum_h = v[3];
+  row.mean_x = v[4] / static_cast<double>(classes);
+  if constexpr (!kLean) {
+    row.sum_u = v[5];
+    row.dot_s = v[6] / ts;
+    row.dot_t = v[7] / tt;
+  }
   return row;
 }
 

@@ -11,7 +11,7 @@ namespace device {
 // Columns that a thread handles together: 16 bytes of the narrowest logits.
 template <class S>
 struct VectorOf {
-  static constexpr int kColumns = sizeof(typename S::T) == 4 ? 8 : 2;
+  static constexpr int kColumns = sizeof(typename S::T) == 4 ? 8 : 1;
 };
 
 MFD_INLINE int size_of(Dtype dtype) {
@@ -85,8 +85,12 @@ MFD_INLINE void store_wide(unsigned char* p, Dtype dtype, const float (&x)[8]) {
 }
 
 // float64 goes one by one.
-MFD_INLINE void load_wide(const unsigned char*, Dtype, double (&)[2]) {}
-MFD_INLINE void store_wide(unsigned char*, Dtype, const double (&)[2]) {}
+MFD_INLINE void load_wide(const unsigned char* p, Dtype dtype, double (&x)[1]) {
+  x[0] = load_one<double>(p, dtype);
+}
+MFD_INLINE void store_wide(unsigned char* p, Dtype dtype, const double (&x)[1]) {
+  store_one<double>(p, dtype, x[0]);
+}
 
 // The logits of one side of a row; `data` is where column 0 lies, or would lie if it had been parked too.
 struct View {
@@ -123,8 +127,9 @@ MFD_INLINE typename S::T transformed(const View& v, typename S::T x, bool standa
 }
 
 // Transformed logits of columns [start, start + kColumns); -inf beyond the last class, or `pad` where that is
-// given. A parked row has room for whole vectors.
-template <class S, bool kParked>
+// given. A parked row has room for whole vectors. kPlain: nothing
+// transforms the logits.
+template <class S, bool kParked, bool kPlain = false>
 MFD_INLINE void load_logits(const View& v, int64_t start, int64_t classes,
                             typename S::T (&x)[VectorOf<S>::kColumns], bool standardize = true,
                             typename S::T pad = static_cast<typename S::T>(-kInf)) {
@@ -143,6 +148,7 @@ MFD_INLINE void load_logits(const View& v, int64_t start, int64_t classes,
     for (int k = 0; k < N; ++k)
       x[k] = start + k < classes ? load_one<typename S::T>(p + k * size, side.dtype) : pad;
   }
+  if (kPlain) return;
   if (side.scale != 1.0 || side.softcap > 0 || side.standardize) {
 #pragma unroll
     for (int k = 0; k < N; ++k)

@@ -18,6 +18,9 @@ from typing import Any
 from ..contract import value_error
 
 NAMES = ("cuda", "triton", "cpu", "reference")  # best first
+#: The backends of each op, best first. cuda stands before triton where it has kernels, from the byte and launch model
+#: alone, for no GPU has timed them yet: one launch costs about 2 us (Triton's launcher 10 to 20), which decides small
+#: shapes; a cluster reads each logit once where Triton's programs read long rows twice.
 OPS: dict[str, tuple[str, ...]] = {
     "distill_loss": ("cuda", "triton", "cpu", "reference"),
     "modal_pool": ("triton", "cpu", "reference"),

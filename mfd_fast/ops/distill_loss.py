@@ -246,7 +246,7 @@ def distill_loss(
         reduction: "mean" (sum over rows / number of counted rows, 0 if there are none), "sum", or
             "none" (per row, 0 on rows that are not counted).
         normalizer: number > 0 or 0-d tensor that replaces the row count of "mean" (gradient accumulation).
-        backend: "reference", "cpu", "triton" or None for the fastest that can run.
+        backend: "reference", "cpu", "triton", "cuda" or None for the fastest that can run.
 
     Returns:
         float32 tensor (float64 if either side is float64), 0-d or ``[...]``. Differentiable to ``student``, and to

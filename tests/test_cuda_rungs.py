@@ -1,0 +1,183 @@
+"""Every way in which the device's threads share rows: which one is chosen, and that all give the same numbers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_emulator
+import pytest
+import torch
+from harness import assert_obeys_rule, assert_same, evaluate, on, reference64, stacked
+from op_db import RECORDS
+
+from mfd_fast import contract
+from mfd_fast.backends import cuda
+from mfd_fast.backends.cuda import distill_loss as backend
+
+LOSS = RECORDS["distill_loss"]
+A100, H100, RTX = (80, 4, 166912), (90, 4, 232448), (120, 4, 101376)
+
+
+@pytest.fixture
+def emulate():
+    """Sets the emulated device: capability, processors, bytes of shared memory per block."""
+    yield cuda.native().set_device
+    cuda.native().set_device(*H100)
+
+
+def plan(classes, dtype, rows=2):
+    logits = torch.zeros((1, classes), dtype=dtype).expand(rows, classes)
+    return backend.plan(contract.check_rows("distill_loss", logits, logits, None))
+
+
+@pytest.mark.parametrize(
+    ("device", "classes", "dtype", "expected"),
+    [
+        (H100, 1000, torch.bfloat16, ("warp", 1)),
+        (H100, 1025, torch.float32, ("block", 1)),
+        (H100, 28000, torch.bfloat16, ("block", 1)),
+        (H100, 32000, torch.bfloat16, ("cluster", 2)),
+        (H100, 128256, torch.bfloat16, ("cluster", 8)),
+        (H100, 202048, torch.float32, ("cluster", 8)),
+        (H100, 10**6, torch.bfloat16, ("stream", 1)),
+        (A100, 32000, torch.bfloat16, ("block", 1)),
+        (A100, 128256, torch.bfloat16, ("stream", 1)),
+        (RTX, 24000, torch.bfloat16, ("block", 1)),
+        (RTX, 32000, torch.bfloat16, ("stream", 1)),
+        (H100, 2000, torch.float64, ("stream", 1)),
+    ],
+    ids=str,
+)
+def test_shape_and_device_choose(emulate, device, classes, dtype, expected):
+    emulate(*device)
+    assert plan(classes, dtype)[:2] == expected
+
+
+# Small shared memory makes short rows long ones: (device, classes) and the rung.
+RUNGS = {
+    "warp": (H100, 130),
+    "block": (H100, 1100),
+    "cluster": ((90, 4, 8192), 2100),
+    "stream": ((80, 4, 8192), 2100),
+}
+SAMPLES = ("plain", "labels", "transforms", "jsd", "alpha_beta", "dkd", "nkd", "standardize")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_rung_obeys_the_rule(emulate, rung, name, dtype):
+    device, classes = RUNGS[rung]
+    emulate(*device)
+    assert plan(classes, dtype)[0] == rung
+    actual, exact, eager = [], [], []
+    for seed in range(3):
+        arguments = LOSS.samples(dtype=dtype, rows=5, classes=classes, seed=seed)[name]
+        one = {"names": ("student",)}
+        actual.append(evaluate(LOSS, on(LOSS, "cuda"), arguments, **one))
+        exact.append(reference64(LOSS, arguments, **one))
+        eager.append(evaluate(LOSS, lambda **a: {"loss": LOSS.eager(**a)}, arguments, **one))
+    assert_obeys_rule(*(stacked(r) for r in (actual, exact, eager)), f"{rung} {name}")
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_every_rung_has_the_by_products(emulate, rung):
+    device, classes = RUNGS[rung]
+    emulate(*device)
+    record = RECORDS["distill_terms"]
+    arguments = record.samples(rows=4, classes=classes)["labels"]
+    assert_same(
+        evaluate(record, on(record, "cuda"), arguments),
+        evaluate(record, on(record, "reference"), arguments),
+        rung,
+        rtol=2e-5,
+        atol=2e-5,
+    )
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize("rung", RUNGS)
+def test_rows_that_are_not_aligned(emulate, rung, offset):
+    """Odd class counts and storage offsets: no 16-byte access is possible."""
+    device, classes = RUNGS[rung]
+    emulate(*device)
+    classes += 3
+    arguments = LOSS.samples(dtype=torch.bfloat16, rows=3, classes=classes)["plain"]
+    moved = {
+        k: torch.cat([v.new_zeros(offset), v.flatten()])[offset:].view_as(v) if torch.is_tensor(v) else v
+        for k, v in arguments.items()
+    }
+    one = {"names": ("student",)}
+    exact = evaluate(LOSS, on(LOSS, "cuda"), arguments, **one)
+    assert_same(evaluate(LOSS, on(LOSS, "cuda"), moved, **one), exact, rung)
+
+
+def test_many_rows_are_counted_by_a_launch_of_their_own():
+    rows = 8200
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn((rows, 3), generator=generator, requires_grad=True)
+    labels = torch.randint(0, 3, (rows,), generator=generator)
+    labels[::5] = -100
+    call = {"teacher": torch.randn((rows, 3), generator=generator), "labels": labels, "hard_weight": 0.5}
+    losses = [LOSS.op(student, **call, backend=b) for b in ("cuda", "reference")]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+
+
+BATTERY = """
+import torch, mfd_fast as mfd
+from mfd_fast.backends import cuda
+torch.manual_seed(0)
+for device, classes, divergence, dtype in {cases}:
+    cuda.native().set_device(*device)
+    student, teacher = torch.randn(2, classes, dtype=dtype), torch.randn(2, classes, dtype=dtype)
+    labels = torch.tensor([-100, classes - 1])
+    options = dict(labels=labels, divergence=divergence, temperature=2.0, hard_weight=0.5, backend="cuda")
+    leaf, other = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+    mfd.distill_loss(leaf, teacher, **options).backward()
+    mfd.distill_loss(leaf, other, reduction="none", **options).sum().backward()
+    assert leaf.grad.isfinite().all() and other.grad.isfinite().all()
+"""
+
+
+def sanitized(library, flags, cases):
+    """Output of the battery with the emulated module and Python under a sanitizer."""
+    module = cuda_emulator.module(*flags)
+    found = subprocess.run(["g++", f"-print-file-name={library}"], capture_output=True, text=True, check=True)
+    environ = {
+        **os.environ,
+        "LD_PRELOAD": str(Path(found.stdout.strip()).resolve()),
+        "MFD_FAST_CUDA_EMULATOR": str(module),
+        "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
+        "UBSAN_OPTIONS": "halt_on_error=1",
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1",
+        "OMP_NUM_THREADS": "1",
+    }
+    code = BATTERY.format(cases=cases)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
+    )
+    return f"exit status {done.returncode}\n{done.stdout}"
+
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "dkd", "nkd")
+
+
+def test_address_and_undefined_behaviour_sanitizers_are_silent():
+    flags = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer")
+    cases = [(H100, 21, divergence, torch.bfloat16) for divergence in DIVERGENCES]
+    cases += [(*RUNGS[rung], "forward_kl", torch.float32) for rung in RUNGS]
+    said = sanitized("libasan.so", flags, cases)
+    assert "exit status 0" in said, said[-4000:]
+    assert "ERROR" not in said, said[-4000:]
+    assert "runtime error" not in said, said[-4000:]
+
+
+def test_thread_sanitizer_is_silent():
+    """Each CUDA thread is a thread of its own: a barrier that the kernels lack would be a race."""
+    flags = (*cuda_emulator.THREADS, "-fsanitize=thread")
+    cases = [(H100, 21, "jsd", torch.float32), (*RUNGS["block"], "forward_kl", torch.bfloat16)]
+    cases += [((90, 4, 5120), 1100, "forward_kl", torch.bfloat16)]  # a cluster of 4
+    said = sanitized("libtsan.so", flags, cases)
+    assert "exit status 0" in said, said[-4000:]
+    assert "data race" not in said, said[:6000]
