@@ -159,7 +159,7 @@ def test_triton(case):
     agree("triton", *case)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     values=st.lists(

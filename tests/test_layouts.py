@@ -97,7 +97,7 @@ def test_overlapping_windows_and_flips(backend):
     assert_same(found, expected, "windows", **CLOSE)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
 def test_gradient_is_contiguous_and_of_the_students_form(backend):
     record = RECORDS["distill_loss"]
     for name in samples_on(record, backend):
