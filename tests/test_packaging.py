@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from mfd_fast import cli
+from mfd_fast import backends, cli
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SOURCES = ("build", "dist", "*.so", "*.egg-info", "__pycache__", ".git", ".venv", ".*_cache", ".hypothesis")
@@ -212,7 +212,9 @@ def test_commands_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda _: None)
     assert cli.main(["demo"]) == 1
     assert "pip install 'mfd-fast[demo]'" in capsys.readouterr().err
+    backends.forget_availability()
     assert cli.main(["env"]) == 0
+    backends.forget_availability()
     assert "backend reference" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["env", "--nonsense"])
