@@ -14,7 +14,7 @@ CPU_AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16}
 @pytest.mark.parametrize(("record", "backend", "name", "dtype"), crossed(SAMPLE_CASES, [torch.bfloat16, torch.float32]))
 def test_dtypes_stay_and_accuracy_holds(record, backend, name, dtype):
     actual, exact, eager = [], [], []
-    for seed in range(DRAWS[backend] // 3):
+    for seed in range(max(DRAWS[backend] // 3, 4)):
         arguments = record.samples(dtype=dtype, seed=seed)[name]
         plain = evaluate(record, on(record, backend), arguments)
         exact.append(reference64(record, arguments))

@@ -22,14 +22,36 @@ from .sides import (
 
 
 @triton.jit
-def part_gradient(of, y, here, keep, ratio, mean, label, of_label, AT_ONE: tl.constexpr):
-    """dL/dy_k of a tile; of_label: G w_k P_k,label. 0 where keep is false."""
+def part_gradient(of, y, here, keep, ratio, mean, rest, label, of_label, AT_ONE: tl.constexpr):
+    """dL/dy_k of a tile; mean + rest: A_k; of_label: G w_k P_k,label. 0 where keep is false."""
     log_p = divide(y - finite_max(of.top)[:, None, None], of.side.T[:, None, None]) - of.log_sum[:, None, None]
-    grad = tl.exp(log_p + of.log_weight[:, None, None]) * (ratio - mean[:, None, None])
+    grad = tl.exp(log_p + of.log_weight[:, None, None]) * ((ratio - mean[:, None, None]) - rest[:, None, None])
     if AT_ONE:
         target = tl.where(here == label[:, None, None], 1.0, 0.0)
         grad = grad + of_label[:, None, None] * (target - part_prob_at_one(of, y))
     return tl.where(keep, grad, 0.0)
+
+
+@triton.jit
+def mean_ratios(t, ratio_row, less, col, counted, classes, ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
+    """E_{p_k}[r - less_k] for every teacher k."""
+    N: tl.constexpr = len(t.parts)
+    sums = ()
+    for _k in tl.static_range(N):
+        sums = sums + (tl.zeros([ROWS, LANES], t.T.dtype),)
+    for first in range(0, classes, LANES * VEC):
+        here = col + first
+        keep = counted[:, None, None] & (here < classes)
+        ratio = tl.load(ratio_row + here, mask=keep, other=0.0)
+        more = ()
+        for k in tl.static_range(N):
+            p_k = tl.exp(part_log_prob(t.parts[k], here, keep, "evict_last"))
+            more = more + (sums[k] + tl.sum((ratio - less[k][:, None, None]) * p_k, 2),)
+        sums = more
+    found = ()
+    for k in tl.static_range(N):
+        found = found + (tl.sum(sums[k], 1),)
+    return found
 
 
 @triton.jit(do_not_specialize=["n_rows", "ignore_index", "classes", "width", "t_inner", "t_outer", "t_row"])
@@ -125,18 +147,12 @@ def mixture_backward(
     BLOCK: tl.constexpr = LANES * VEC
     ratio_row = ratio_ptr + (row * classes)[:, None, None]
     zero = tl.zeros([ROWS, LANES], DTYPE)
-    sums = ()
+    nothing = ()
     for _k in tl.static_range(N):
-        sums = sums + (zero,)
-    for first in range(0, classes, BLOCK):
-        here = col + first
-        keep = counted[:, None, None] & (here < classes)
-        ratio = tl.load(ratio_row + here, mask=keep, other=0.0)
-        more = ()
-        for k in tl.static_range(N):
-            p_k = tl.exp(part_log_prob(t.parts[k], here, keep, "evict_last"))
-            more = more + (sums[k] + tl.sum(ratio * p_k, 2),)
-        sums = more
+        nothing = nothing + (tl.zeros([ROWS], DTYPE),)
+    means = mean_ratios(t, ratio_row, nothing, col, counted, classes, ROWS, LANES, VEC)
+    # Where p_k is nearly all on one class r - A_k is far smaller than r: what rounding left of the mean counts.
+    rests = mean_ratios(t, ratio_row, means, col, counted, classes, ROWS, LANES, VEC)
 
     up = tl.zeros([ROWS], DTYPE)
     if at_one_ptr is not None:
@@ -144,13 +160,13 @@ def mixture_backward(
     moment = zero
     for k in tl.static_range(N):
         of = t.parts[k]
-        mean = tl.sum(sums[k], 1)
+        mean, rest = means[k], rests[k]
         of_label = tl.zeros([ROWS], DTYPE)
         if at_one_ptr is not None:
             y_label = label_logit(of.side, label, counted)
             of_label = up * tl.exp((y_label - finite_max(of.top)) - of.log_sum_at_one)
         if d_weights_ptr is not None:
-            tl.store(d_weights_ptr + row * N + k, tl.where(counted, mean * t.T + of_label, 0.0), mask=exists)
+            tl.store(d_weights_ptr + row * N + k, tl.where(counted, (mean + rest) * t.T + of_label, 0.0), mask=exists)
         of_label = tl.exp(of.log_weight) * of_label
         drift = zero
         if T_STANDARD and d_ptrs is not None:
@@ -159,7 +175,7 @@ def mixture_backward(
                 keep = counted[:, None, None] & (here < classes)
                 ratio = tl.load(ratio_row + here, mask=keep, other=0.0)
                 y = read_one(of.side, here, keep, "evict_last")
-                grad = part_gradient(of, y, here, keep, ratio, mean, label, of_label, at_one_ptr is not None)
+                grad = part_gradient(of, y, here, keep, ratio, mean, rest, label, of_label, at_one_ptr is not None)
                 drift += tl.sum(tl.where(grad == 0.0, 0.0, grad * y), 2)
         for first in range(0, width, BLOCK):
             here = col + first
@@ -167,11 +183,11 @@ def mixture_backward(
             ratio = tl.load(ratio_row + here, mask=keep, other=0.0)
             y = read_one(of.side, here, keep, "evict_last")
             if d_temperature_ptr is not None:
-                grad = part_gradient(of, y, here, keep, ratio, mean, label, of_label, False)
+                grad = part_gradient(of, y, here, keep, ratio, mean, rest, label, of_label, False)
                 from_top = y - finite_max(of.top)[:, None, None]
                 moment += tl.sum(tl.where(grad == 0.0, 0.0, grad * from_top), 2)
             if d_ptrs is not None:
-                grad = part_gradient(of, y, here, keep, ratio, mean, label, of_label, at_one_ptr is not None)
+                grad = part_gradient(of, y, here, keep, ratio, mean, rest, label, of_label, at_one_ptr is not None)
                 # Its mean over the row is 0.
                 grad = through_transform(grad, y, of.side, mean * 0.0, tl.sum(drift, 1) * of.back, classes)
                 d_width = d_widths[k] * UNIT
