@@ -250,6 +250,9 @@ def test_one_class(backend, road):
     arguments = {**sample(classes=1), "label_smoothing": 0.1}
     for reduction in ("mean", "none"):
         assert_zero(run(backend, {**arguments, "reduction": reduction}, road))
+        for divergence in ("dkd", "nkd"):
+            with_label = {**arguments, "reduction": reduction, "divergence": divergence, "hard_weight": 1.0}
+            assert_zero(run(backend, with_label, road))
     terms = mfd.distill_terms(arguments["student"], arguments["teacher"], arguments["labels"], backend=backend)
     assert terms.student_label_prob.tolist() == terms.teacher_label_prob.tolist() == [1.0] * 4
     assert not bool(terms.student_entropy.any() or terms.teacher_entropy.any())
@@ -336,3 +339,31 @@ def test_offsets_beyond_32_bits(backend):
     found, expected = run(backend, {**near, "student": far}), run(backend, near)
     for (name, a), (_, b) in zip(found.items(), expected.items(), strict=True):
         assert_bitwise_equal(a, b, name)
+
+
+@pytest.mark.parametrize("divergence", [mfd.JSD(), mfd.SkewKL(), mfd.SkewReverseKL()], ids=lambda d: d.name)
+def test_the_temperature_does_not_move_a_student_logit_of_minus_infinity(backend, divergence):
+    """Divergences from a mixture stay finite there, and so does their gradient to the temperature."""
+    gradients = []
+    for name in (backend, "reference"):
+        student = torch.tensor([[1.0, -torch.inf, 0.5]], requires_grad=True)
+        temperature = torch.tensor(2.0, requires_grad=True)
+        teacher = torch.tensor([[0.3, 0.2, 0.1]])
+        loss = mfd.distill_loss(student, teacher, divergence=divergence, temperature=temperature, backend=name)
+        gradients.append(torch.autograd.grad(loss, temperature)[0])
+    assert bool(torch.isfinite(gradients[1]))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("divergence", [mfd.NKD(0.0), mfd.DKD(1.0, 0.0)], ids=["nkd", "dkd"])
+def test_a_part_of_weight_zero_has_no_gradient_where_it_is_infinite(backend, divergence):
+    gradients = []
+    for name in (backend, "reference"):
+        student = torch.tensor([[1.0, -torch.inf, 0.5]], requires_grad=True)
+        teacher = torch.tensor([[0.3, 0.2, 0.1]], requires_grad=True)
+        temperature = torch.tensor(2.0, requires_grad=True)
+        label = torch.tensor([0])
+        loss = mfd.distill_loss(student, teacher, label, divergence=divergence, temperature=temperature, backend=name)
+        gradients.append(torch.autograd.grad(loss, [teacher, temperature]))
+    assert all(bool(torch.isfinite(g).all()) for g in gradients[1])
+    torch.testing.assert_close(*gradients)

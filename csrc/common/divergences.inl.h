@@ -52,8 +52,8 @@ struct OfMean {
       : wq(S::splat(static_cast<T>(1 - share))), wp(S::splat(static_cast<T>(share))) {}
 
   struct Mean {
-    V log_pm, log_qm;             // log(p/m), log(q/m)
-    V student, teacher, inverse;  // wq*q, wp*p, 1/m
+    V log_pm, log_qm;  // log(p/m), log(q/m)
+    V inverse;         // 1/m
   };
 
   // With the greater side b, log(b/m) = log(1 + (b - m)/m) keeps its digits near p = q, and the lesser side's
@@ -64,8 +64,7 @@ struct OfMean {
     const V student = S::fma(q, wq, least), teacher = S::fma(p, wp, least);
     const V inverse = S::splat(T(1)) / (student + teacher);
     const V log_bm = log1p_above(S::max(wq * difference, -(wp * difference)) * inverse);
-    return {log_bm + S::max(S::min(r, zero), -bound), log_bm - S::min(S::max(r, zero), bound), student,
-            teacher, inverse};
+    return {log_bm + S::max(S::min(r, zero), -bound), log_bm - S::min(S::max(r, zero), bound), inverse};
   }
 };
 
@@ -76,7 +75,7 @@ struct JSD : OfMean<S> {
   MFD_MEMBER JSD(double beta, double) : OfMean<S>(beta) {}
   MFD_MEMBER Point<S> operator()(V q, V p, V r, V, V) const {
     const auto m = this->mean(q, p, r);
-    const V g = m.student * m.log_qm, h = m.teacher * m.log_pm;
+    const V g = this->wq * q * m.log_qm, h = this->wp * p * m.log_pm;
     return {g + h, g, h};
   }
 };
@@ -90,7 +89,7 @@ struct SkewKL : OfMean<S> {
   MFD_MEMBER Point<S> operator()(V q, V p, V r, V, V) const {
     const auto m = this->mean(q, p, r);
     const V difference = this->wq * (q - p), tilt = difference * m.inverse;
-    return {S::fma(p, m.log_pm, difference), m.student * tilt, p * S::fma(this->wp, tilt, m.log_pm)};
+    return {S::fma(p, m.log_pm, difference), this->wq * q * tilt, p * S::fma(this->wp, tilt, m.log_pm)};
   }
 };
 
@@ -102,7 +101,7 @@ struct SkewReverseKL : OfMean<S> {
   MFD_MEMBER Point<S> operator()(V q, V p, V r, V, V) const {
     const auto m = this->mean(q, p, r);
     const V difference = this->wp * (p - q), tilt = difference * m.inverse;
-    return {S::fma(q, m.log_qm, difference), q * S::fma(this->wq, tilt, m.log_qm), m.teacher * tilt};
+    return {S::fma(q, m.log_qm, difference), q * S::fma(this->wq, tilt, m.log_qm), this->wp * p * tilt};
   }
 };
 

@@ -32,6 +32,6 @@ struct LinearSlope {
       difference = S::select(near, -(q * expm1_of(S::select(near, r, V{}))), difference);
     }
     return {S::fma(extra, q, teacher * difference),
-            S::select(p == V{}, zero, p * (relation * (t - mean) + pull))};
+            S::select(p == V{}, zero, p * (weighed<S>(relation, t - mean) + pull))};
   }
 };

@@ -162,7 +162,7 @@ static void target_value(const TopKRow<S>& c, SoftTerm& s) {
   s.value = target_divergence(c.p, s.target, value);
   s.slopes = target_slopes(c.p, s.target);
   s.rest_u = s.slopes.student * s.q - s.slopes.teacher * s.p;
-  s.rest_v = s.p == 0 ? 0.0 : s.p * (s.slopes.relation * (rest_term - s.mean_h) + s.slopes.pull);
+  s.rest_v = s.p == 0 ? 0.0 : s.p * (times(s.slopes.relation, rest_term - s.mean_h) + s.slopes.pull);
 }
 
 // The whole soft term; `max` and `rest` are of the student's classes, and `label` is the logit of the one set
