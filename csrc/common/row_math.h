@@ -147,11 +147,6 @@ MFD_ROW_FN double cross_entropy(const RowSums& row, double lse, double label, do
   return value;
 }
 
-// Of one class, whose label keeps all of it, none is left to spread.
-MFD_ROW_FN double label_smoothing(const Problem& p) {
-  return p.classes == 1 ? 0.0 : p.smoothing;
-}
-
 // The smoothed label's own probability, (1 - eps) + eps/C: exactly 1 for one class.
 MFD_ROW_FN double label_share(const Problem& p) {
   const double even = p.smoothing / static_cast<double>(p.classes);

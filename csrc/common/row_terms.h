@@ -65,7 +65,7 @@ MFD_ROW_FN RowResult row_result(const Forward& f, const Wanted& wanted, double t
   }
   if (f.use_soft) r.soft = p.scale_by_temperature ? ts * ts * r.k : r.k;
   if (wanted.unit) r.soft += target_slopes(p, r.target).drive;
-  if (f.use_hard) r.hard = cross_entropy(sums, r.lse_h, label, label_smoothing(p));
+  if (f.use_hard) r.hard = cross_entropy(sums, r.lse_h, label, p.smoothing);
   return r;
 }
 

@@ -72,7 +72,7 @@ template <class S>
 static double hard_term(const TopKRow<S>& c, const AllClasses& all) {
   RowSums sums{};
   sums.mean_x = all.rest.sum_x / static_cast<double>(c.p.classes) - all.max;
-  return cross_entropy(sums, all.lse_h, all.label - all.max, label_smoothing(c.p));
+  return cross_entropy(sums, all.lse_h, all.label - all.max, c.p.smoothing);
 }
 
 template <class S>

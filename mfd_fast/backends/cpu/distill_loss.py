@@ -99,7 +99,7 @@ def native_problem(
         0 if labels is None else labels.data_ptr(),
         0 if rows.mask is None else rows.mask.data_ptr(),
         rows.ignore_index,
-        rows.label_smoothing,
+        rows.label_smoothing if rows.classes > 1 else 0.0,  # one class keeps all of its label
         rows.scale_by_temperature,
         _DIVERGENCES[rows.divergence.name],
         *rows.divergence.parameters,
