@@ -54,10 +54,18 @@ AXES = (
 )
 
 
-def fitted_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float | None:
-    """The slope of log cost over log size above three times the smallest cost; None below three such points."""
+def fitted_exponent(
+    sizes: Sequence[float], costs: Sequence[float], beside: Sequence[float] | None = None
+) -> float | None:
+    """The slope of log cost over log size above three times the smallest cost; None below three such points.
+
+    ``beside``: other costs at the same sizes; the sizes are chosen by ``costs``, the slope is theirs.
+    """
     least = min(costs)
-    points = [(math.log(s), math.log(c)) for s, c in zip(sizes, costs, strict=True) if c > 3 * least > 0]
+    shown = costs if beside is None else beside
+    points = [
+        (math.log(s), math.log(y)) for s, c, y in zip(sizes, costs, shown, strict=True) if c > 3 * least > 0 and y > 0
+    ]
     if len(points) < 3:
         return None
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
@@ -89,17 +97,26 @@ def measure_axis(axis: Axis, device: torch.device, seconds: float = 0.25) -> dic
                 "extra_bytes": memory.peak_extra_bytes(step, device),
             }
         )
-    fitted = [p for p in points if p["backend"] == backend]
-    sizes = [float(p["size"]) for p in fitted]
+    return fit(
+        {
+            "op": axis.op,
+            "axis": axis.axis,
+            "letter": axis.letter,
+            "fixed": {key: value for key, value in axis.sizes.items() if key != axis.axis},
+            "backend": backend,
+            "points": points,
+        }
+    )
+
+
+def fit(grown: dict[str, Any]) -> dict[str, Any]:
+    """``grown`` with the exponents of its points; the floor's over the sizes that the time's was fitted over."""
+    fitted = [p for p in grown["points"] if p["backend"] == grown["backend"]]
+    sizes, times = [float(p["size"]) for p in fitted], [p["ms"] for p in fitted]
     return {
-        "op": axis.op,
-        "axis": axis.axis,
-        "letter": axis.letter,
-        "fixed": {key: value for key, value in axis.sizes.items() if key != axis.axis},
-        "backend": backend,
-        "points": points,
-        "time_exponent": fitted_exponent(sizes, [p["ms"] for p in fitted]),
-        "floor_exponent": fitted_exponent(sizes, [p["floor_ms"] for p in fitted]),
+        **grown,
+        "time_exponent": fitted_exponent(sizes, times),
+        "floor_exponent": fitted_exponent(sizes, times, [p["floor_ms"] for p in fitted]),
         "memory_exponent": fitted_exponent(sizes, [float(p["extra_bytes"] or 0) for p in fitted]),
     }
 

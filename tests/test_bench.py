@@ -273,6 +273,8 @@ def test_exponents():
     assert growth.fitted_exponent(sizes, [7 * s**1.5 for s in sizes]) == pytest.approx(1.5)
     assert growth.fitted_exponent(sizes, [50 + s for s in sizes]) == pytest.approx(1, abs=0.1)
     assert growth.fitted_exponent(sizes, [1.0] * 5) is None
+    late = [0.1, 0.1, 0.11, 40.0, 16000.0]  # a floor that has a constant where the time has none
+    assert growth.fitted_exponent(sizes, [s**1.2 for s in sizes], late) == pytest.approx(1.817, abs=1e-3)
     linear = {"time_exponent": 1.0, "floor_exponent": 1.0, "memory_exponent": None}
     assert growth.judgement(linear) == "linear or better"
     assert growth.judgement({**linear, "time_exponent": 1.3}) == "SUPER-LINEAR time"
