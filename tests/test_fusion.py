@@ -214,3 +214,20 @@ def test_schedules_never_recompile(record, name):
         counts.append(counter.frame_count)
     assert counts[0] == counts[-1] > 0
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("backend", RECORDS["mfd_loss"].backends)
+def test_a_term_of_weight_zero_is_reported_as_zero(backend, reduction):
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(4, 5, generator=generator) for _ in range(2)]
+    query, teacher = torch.randn(5, generator=generator), torch.randn(4, 3, generator=generator)
+    head = torch.randn(3, 5, generator=generator).requires_grad_()
+    arguments = (features, query, head, None, teacher, torch.tensor([0, 1, 2, 0]))
+    options = {"reduction": reduction, "backend": backend}
+    soft_alone = mfd.mfd_loss(*arguments, **options)
+    hard_alone = mfd.mfd_loss(*arguments, divergence="nkd", soft_weight=0.0, hard_weight=0.7, **options)
+    assert not bool(soft_alone.hard.any())
+    assert bool(soft_alone.soft.any())
+    assert not bool(hard_alone.soft.any())
+    assert bool(hard_alone.hard.any())

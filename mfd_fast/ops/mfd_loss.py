@@ -103,13 +103,13 @@ def _composed(problem: MFDProblem, backend: str) -> MFDOutput:
         return pool(flat, backend)
 
     def terms(rows: Rows, soft: bool, hard: bool) -> tuple[Tensor, Tensor]:
+        zeros = rows.student.new_zeros(rows.n_rows)
         if not (soft or hard):
-            zeros = rows.student.new_zeros(rows.n_rows)
             return zeros, zeros
         if not soft:  # the teacher has no part in the loss
             rows = rows.replace(teacher=rows.student.detach(), teacher_temperature=rows.temperature)
         soft_rows, hard_rows, *_ = row_terms(rows, backend, False, torch.compiler.is_compiling())
-        return soft_rows, hard_rows
+        return soft_rows if soft else zeros, hard_rows if hard else zeros
 
     def distance(pooled: Tensor, target: Tensor, kind: str) -> Tensor:
         tap = Tap(pooled, target, None, None, 1.0)
