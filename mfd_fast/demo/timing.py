@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import mfd_fast as mfd
 
+from ..bench.timing import Step, interleaved
 from .data import CLASSES, SENSORS, SIZES
 from .models import FusionNet
 from .train import Config
@@ -197,8 +197,10 @@ def measure(load: Workload, backend: str | None, seconds: float, with_compile: b
             functions.append(compiled)
         except Exception as error:
             note = f"torch.compile failed: {type(error).__name__}"
-    steps = [lambda f=f: value_and_gradients(f, load.arguments, load.options) for f in functions]
-    medians = interleaved(steps, seconds)
+    steps: dict[str, Step] = {
+        str(i): partial(value_and_gradients, f, load.arguments, load.options) for i, f in enumerate(functions)
+    }
+    medians = [times.median for times in interleaved(steps, torch.device("cpu"), seconds, least=7).values()]
     return Timing(load.what, chosen, medians[0], medians[1], medians[2] if len(medians) > 2 else None, note)
 
 
@@ -229,23 +231,3 @@ def _double(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _double(value) for key, value in tree.items()}
     return type(tree)(map(_double, tree)) if isinstance(tree, (list, tuple)) else tree
-
-
-def interleaved(steps: Sequence[Callable[[], object]], seconds: float, least: int = 7) -> list[float]:
-    """Median milliseconds of each step, run in turn for about ``seconds`` (not less than ``least`` rounds).
-
-    The order rotates from round to round, so that no step always follows the same one.
-    """
-    for step in steps:
-        step()
-    samples: list[list[float]] = [[] for _ in steps]
-    end = time.perf_counter() + seconds
-    turn = 0
-    while turn < least or time.perf_counter() < end:
-        for place in range(len(steps)):
-            number = (turn + place) % len(steps)
-            start = time.perf_counter()
-            steps[number]()
-            samples[number].append(1e3 * (time.perf_counter() - start))
-        turn += 1
-    return [statistics.median(found) for found in samples]
