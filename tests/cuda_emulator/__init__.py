@@ -22,7 +22,7 @@ THREADS = ("-DMFD_EMULATOR_THREADS", "-pthread")
 
 def sources() -> list[Path]:
     """What the module is compiled from."""
-    launchers = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) + [ROOT / "csrc" / "cuda" / "bindings.cpp"]
+    launchers = [path for ending in ("*.cu", "*.cpp") for path in sorted((ROOT / "csrc" / "cuda").glob(ending))]
     return [*launchers, ROOT / "csrc" / "common" / "bindings.cpp", HERE / "module.cpp", HERE / "emulator.cpp"]
 
 
