@@ -32,8 +32,9 @@ class _ScalarLoss(torch.autograd.Function):
     """loss with d loss/d student computed beside it and handed to the first backward without a copy."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, rows: Rows, backend: str, options: dict[str, Any]) -> Tensor:
-        needs_grad = ctx.needs_input_grad[0]
+    def forward(ctx: Any, student: Tensor, rows: Rows, backend: str, recorded: bool, options: dict[str, Any]) -> Tensor:
+        # Under no_grad (`recorded` is False) autograd still says that a leaf needs its gradient.
+        needs_grad = recorded and ctx.needs_input_grad[0]
         loss, gradient = implementation(backend, "distill_loss").scalar(rows, needs_grad=needs_grad, **options)
         if needs_grad:
             ctx.gradient = gradient
@@ -45,12 +46,12 @@ class _ScalarLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         rows, backend, options = ctx.call
         if torch.is_grad_enabled():
-            return _differentiable_gradient(ctx, grad_output), None, None, None
+            return _differentiable_gradient(ctx, grad_output), None, None, None, None
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:  # a second backward: the buffer was given away, so the pass is run again
             again = _with_logits(rows, *ctx.saved_tensors)
             gradient = implementation(backend, "distill_loss").scalar(again, needs_grad=True, **options)[1]
-        return _scale(gradient, grad_output, backend), None, None, None
+        return _scale(gradient, grad_output, backend), None, None, None, None
 
 
 def _with_logits(rows: Rows, student: Tensor, *teachers: Tensor) -> Rows:
@@ -325,7 +326,7 @@ def distill_loss(
     }
     if compiling:
         return registered.loss(rows, name, options)
-    loss: Tensor = _ScalarLoss.apply(student, rows, name, options)
+    loss: Tensor = _ScalarLoss.apply(student, rows, name, torch.is_grad_enabled(), options)
     return loss
 
 

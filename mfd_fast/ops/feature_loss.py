@@ -88,8 +88,9 @@ class _ScalarLoss(torch.autograd.Function):
     """loss over all taps with its gradient to the students, handed to the first backward without a copy."""
 
     @staticmethod
-    def forward(ctx: Any, problem: FeatureProblem, backend: str, *students: Tensor) -> Tensor:
-        needs = ctx.needs_input_grad[2:]
+    def forward(ctx: Any, problem: FeatureProblem, backend: str, recorded: bool, *students: Tensor) -> Tensor:
+        # Under no_grad (`recorded` is False) autograd still says that a leaf needs its gradient.
+        needs = [recorded and need for need in ctx.needs_input_grad[3:]]
         loss, gradients = implementation(backend, "feature_loss").scalar(problem, needs)
         if any(needs):
             ctx.gradients = gradients
@@ -100,7 +101,7 @@ class _ScalarLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         problem, backend = ctx.call
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         sides = ctx.saved_tensors[: 2 * len(needs)]
         if torch.is_grad_enabled():
 
@@ -109,12 +110,12 @@ class _ScalarLoss(torch.autograd.Function):
 
             both = [*needs, *(False,) * len(needs)]
             found = _differentiable_gradients(problem, sides, loss_of, [grad_loss], both)
-            return (None, None, *found[: len(needs)])
+            return (None, None, None, *found[: len(needs)])
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # a second backward: the buffers were given away, so the pass is run again
             _, gradients = implementation(backend, "feature_loss").scalar(_with_sides(problem, sides), needs)
         scale_gradients_([g for g in gradients if g is not None], grad_loss, backend)
-        return (None, None, *gradients)
+        return (None, None, None, *gradients)
 
 
 # -------------------------------------------------------------------------------------------------- per row
@@ -216,5 +217,5 @@ def feature_loss(
     problem = _projected(problem)
     if compiling or reduction == "none" or not _gradients_fit_one_pass(problem):
         return _combined(problem, distances(problem, name))
-    loss: Tensor = _ScalarLoss.apply(problem, name, *(tap.student for tap in problem.taps))
+    loss: Tensor = _ScalarLoss.apply(problem, name, torch.is_grad_enabled(), *(tap.student for tap in problem.taps))
     return loss

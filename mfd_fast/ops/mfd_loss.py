@@ -40,6 +40,7 @@ class _ScalarLoss(torch.autograd.Function):
         ctx: Any,
         problem: MFDProblem,
         backend: str,
+        recorded: bool,
         others: list[Tensor],
         query: Tensor | None,
         bias: Tensor | None,
@@ -47,7 +48,8 @@ class _ScalarLoss(torch.autograd.Function):
         head_bias: Tensor | None,
         *features: Tensor,
     ) -> Tensor:
-        needs = ctx.needs_input_grad[3:]
+        # Under no_grad (`recorded` is False) autograd still says that a leaf needs its gradient.
+        needs = [recorded and need for need in ctx.needs_input_grad[4:]]
         (loss, *fields), gradients = implementation(backend, "mfd_loss").scalar(problem, needs)
         others.extend(fields)
         if True in needs:
@@ -62,14 +64,14 @@ class _ScalarLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         problem, backend = ctx.call
         leaves = ctx.saved_tensors[:-3]
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         if torch.is_grad_enabled():
-            return (None, None, None, *_differentiable_gradients(problem, leaves, grad_loss, needs))
+            return (None, None, None, None, *_differentiable_gradients(problem, leaves, grad_loss, needs))
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # a second backward: the tensors were given away, so the pass is run again
             _, gradients = implementation(backend, "mfd_loss").scalar(_with_leaves(problem, leaves), needs)
         scale_gradients_([g for g in gradients if g is not None], grad_loss, backend)
-        return (None, None, None, *gradients)
+        return (None, None, None, None, *gradients)
 
 
 def _with_leaves(problem: MFDProblem, leaves: Sequence[Any]) -> MFDProblem:
@@ -249,5 +251,6 @@ def mfd_loss(
         return _composed(problem, name)
     p = problem
     others: list[Tensor] = []
-    loss = _ScalarLoss.apply(p, name, others, p.pool.query, p.pool.bias, p.head_weight, p.head_bias, *p.pool.features)
+    leaves = (p.pool.query, p.pool.bias, p.head_weight, p.head_bias, *p.pool.features)
+    loss = _ScalarLoss.apply(p, name, torch.is_grad_enabled(), others, *leaves)
     return MFDOutput(loss, *others)
