@@ -203,6 +203,15 @@ void product(int64_t rows, int64_t columns, int64_t depth, Address a, int64_t a_
                threads);
 }
 
+// a [rows, depth] and b [columns, depth] in bfloat16, dense, depth even.
+void pair_product(int64_t rows, int64_t columns, int64_t depth, Address a, Address b, Address bias,
+                  Address out, int threads) {
+  const int64_t pairs = depth / 2;
+  mfd::pair_product({rows, columns, pairs, pointer<const float>(a), pointer<const float>(b),
+                     pointer<const float>(bias), pairs, 1, 1, pairs, pointer<float>(out)},
+                    threads);
+}
+
 // mfd_loss: the terms besides the logits, what they need and leave behind.
 struct Mfd {
   mfd::Pool pool;
@@ -385,6 +394,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<mfd::Tap>(m, "Tap").def(py::init(&make_tap));
   m.def("tap_rows", &tap_rows, release());
   m.def("product", &product, release());
+  m.def("has_pair_product", [] { return mfd::product_of_pairs() != nullptr; });
+  m.def("pair_product", &pair_product, release());
   py::class_<Mfd>(m, "Mfd").def(py::init(&make_mfd));
   m.def("mfd_pool", &mfd_pool, release());
   m.def("mfd_rows", &mfd_rows, release());

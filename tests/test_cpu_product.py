@@ -1,9 +1,11 @@
-"""The native float32 product of mfd_loss's head."""
+"""The native products of mfd_loss's head: float32, and bfloat16 with float32 sums."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from mfd_fast.backends.cpu import gemm
+from mfd_fast.backends.cpu import gemm, isa
 from mfd_fast.testing import assert_bitwise_equal, assert_close_to_float64
 
 SHAPES = [(1, 1, 1), (7, 5, 3), (9, 200, 17), (130, 97, 49), (33, 96, 48), (0, 4, 5)]
@@ -43,3 +45,19 @@ def test_is_the_same_for_any_number_of_threads():
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert_bitwise_equal(other, results[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1), (7, 6, 3), (130, 402, 49), (33, 96, 144), (0, 4, 5), (9, 5, 17)])
+def test_the_product_of_bfloat16_is_not_rounded_to_bfloat16(shape):
+    x, weight, bias = _operands(*shape, "dense")
+    x, weight = x.bfloat16(), weight.bfloat16()
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    here = isa() == "avx512" and "avx512_bf16" in flags and shape[1] % 2 == 0
+    assert gemm.has_pair_product(x, weight) == here
+    assert not gemm.has_pair_product(x.repeat(1, 2)[:, ::2], weight) or shape[0] == 0
+    for b in (None, bias):
+        product = gemm.pair_product(x, weight, b) if here else gemm.linear(x.float(), weight.float(), b, exact=True)
+        assert product.dtype is torch.float32
+        exact = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+        eager = torch.nn.functional.linear(x.float(), weight.float(), b)
+        assert_close_to_float64(product, exact, eager)

@@ -336,8 +336,12 @@ def test_the_native_module_shares_the_threads_of_torch_and_links_nothing_else_of
 
 def test_wide_instructions_stay_in_their_files(unpacked: Path, wheel: Path) -> None:
     """A weak symbol of an ISA file could replace the baseline's copy of the same inline function."""
-    objects = [path for isa in ("avx2", "avx512") for path in unpacked.glob(f"build/native-*/**/isa/{isa}.cpp.o")]
-    assert len(objects) == (2 if platform.machine() == "x86_64" else 0)
+    objects = [
+        path
+        for isa in ("avx2", "avx512", "avx512_bf16")
+        for path in unpacked.glob(f"build/native-*/**/isa/{isa}.cpp.o")
+    ]
+    assert len(objects) == (3 if platform.machine() == "x86_64" else 0)
     for path in objects:
         weak = re.findall(r"^\S+ [VWu] (.+)$", run("nm", "--demangle", "--defined-only", path), re.MULTILINE)
         assert not weak, f"{path.name}: {weak}"

@@ -119,6 +119,9 @@ struct Product {
   float* out;
 };
 
+// Rows [begin, end) of the columns from `column`, a multiple of the kernel's width, to the next multiple.
+typedef void (*ProductKernel)(const Product&, int64_t begin, int64_t end, int64_t column);
+
 // One instruction set's fusion kernels.
 struct FusionKernels {
   void (*pool_forward)(const PoolForward&, int64_t begin, int64_t end, const FusionScratch&);
@@ -130,7 +133,7 @@ struct FusionKernels {
   // First index of each row's maximum, as torch.argmax; -1 on rows that are not counted.
   void (*predict)(const Problem&, int64_t begin, int64_t end, int64_t* out);
   int64_t (*product_columns)();
-  void (*product)(const Product&, int64_t begin, int64_t end, int64_t column);
+  ProductKernel product;
 };
 
 }  // namespace mfd

@@ -204,17 +204,28 @@ double tap_rows(std::vector<Tap>& taps, FeatureKind kind, bool is_double, bool p
   return total;
 }
 
-void product(const Product& p, int threads) {
-  const FusionKernels& table = *kernels().fusion;
+namespace {
+
+void product_by(ProductKernel kernel, const Product& p, int threads) {
   constexpr int64_t kRows = 128;
-  const int64_t width = table.product_columns();
+  const int64_t width = kernels().fusion->product_columns();
   const int64_t bands = (p.rows + kRows - 1) / kRows, panels = (p.columns + width - 1) / width;
 #pragma omp parallel for num_threads(usable_threads(threads, p.rows* p.columns* p.depth / 16)) \
     schedule(dynamic, 1)
   for (int64_t k = 0; k < bands * panels; ++k) {
     const int64_t begin = k / panels * kRows;
-    table.product(p, begin, std::min(begin + kRows, p.rows), k % panels * width);
+    kernel(p, begin, std::min(begin + kRows, p.rows), k % panels * width);
   }
+}
+
+}  // namespace
+
+void product(const Product& p, int threads) {
+  product_by(kernels().fusion->product, p, threads);
+}
+
+void pair_product(const Product& p, int threads) {
+  product_by(product_of_pairs(), p, threads);
 }
 
 namespace {

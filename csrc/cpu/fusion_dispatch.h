@@ -18,6 +18,8 @@ double tap_rows(std::vector<Tap>& taps, FeatureKind kind, bool is_double, bool p
 
 // Every element is a sum in a fixed order, for any number of threads.
 void product(const Product& p, int threads);
+// The same of pairs of bfloat16 numbers; only where product_of_pairs() is there.
+void pair_product(const Product& p, int threads);
 
 // The rows of mfd_loss once its logits (problem.student) are known. `grad` may be the logits themselves.
 struct MfdRows {

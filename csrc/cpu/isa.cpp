@@ -20,6 +20,9 @@ const Kernels& kernels();
 namespace isa_avx512 {
 const Kernels& kernels();
 }
+namespace isa_avx512_bf16 {
+void product_of_pairs(const Product& p, int64_t begin, int64_t end, int64_t column);
+}
 #endif
 
 namespace {
@@ -32,7 +35,7 @@ struct Isa {
 
 #if defined(MFD_HAVE_X86_ISAS)
 struct Features {
-  bool avx2 = false, avx512 = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false;
 
   Features() {
     unsigned a, b, c, d;
@@ -47,6 +50,7 @@ struct Features {
     avx2 = avx && fma && f16c && os_ymm && (b & bit_AVX2) && (b & bit_BMI) && (b & bit_BMI2);
     avx512 =
         avx2 && os_zmm && (b & bit_AVX512F) && (b & bit_AVX512BW) && (b & bit_AVX512VL) && (b & bit_AVX512DQ);
+    avx512_bf16 = avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16);
   }
 };
 #endif
@@ -98,6 +102,14 @@ const Kernels& kernels() {
     table = current;
   }
   return *table;
+}
+
+ProductKernel product_of_pairs() {
+#if defined(MFD_HAVE_X86_ISAS)
+  static const bool supported = Features().avx512_bf16;
+  if (supported && &kernels() == &isa_avx512::kernels()) return isa_avx512_bf16::product_of_pairs;
+#endif
+  return nullptr;
 }
 
 const char* current_isa() {

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "common/types.h"
+#include "common/fusion.h"
 
 namespace mfd {
 
@@ -15,5 +15,9 @@ const char* current_isa();
 std::vector<std::string> supported_isas();
 
 const Kernels& kernels();
+
+// The product of matrices whose elements are pairs of bfloat16 numbers along the depth; null where avx512 is
+// not in use or the processor has no instruction for it.
+ProductKernel product_of_pairs();
 
 }  // namespace mfd

@@ -43,6 +43,7 @@ namespace {
 #include "cpu/distill_slopes.inl.h"
 #include "cpu/mixture_backward.inl.h"
 #include "cpu/distill_backward.inl.h"
+#include "cpu/row_ends.inl.h"
 #include "cpu/matrix_rows.inl.h"
 #include "cpu/feature.inl.h"
 #include "cpu/pool.inl.h"
@@ -140,6 +141,14 @@ void tap_rows(const Tap& tap, FeatureKind kind, bool is_double, int64_t begin, i
 
 void predict(const Problem& p, int64_t begin, int64_t end, int64_t* out) {
   p.is_double ? predict_rows_of<F64>(p, begin, end, out) : predict_rows_of<F32>(p, begin, end, out);
+}
+
+int64_t product_columns() {
+  return kTileColumns;
+}
+
+void product(const Product& p, int64_t begin, int64_t end, int64_t column) {
+  product_of<Single>(p, begin, end, column);
 }
 
 constexpr FusionKernels kFusion = {pool_forward, pool_backward,   add_parts, tap_rows,

@@ -6,6 +6,26 @@ constexpr int kTileRows = kLanes == 16 ? 8 : 4, kTileColumns = 3 * kLanes;
 // Products that are summed one by one: short sums round less.
 constexpr int64_t kTileDepth = 96;
 
+// What one float of each operand stands for: a number,
+struct Single {
+  MFD_INLINE VecF splat(const float* a) { return F32::splat(*a); }
+  MFD_INLINE VecF add_product(VecF a, VecF b, VecF sum) { return F32::fma(a, b, sum); }
+};
+
+#if defined(__AVX512BF16__)
+// or two bfloat16 numbers that follow each other along the depth: sum + a0*b0 + a1*b1.
+struct BFloat16Pair {
+  MFD_INLINE VecF splat(const float* a) {
+    int32_t bits;
+    __builtin_memcpy(&bits, a, 4);
+    return (VecF)_mm512_set1_epi32(bits);
+  }
+  MFD_INLINE VecF add_product(VecF a, VecF b, VecF sum) {
+    return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
 // A block of b: columns [column, column + width) of rows [start, start + depth), the missing columns 0.
 struct Panel {
   int64_t column, width, start, depth;
@@ -14,7 +34,7 @@ struct Panel {
 
 // out[i, :] = sum_k a[i, k]*b[k, :] + bias over the panel's rows, added to what is there from the second
 // block of rows on.
-template <int kRows, int kVectors>
+template <class Element, int kRows, int kVectors>
 static void product_tile(const Product& p, const Panel& panel, int64_t row) {
   const float* a = p.a + row * p.a_row + panel.start * p.a_depth;
   VecF acc[kRows][kVectors] = {};
@@ -22,8 +42,8 @@ static void product_tile(const Product& p, const Panel& panel, int64_t row) {
     VecF right[kVectors];
     for (int v = 0; v < kVectors; ++v) right[v] = F32::load(panel.b + k * kTileColumns + v * kLanes);
     for (int r = 0; r < kRows; ++r) {
-      const VecF one = F32::splat(a[r * p.a_row + k * p.a_depth]);
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = F32::fma(one, right[v], acc[r][v]);
+      const VecF one = Element::splat(a + r * p.a_row + k * p.a_depth);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = Element::add_product(one, right[v], acc[r][v]);
     }
   }
   for (int r = 0; r < kRows; ++r)
@@ -37,10 +57,10 @@ static void product_tile(const Product& p, const Panel& panel, int64_t row) {
     }
 }
 
-template <int kRows, int kVectors>
+template <class Element, int kRows, int kVectors>
 static void product_rows(const Product& p, const Panel& panel, int64_t row, int64_t end) {
-  for (; row + kRows <= end; row += kRows) product_tile<kRows, kVectors>(p, panel, row);
-  if constexpr (kRows > 1) product_rows<kRows / 2, kVectors>(p, panel, row, end);
+  for (; row + kRows <= end; row += kRows) product_tile<Element, kRows, kVectors>(p, panel, row);
+  if constexpr (kRows > 1) product_rows<Element, kRows / 2, kVectors>(p, panel, row, end);
 }
 
 // to[k, c] = from[c, k] of a block [columns, depth] with rows `stride` apart.
@@ -83,12 +103,9 @@ static void copy_panel(const Product& p, const Panel& panel, float* to) {
     for (int64_t i = panel.width; i < kTileColumns; ++i) to[k * kTileColumns + i] = 0;
 }
 
-int64_t product_columns() {
-  return kTileColumns;
-}
-
-// Rows [begin, end) of the columns from `column`, a multiple of product_columns(), to the next multiple.
-void product(const Product& p, int64_t begin, int64_t end, int64_t column) {
+// Rows [begin, end) of the columns from `column`, a multiple of kTileColumns, to the next multiple.
+template <class Element>
+static void product_of(const Product& p, int64_t begin, int64_t end, int64_t column) {
   alignas(64) float copy[kTileDepth * kTileColumns];
   const int64_t width = p.columns - column < kTileColumns ? p.columns - column : kTileColumns;
   for (int64_t start = 0; start == 0 || start < p.depth; start += kTileDepth) {
@@ -96,11 +113,11 @@ void product(const Product& p, int64_t begin, int64_t end, int64_t column) {
     const Panel panel = {column, width, start, depth, copy};
     copy_panel(p, panel, copy);
     if (width > 2 * kLanes) {
-      product_rows<kTileRows, 3>(p, panel, begin, end);
+      product_rows<Element, kTileRows, 3>(p, panel, begin, end);
     } else if (width > kLanes) {
-      product_rows<kTileRows, 2>(p, panel, begin, end);
+      product_rows<Element, kTileRows, 2>(p, panel, begin, end);
     } else {
-      product_rows<kTileRows, 1>(p, panel, begin, end);
+      product_rows<Element, kTileRows, 1>(p, panel, begin, end);
     }
   }
 }

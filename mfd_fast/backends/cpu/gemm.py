@@ -78,3 +78,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, exact: bool
     if bias is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def has_pair_product(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`pair_product` takes these operands on this processor."""
+    dense = x.is_contiguous() and weight.is_contiguous()
+    return dense and x.shape[1] % 2 == 0 and bool(native().has_pair_product())
+
+
+def pair_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`linear` of bfloat16 operands with sums in float32 that are never rounded to bfloat16: float32 out."""
+    (rows, depth), columns = x.shape, weight.shape[0]
+    out = allocate.empty_large(torch.Size([rows, columns]), torch.float32, x.device)
+    bias = None if bias is None else bias.contiguous()
+    addresses = x.data_ptr(), weight.data_ptr(), address(bias), out.data_ptr()
+    native().pair_product(rows, columns, depth, *addresses, torch.get_num_threads())
+    return out

@@ -12,7 +12,7 @@ from ...divergences import ForwardKL
 from ...reference.feature_loss import KINDS
 from .. import allocate
 from . import distill_loss, native
-from .gemm import linear
+from .gemm import has_pair_product, linear, pair_product
 from .modal_pool import can_run as pool_can_run
 from .modal_pool import feature_gradients, native_pool
 from .rows import NO_ROWS, address, cast, dense, rows_argument, streams
@@ -69,10 +69,15 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
     module.mfd_pool(call, pooled.data_ptr(), weights.data_ptr(), threads)
 
     # Logits are never rounded to 16 bits.
-    head_weight = cast(p.head_weight, dtype)
-    # The exponential magnifies what the product loses, which no gradient of 16 bits shows.
-    exact = p.head_weight.dtype is dtype
-    logits = linear(pooled, head_weight, None if p.head_bias is None else cast(p.head_bias, dtype), exact=exact)
+    head_weight, head_bias = p.head_weight, None if p.head_bias is None else cast(p.head_bias, dtype)
+    narrow_pooled = None
+    if head_weight.dtype is torch.bfloat16 and all(x.dtype is torch.bfloat16 for x in pool.features):
+        narrow_pooled = pooled.bfloat16()  # as modal_pool gives it to eager's head
+    if narrow_pooled is not None and has_pair_product(narrow_pooled, head_weight):
+        logits = pair_product(narrow_pooled, head_weight, head_bias)
+    else:
+        # The exponential magnifies what the product loses, which no gradient of 16 bits shows.
+        logits = linear(pooled, cast(head_weight, dtype), head_bias, exact=head_weight.dtype is dtype)
 
     need_query, need_bias, need_head_weight, need_head_bias, *need_features = needs
     need_pool = need_query or need_bias or any(need_features)
@@ -103,9 +108,11 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
     if d_logits is not None and (need_pool or need_head_weight):
         # Gradients that end in bfloat16 may pass through it, as eager's do, where that saves time.
         narrow = p.head_weight.dtype is torch.bfloat16 and n * classes * width >= NARROW_PRODUCTS
-        up, y, w = d_logits, pooled, head_weight
         if narrow:
-            up, y, w = d_logits.bfloat16(), pooled.bfloat16(), p.head_weight
+            y = pooled.bfloat16() if narrow_pooled is None else narrow_pooled
+            up, w = d_logits.bfloat16(), head_weight
+        else:
+            up, y, w = d_logits, pooled, cast(head_weight, dtype)
         if need_head_weight:
             d_head_weight = cast(linear(up.t(), y.t()), p.head_weight.dtype)
         if need_pool:
