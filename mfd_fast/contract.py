@@ -21,7 +21,11 @@ REDUCTIONS = ("mean", "sum", "none")
 def describe(value: object) -> str:
     """Short description of what an argument was."""
     if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)} on {value.device}"
+        dtype = str(value.dtype).removeprefix("torch.")
+        if value.is_nested:
+            return f"a nested {dtype} tensor on {value.device}"
+        kind = "" if value.layout == torch.strided else str(value.layout).removeprefix("torch.") + " "
+        return f"a {kind}{dtype} tensor of shape {list(value.shape)} on {value.device}"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
@@ -51,12 +55,20 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def check_floating(op: str, argument: str, value: object) -> Tensor:
+def check_dense(op: str, argument: str, value: object) -> Tensor:
+    """A tensor with strides: not sparse, nested or of another library's layout."""
     if not isinstance(value, Tensor):
         raise type_error(op, argument, value, "a tensor")
-    if value.dtype not in FLOATING:
-        raise type_error(op, argument, value, "a float16, bfloat16, float32 or float64 tensor")
+    if value.layout != torch.strided or value.is_nested:
+        raise type_error(op, argument, value, "a dense tensor")
     return value
+
+
+def check_floating(op: str, argument: str, value: object) -> Tensor:
+    tensor = check_dense(op, argument, value)
+    if tensor.dtype not in FLOATING:
+        raise type_error(op, argument, value, "a float16, bfloat16, float32 or float64 tensor")
+    return tensor
 
 
 def check_device(op: str, argument: str, value: Tensor, device: torch.device) -> None:
@@ -99,16 +111,13 @@ def check_row_tensor(
     dtype: torch.dtype | None,
 ) -> Tensor:
     """One value per row: shape ``[...]``. ``dtype`` None accepts any floating dtype."""
-    if not isinstance(value, Tensor):
-        raise type_error(op, argument, value, "a tensor")
-    if dtype is None:
-        check_floating(op, argument, value)
-    elif value.dtype != dtype:
+    tensor = check_floating(op, argument, value) if dtype is None else check_dense(op, argument, value)
+    if dtype is not None and tensor.dtype != dtype:
         raise type_error(op, argument, value, f"a {str(dtype).removeprefix('torch.')} tensor")
-    if value.shape != leading:
+    if tensor.shape != leading:
         raise value_error(op, argument, value, f"of shape {list(leading)} (one value per row)")
-    check_device(op, argument, value, device)
-    return value
+    check_device(op, argument, tensor, device)
+    return tensor
 
 
 def flat(value: Tensor) -> Tensor:
@@ -116,12 +125,32 @@ def flat(value: Tensor) -> Tensor:
     return value if value.dim() == 1 and value.is_contiguous() else value.reshape(-1).contiguous()
 
 
+def smallest(values: Tensor, mask: Tensor | None, labels: Tensor | None, ignore_index: int) -> float:
+    """NaN where a value is; of values per row ``[N, ...]`` not that of a row that does not exist."""
+    low = values.min().item()
+    if low == low or (mask is None and labels is None):
+        return low
+    if mask is not None:
+        values, labels = values[mask], None if labels is None else labels[mask]
+    counted = values if labels is None else values[labels != ignore_index]
+    return counted.min().item() if counted.numel() else math.inf
+
+
 def check_temperature(
-    op: str, argument: str, value: object, leading: torch.Size, device: torch.device, dtype: torch.dtype
+    op: str,
+    argument: str,
+    value: object,
+    leading: torch.Size,
+    device: torch.device,
+    dtype: torch.dtype,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
 ) -> float | Tensor:
     """float, or a tensor (0-d or ``[N]``) of the compute dtype on the logits' device, still in the graph.
 
-    A tensor's sign is checked on a CPU only: elsewhere the check would wait for the device.
+    A tensor's values are checked on a CPU only: elsewhere the check would wait for the device. ``mask`` and ``labels``
+    ``[N]`` say which rows exist.
     """
     if not isinstance(value, Tensor):
         check_scalar(op, argument, value, positive=True)
@@ -130,8 +159,8 @@ def check_temperature(
     if value.dim() != 0:
         value = flat(check_row_tensor(op, argument, value, leading, device, None))
     if value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
-        low = value.detach().min().item()
-        if low <= 0:
+        low = smallest(value.detach(), *((mask, labels) if value.dim() else (None, None)), ignore_index)
+        if not low > 0:  # NaN too
             raise ValueError(f"{op}: {argument} must be > 0, got a tensor whose smallest value is {low}")
     return value.to(device=device, dtype=dtype)
 
@@ -183,9 +212,17 @@ def check_topk(op: str, topk: TopK, divergence: Divergence, transform: object, n
 
 
 def check_teacher_weights(
-    op: str, value: object, count: int, leading: torch.Size, device: torch.device, dtype: torch.dtype
+    op: str,
+    value: object,
+    count: int,
+    leading: torch.Size,
+    device: torch.device,
+    dtype: torch.dtype,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
 ) -> Tensor | None:
-    """``[count]`` or ``[N, count]`` summing to 1 in each row, still in the graph. Signs are checked on a CPU only."""
+    """``[count]`` or ``[N, count]`` summing to 1 in each row, still in the graph. Values are checked on a CPU only."""
     if value is None:
         return None
     weights = check_floating(op, "teacher_weights", value)
@@ -196,8 +233,9 @@ def check_teacher_weights(
     weights = weights.to(dtype)
     total = weights.sum(-1, keepdim=True)
     if device.type == "cpu" and not torch.compiler.is_compiling() and weights.numel():
-        low, least = weights.detach().min().item(), total.detach().min().item()
-        if low < 0 or least <= 0:
+        rows = (mask, labels) if weights.dim() > 1 or not leading else (None, None)
+        low, least = (smallest(w.detach().reshape(-1, w.shape[-1]), *rows, ignore_index) for w in (weights, total))
+        if not (low >= 0 and least > 0):  # NaN too
             raise ValueError(
                 f"{op}: teacher_weights must be >= 0 with a sum > 0, got a smallest value of {low} and sum of {least}"
             )
@@ -274,11 +312,15 @@ def check_rows(
         labels = flat(check_row_tensor(op, "labels", labels, leading, device, torch.int64))
     if mask is not None:
         mask = flat(check_row_tensor(op, "mask", mask, leading, device, torch.bool))
-    temperature = check_temperature(op, "temperature", temperature, leading, device, dtype)
+    check_ignore_index(op, ignore_index)
+    exists = (mask, labels, ignore_index)
+    temperature = check_temperature(op, "temperature", temperature, leading, device, dtype, *exists)
     if teacher_temperature is None:
         teacher_temperature = temperature
     else:
-        teacher_temperature = check_temperature(op, "teacher_temperature", teacher_temperature, leading, device, dtype)
+        teacher_temperature = check_temperature(
+            op, "teacher_temperature", teacher_temperature, leading, device, dtype, *exists
+        )
     divergence = check_divergence(op, divergence, labels)
     topk = None
     if isinstance(teacher, TopK):
@@ -286,9 +328,8 @@ def check_rows(
         topk = check_topk(op, teacher, divergence, teacher_transform, leading.numel(), classes)
     if teacher_weights is not None and not isinstance(teacher, Sequence):
         raise value_error(op, "teacher", teacher, "a sequence of tensors when teacher_weights is given")
-    teacher_weights = check_teacher_weights(op, teacher_weights, len(teachers), leading, device, dtype)
+    teacher_weights = check_teacher_weights(op, teacher_weights, len(teachers), leading, device, dtype, *exists)
     check_smoothing(op, label_smoothing)
-    check_ignore_index(op, ignore_index)
     check_bool(op, "scale_by_temperature", scale_by_temperature)
     return Rows(
         student,

@@ -90,10 +90,10 @@ class TopK:
     values_are: str = "logprobs"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.values, Tensor) or not self.values.is_floating_point():
-            raise TypeError(f"TopK: values must be a floating-point tensor, got {_kind(self.values)}")
-        if not isinstance(self.indices, Tensor) or self.indices.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"TopK: indices must be an int64 or int32 tensor, got {_kind(self.indices)}")
+        if not _is_dense(self.values) or not self.values.is_floating_point():
+            raise TypeError(f"TopK: values must be a dense floating-point tensor, got {_kind(self.values)}")
+        if not _is_dense(self.indices) or self.indices.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"TopK: indices must be a dense int64 or int32 tensor, got {_kind(self.indices)}")
         if self.values.dim() < 1 or self.indices.shape != self.values.shape:
             shapes = f"{list(self.values.shape)} and {list(self.indices.shape)}"
             raise ValueError(f"TopK: values and indices must have one shape [..., K], got {shapes}")
@@ -105,8 +105,14 @@ class TopK:
             raise ValueError(f"TopK: values_are must be one of {', '.join(map(repr, VALUES))}, got {self.values_are!r}")
 
 
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+
+
 def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return str(value.dtype) if _is_dense(value) else f"{value.dtype} {'nested' if value.is_nested else value.layout}"
 
 
 class DistillTerms(NamedTuple):

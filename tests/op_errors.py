@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from harness import Arguments, ErrorInput
@@ -10,6 +11,17 @@ from harness import Arguments, ErrorInput
 import mfd_fast as mfd
 
 META = torch.device("meta")
+
+
+def sparse(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype).to_sparse()
+
+
+with warnings.catch_warnings():  # PyTorch's own about prototypes and what it will drop
+    warnings.simplefilter("ignore")
+    QUANTISED = torch.quantize_per_tensor(torch.zeros(6, 11), 0.1, 0, torch.quint8)
+    CSR = torch.zeros(6, 11).to_sparse_csr()
+    NESTED = torch.nested.nested_tensor([torch.zeros(3, 11), torch.zeros(2, 11)])
 
 
 def _matches(op: str, cases: list[tuple[Arguments, type[Exception], str]]) -> list[ErrorInput]:
@@ -27,6 +39,14 @@ def _rows(op: str) -> list[tuple[Arguments, type[Exception], str]]:
     return [
         ({"student": [1.0]}, TypeError, "student must be a tensor, got list"),
         ({"student": torch.zeros(6, 11, dtype=torch.int64)}, TypeError, "student must be .*float32.*got a int64"),
+        ({"student": sparse(6, 11)}, TypeError, "student must be a dense tensor, got a sparse_coo float32 tensor"),
+        ({"student": CSR}, TypeError, "student must be a dense tensor, got a sparse_csr"),
+        ({"student": QUANTISED}, TypeError, "student must be a float16.*got a quint8 tensor"),
+        ({"student": NESTED}, TypeError, "student must be a dense tensor, got a nested float32 tensor"),
+        ({"teacher": sparse(6, 11)}, TypeError, "teacher must be a dense tensor, got a sparse_coo"),
+        ({"labels": sparse(6, dtype=torch.int64)}, TypeError, "labels must be a dense tensor, got a sparse_coo int64"),
+        ({"mask": sparse(6, dtype=torch.bool)}, TypeError, "mask must be a dense tensor, got a sparse_coo bool"),
+        ({"temperature": sparse(6)}, TypeError, "temperature must be a dense tensor, got a sparse_coo"),
         ({"student": torch.tensor(1.0)}, ValueError, r"student must be of shape \[\.\.\., C\]"),
         ({"student": torch.zeros(6, 0), "teacher": torch.zeros(6, 0)}, ValueError, "student must be .* C >= 1"),
         ({"teacher": None}, TypeError, "teacher must be a tensor, got NoneType"),
@@ -53,6 +73,13 @@ def _rows(op: str) -> list[tuple[Arguments, type[Exception], str]]:
         ({"temperature": torch.tensor(2)}, TypeError, "temperature must be .*float.*tensor, got a int64"),
         ({"temperature": torch.tensor(0.0)}, ValueError, "temperature must be > 0, got .* 0.0"),
         ({"temperature": torch.linspace(-1, 1, 6)}, ValueError, "temperature must be > 0, got .* -1.0"),
+        ({"temperature": torch.tensor(math.nan)}, ValueError, "temperature must be > 0, got .* nan"),
+        ({"temperature": torch.tensor([1.0, math.nan] * 3)}, ValueError, "temperature must be > 0, got .* nan"),
+        (
+            {"teacher_temperature": torch.full((6,), math.nan)},
+            ValueError,
+            "teacher_temperature must be > 0, got .* nan",
+        ),
         ({"teacher_temperature": 0.0}, ValueError, "teacher_temperature must be a finite number > 0"),
         ({"teacher_temperature": torch.ones(2)}, ValueError, r"teacher_temperature must be of shape \[6\]"),
         ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\], got float -0.1"),
@@ -87,6 +114,7 @@ def distill_loss() -> list[ErrorInput]:
         ({"weight": torch.ones(5)}, ValueError, r"weight must be of shape \[6\]"),
         ({"weight": torch.ones(6).long()}, TypeError, "weight must be .*float.*got a int64"),
         ({"weight": 1.0}, TypeError, "weight must be a tensor, got float"),
+        ({"weight": sparse(6)}, TypeError, "weight must be a dense tensor, got a sparse_coo"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got str 'avg'"),
         ({"reduction": "sum", "normalizer": 2.0}, ValueError, "normalizer replaces the row count .* got 'sum'"),
         ({"normalizer": 0.0}, ValueError, "normalizer must be a finite number > 0"),
@@ -111,6 +139,12 @@ def modal_pool() -> list[ErrorInput]:
         ),
         ({"features": [torch.zeros(6, 11).long()]}, TypeError, r"features\[0\] must be .*got a int64"),
         ({"features": [torch.zeros(6, 0)]}, ValueError, r"features\[0\] must be of shape .* D >= 1"),
+        ({"features": [sparse(6, 11)]}, TypeError, r"features\[0\] must be a dense tensor, got a sparse_coo"),
+        ({"features": sparse(6, 3, 11)}, TypeError, "features must be a dense tensor, got a sparse_coo"),
+        ({"features": [QUANTISED]}, TypeError, r"features\[0\] must be a float16.*got a quint8"),
+        ({"query": sparse(11)}, TypeError, "query must be a dense tensor, got a sparse_coo"),
+        ({"present": sparse(6, 3, dtype=torch.bool)}, TypeError, "present must be a dense tensor"),
+        ({"temperature": torch.tensor(math.nan)}, ValueError, "temperature must be > 0, got .* nan"),
         ({"query": torch.zeros(10)}, ValueError, r"query must be of shape \[11\], got .*\[10\]"),
         ({"query": torch.zeros(11, device=META)}, ValueError, "query must be on cpu"),
         ({"scores": torch.zeros(6, 3)}, ValueError, "query and scores exclude each other"),
@@ -136,6 +170,10 @@ def feature_loss() -> list[ErrorInput]:
         ({"reduction": "avg"}, ValueError, "reduction must be one of"),
         ({"student": None}, TypeError, r"student\[0\] must be a tensor, got NoneType"),
         ({"student": x.long()}, TypeError, r"student\[0\] must be .*got a int64"),
+        ({"student": x.to_sparse()}, TypeError, r"student\[0\] must be a dense tensor, got a sparse_coo"),
+        ({"teacher": QUANTISED}, TypeError, r"teacher\[0\] must be a float16.*got a quint8"),
+        ({"projector": sparse(4, 11)}, TypeError, r"projector\[0\] must be a dense tensor"),
+        ({"weight": sparse(1)}, TypeError, "weight must be a dense tensor"),
         ({"student": torch.tensor(1.0)}, ValueError, r"student\[0\] must be of shape .* D >= 1"),
         ({"teacher": torch.zeros(6, 10)}, ValueError, r"teacher\[0\] must be of shape \[6, 11\], got .*\[6, 10\]"),
         ({"teacher": [x]}, ValueError, "teacher must be like student: 1 tap"),
@@ -163,6 +201,9 @@ def mfd_loss() -> list[ErrorInput]:
         ({"query": torch.zeros(4)}, ValueError, r"query must be of shape \[5\]"),
         ({"head_weight": torch.zeros(11, 4)}, ValueError, r"head_weight must be of shape \[C, 5\]"),
         ({"head_weight": None}, TypeError, "head_weight must be a tensor"),
+        ({"head_weight": sparse(11, 5)}, TypeError, "head_weight must be a dense tensor, got a sparse_coo"),
+        ({"teacher_logits": QUANTISED}, TypeError, "teacher_logits must be a float16.*got a quint8"),
+        ({"teacher_pool_weights": sparse(6, 3)}, TypeError, "teacher_pool_weights must be a dense tensor"),
         ({"head_bias": torch.zeros(10)}, ValueError, r"head_bias must be of shape \[11\]"),
         ({"teacher_logits": torch.zeros(6, 10)}, ValueError, r"teacher_logits must be of shape \[6, 11\]"),
         ({"teacher_logits": torch.zeros(6, 11).int()}, TypeError, "teacher_logits must be .*got a int32"),

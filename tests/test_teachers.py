@@ -157,9 +157,11 @@ def broken(**changes):
 
 INTS = torch.arange(4).expand(5, 4)
 BROKEN = [
-    ({"values": [1.0]}, TypeError, "TopK: values must be a floating-point tensor, got list"),
-    ({"values": INTS}, TypeError, "TopK: values must be a floating-point tensor, got torch.int64"),
-    ({"indices": INTS.double()}, TypeError, "TopK: indices must be an int64 or int32 tensor"),
+    ({"values": [1.0]}, TypeError, "TopK: values must be a dense floating-point tensor, got list"),
+    ({"values": INTS}, TypeError, "TopK: values must be a dense floating-point tensor, got torch.int64"),
+    ({"values": torch.zeros(5, 4).to_sparse()}, TypeError, "TopK: values must be a dense .*got .*float32 .*sparse"),
+    ({"indices": INTS.to_sparse()}, TypeError, "TopK: indices must be a dense .*got .*int64 .*sparse"),
+    ({"indices": INTS.double()}, TypeError, "TopK: indices must be a dense int64 or int32 tensor"),
     ({"indices": INTS[:, :3]}, ValueError, r"TopK: values and indices must have one shape .*\[5, 4\] and \[5, 3\]"),
     ({"values": torch.zeros(5, 0), "indices": INTS[:, :0]}, ValueError, r"TopK: K must be in \[1, 1024\], got 0"),
     (
@@ -282,6 +284,7 @@ def test_a_sequence_of_one_is_that_teacher(backend):
         ({"teacher_weights": torch.ones(3).long()}, TypeError, "teacher_weights must be .*float.*got a int64"),
         ({"teacher_weights": torch.tensor([1.0, -1.0, 1.0])}, ValueError, "teacher_weights must be >= 0 with a sum"),
         ({"teacher_weights": torch.zeros(3)}, ValueError, "teacher_weights must be >= 0 with a sum > 0"),
+        ({"teacher_weights": torch.tensor([1.0, torch.nan, 1.0])}, ValueError, "teacher_weights must be >= 0 .* nan"),
         ({"teacher_weights": torch.ones(3, device="meta")}, ValueError, "teacher_weights must be on cpu"),
         (
             {"teacher": torch.zeros(5, 7), "teacher_weights": torch.ones(1)},

@@ -3,6 +3,8 @@
 // where a multiple of q - p may be added to f, a constant to df/dq and one to df/dp: sum f and the gradients
 // do not notice. The constants make both derivatives 0 at p = q, so that nothing cancels near it, and the
 // logarithms come from r = log p - log q, which the caller takes from the logits.
+// At p = q the slopes of the skew divergences that go with p/m (or q/m) come from two that cancel; where p is
+// `far` from q they must not: 1 - p/m would round a small p/m away, and they are taken without the constant.
 // Where q and p are 0 nothing (or 1e-34) comes of them, whatever r is. The gradients follow: dL/du = g -
 // q*sum g, dL/dv = h - p*sum h.
 
@@ -80,16 +82,18 @@ struct JSD : OfMean<S> {
   }
 };
 
-// m = lam*p + (1 - lam)*q, f = p*log(p/m) - p + m, df/dq = (1 - lam) - (1 - lam)*p/m,
-// df/dp = log(p/m) - lam*p/m + lam
+// m = lam*p + (1 - lam)*q, f = p*log(p/m) - p + m, df/dq = (1 - lam) - (1 - lam)*p/m, the constant not if
+// far, df/dp = log(p/m) - lam*p/m + lam
 template <class S>
 struct SkewKL : OfMean<S> {
   typedef typename S::V V;
-  MFD_MEMBER SkewKL(double lam, double) : OfMean<S>(lam) {}
+  bool far;
+  MFD_MEMBER SkewKL(double lam, bool is_far) : OfMean<S>(lam), far(is_far) {}
   MFD_MEMBER Point<S> operator()(V q, V p, V r, V, V) const {
     const auto m = this->mean(q, p, r);
     const V difference = this->wq * (q - p), tilt = difference * m.inverse;
-    return {S::fma(p, m.log_pm, difference), this->wq * q * tilt, p * S::fma(this->wp, tilt, m.log_pm)};
+    return {S::fma(p, m.log_pm, difference), this->wq * q * (far ? -(p * m.inverse) : tilt),
+            p * S::fma(this->wp, tilt, m.log_pm)};
   }
 };
 
@@ -97,11 +101,13 @@ struct SkewKL : OfMean<S> {
 template <class S>
 struct SkewReverseKL : OfMean<S> {
   typedef typename S::V V;
-  MFD_MEMBER SkewReverseKL(double lam, double) : OfMean<S>(1 - lam) {}
+  bool far;
+  MFD_MEMBER SkewReverseKL(double lam, bool is_far) : OfMean<S>(1 - lam), far(is_far) {}
   MFD_MEMBER Point<S> operator()(V q, V p, V r, V, V) const {
     const auto m = this->mean(q, p, r);
     const V difference = this->wp * (p - q), tilt = difference * m.inverse;
-    return {S::fma(q, m.log_qm, difference), q * S::fma(this->wq, tilt, m.log_qm), this->wp * p * tilt};
+    return {S::fma(q, m.log_qm, difference), q * S::fma(this->wq, tilt, m.log_qm),
+            this->wp * p * (far ? -(q * m.inverse) : tilt)};
   }
 };
 
@@ -197,18 +203,18 @@ MFD_INLINE void with_alpha_beta(double alpha, double beta, const Act& act) {
   return act(AlphaBeta<S, false, false>(alpha, beta));
 }
 
-// Calls act with the functor of a pointwise divergence.
+// Calls act with the functor of a pointwise divergence; `far`: see above.
 template <class S, class Act>
-MFD_INLINE void with_divergence(const Problem& p, const Act& act) {
+MFD_INLINE void with_divergence(const Problem& p, bool far, const Act& act) {
   switch (p.divergence) {
     case Divergence::kReverseKL:
       return act(ReverseKL<S>(p.first, p.second));
     case Divergence::kJSD:
       return act(JSD<S>(p.first, p.second));
     case Divergence::kSkewKL:
-      return act(SkewKL<S>(p.first, p.second));
+      return act(SkewKL<S>(p.first, far));
     case Divergence::kSkewReverseKL:
-      return act(SkewReverseKL<S>(p.first, p.second));
+      return act(SkewReverseKL<S>(p.first, far));
     case Divergence::kTVD:
       return act(TVD<S>(p.first, p.second));
     case Divergence::kAlphaBeta:

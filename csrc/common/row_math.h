@@ -139,6 +139,13 @@ MFD_ROW_FN double forward_kl(const RowSums& row) {
   return k < 0 ? 0.0 : k;
 }
 
+// Whether the slopes of a skew divergence go without the constant that is made for p near q: sum min(p, q) >=
+// 1/2 where the forward KL is less than 1/2 (Pinsker).
+MFD_ROW_FN bool is_far(const Problem& p, const RowSums& row) {
+  const bool skew = p.divergence == Divergence::kSkewKL || p.divergence == Divergence::kSkewReverseKL;
+  return skew && forward_kl(row) >= 0.5;
+}
+
 // lse - (1 - eps)*x_label - eps*mean(x), everything minus max(x).
 MFD_ROW_FN double cross_entropy(const RowSums& row, double lse, double label, double eps) {
   double value = lse;

@@ -99,9 +99,9 @@ MFD_ROW_FN Slopes row_slopes(const Forward& f, const Wanted& wanted, double soft
   return s;
 }
 
-// A row of statistics; T is the compute dtype.
+// A row of statistics; T is the compute dtype. `far`: see is_far.
 template <class T>
-MFD_ROW_FN void saved_statistics(const RowResult& r, const Wanted& wanted, T* values) {
+MFD_ROW_FN void saved_statistics(const RowResult& r, const Wanted& wanted, bool far, T* values) {
   const double lse_s = log(r.sums.sum_s), lse_t = log(r.sums.sum_t);
   for (int i = 0; i < kStats; ++i) values[i] = T(0);
   values[kStudentMax] = static_cast<T>(r.sums.max_s);
@@ -116,6 +116,7 @@ MFD_ROW_FN void saved_statistics(const RowResult& r, const Wanted& wanted, T* va
   values[kStudentMean] = static_cast<T>(r.sums.g);
   values[kTeacherMean] = static_cast<T>(wanted.apart ? r.rest : r.sums.h);
   values[kTeacherHardLse] = wanted.unit ? static_cast<T>(log(r.sums.sum_u)) : T(0);
+  if (far) values[kFar] = T(1);
 }
 
 struct Entropies {

@@ -11,7 +11,7 @@ struct SavedRow {
   double mean_g, mean_h;    // E_q[df/dq], E_p[df/dp]
   double label_x, label_y;  // minus the maxima; 0 where the label is not set apart
   int64_t label;
-  bool apart;
+  bool apart, far;
   Target target;
   TargetSlopes slopes;
 };
@@ -38,6 +38,7 @@ MFD_ROW_FN SavedRow saved_row(const Backward& g, int64_t row) {
   r.grad_hard = p.labels ? at<T>(g.grad_hard, row) : 0.0;
   r.label = p.labels ? p.labels[row] : -1;
   r.apart = sets_label_apart(p.divergence);
+  r.far = is_pointwise(p.divergence) && s[kFar] != T(0);
   return r;
 }
 

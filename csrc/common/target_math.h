@@ -66,8 +66,9 @@ struct TargetSlopes {
 
 MFD_ROW_FN TargetSlopes target_slopes(const Problem& problem, const Target& t) {
   TargetSlopes s{};
-  // A teacher without mass besides the label says nothing about the rest.
-  const bool rest = t.teacher.rest != 0;
+  // A teacher without classes besides the label says nothing about the rest; one whose mass there underflows
+  // does.
+  const bool rest = t.teacher.log_odds != kInf;
   if (problem.divergence == Divergence::kDKD) {
     const double alpha = problem.first, beta = rest ? problem.second : 0.0;
     s.label = alpha * label_difference(t.student, t.teacher);

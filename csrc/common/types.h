@@ -40,6 +40,7 @@ enum Stat : int {
   kStudentMean = 8,
   kTeacherMean = 9,
   kTeacherHardLse = 10,  // log sum exp(y - max y) of NKD
+  kFar = 10,             // of the skew divergences: 1 where df/dq or df/dp goes without its shift
 };
 
 // Logits [N, width]: row i starts at element (i / inner)*outer_stride + (i % inner)*row_stride.

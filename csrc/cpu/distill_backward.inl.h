@@ -138,7 +138,12 @@ struct RowGradients {
       const View view = teacher_view<S>(g.problem, k, row.index, t.centre);
       const T* y = load_block<S>(view, start, n, static_cast<T*>(scratch.block_x)).x;
       if (pass == Pass::kShares) {
-        t.share += share_sum<S>(t, row.mix_t, y, log_p, b.to_v, n);
+        if (t.weight == 0 && g.d_weights) {
+          const T* x = load_block<S>(row.x, start, n, static_cast<T*>(scratch.block_y)).x;
+          t.share += unheard_sum<S>(row, t, x, y, log_p, n, row.label - start);
+        } else {
+          t.share += share_sum<S>(t, row.mix_t, y, log_p, b.to_v, n);
+        }
         continue;
       }
       teacher_slopes<S>(t, row.mix_t, y, log_p, b.to_v, n, slopes);

@@ -82,11 +82,6 @@ MFD_INLINE RowSums finish_sums(const RowContext<S>& c, const Scratch& scratch) {
 }
 
 template <class S>
-MFD_INLINE bool needs_points(const RowContext<S>& c) {
-  return c.f.use_soft && is_pointwise(c.f.problem.divergence);
-}
-
-template <class S>
 static void row_points_of(const RowContext<S>& c, const RowSums& sums, int64_t begin, int64_t end,
                           const Scratch& scratch) {
   if (c.f.grad) {

@@ -46,6 +46,7 @@ static void row_points(const RowContext<S>& c, const RowSums& row, int64_t begin
   typedef typename S::T T;
   const Problem& p = c.f.problem;
   const double lse_s = log(row.sum_s), lse_t = log(row.sum_t);
+  const bool far = is_far(p, row);
   for (int64_t b = begin; b < end; ++b) {
     const int64_t start = b * kBlock, n = p.classes - start < kBlock ? p.classes - start : kBlock;
     BlockSums& sums = scratch.sums[b];
@@ -54,7 +55,7 @@ static void row_points(const RowContext<S>& c, const RowSums& row, int64_t begin
                           nullptr, static_cast<T*>(scratch.difference) + start};
     const double q_scale = block_weight(sums.max_s, row.max_s, c.ts) / row.sum_s;
     const double p_scale = block_weight(sums.max_t, row.max_t, c.tt) / row.sum_t;
-    with_divergence<S>(p, [&](const auto& divergence) {
+    with_divergence<S>(p, far, [&](const auto& divergence) {
       const T *x = nullptr, *y = nullptr;
       if (divergence.kTakesLogs) {
         x = c.student_block(start, n, scratch);

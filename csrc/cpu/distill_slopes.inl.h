@@ -142,7 +142,7 @@ static void slopes_of(const BackwardRow<S>& row, const Logs<S>& logs, const type
                       const typename S::T* y, int64_t n, const BlockSlopes<S>& b) {
   const Problem& problem = row.g.problem;
   if (is_pointwise(problem.divergence)) {
-    with_divergence<S>(problem, [&](const auto& divergence) {
+    with_divergence<S>(problem, row.far, [&](const auto& divergence) {
       pointwise_slopes<S, kClose>(divergence, logs, x, y, n, row.mean_g, row.mean_h, b);
     });
     return;

@@ -23,8 +23,8 @@ struct Scales {
         ratio(S::splat(static_cast<typename S::T>(cross_entropy ? 0.0 : ts / tt))) {}
 };
 
-// What the first pass keeps of both sides together: nothing (hard term only); the sum of p*(v - u); the
-// differences y - x themselves, for the second pass, from logits near each other or not.
+// What the first pass keeps of both sides together: nothing (hard term only); the sum of p*(v - u); with it
+// the differences y - x themselves, for the second pass, from logits near each other or not.
 enum SoftMode : int { kNoSoft = 0, kCross = 1, kNear = 2, kFar = 3 };
 
 // Block maxima this close leave y - x with no larger error than the differences from the maxima have.
@@ -85,13 +85,11 @@ MFD_INLINE void sums_step(typename S::V x, typename S::V y, typename S::V mx, ty
   const V p = scales.teacher(ty);
   S::store(kept.et, p);
   acc.t = acc.t + p;
-  if (kSoft == kCross) {
-    // 0*log 0 = 0; the one rounding is exact where x is close to y and Ts = Tt.
-    const V d = S::fma(ty, scales.ratio, -tx);
-    acc.cross = acc.cross + S::select(scales.teacher.vanishes(ty), V{}, p * d);
-  } else {
-    S::store(kept.difference, kSoft == kNear ? y - x - (my - mx) : S::fma(ty, scales.ratio, -tx));
-  }
+  // The one rounding is exact where x is close to y and Ts = Tt.
+  const V d = kSoft == kNear ? y - x - (my - mx) : S::fma(ty, scales.ratio, -tx);
+  if (kSoft != kCross) S::store(kept.difference, d);
+  // 0*log 0 = 0
+  acc.cross = acc.cross + S::select(scales.teacher.vanishes(ty), V{}, p * d);
 }
 
 template <class S, int kSoft, int kHard>
@@ -122,7 +120,7 @@ static void block_sums(const typename S::T* x, const typename S::T* y, int64_t n
   out->sum_s = S::sum(a.s) + S::sum(b.s);
   out->sum_h = kHard == 1 ? out->sum_s : kHard ? S::sum(a.h) + S::sum(b.h) : 0.0;
   out->sum_t = kSoft ? S::sum(a.t) + S::sum(b.t) : 0.0;
-  out->cross = kSoft == kCross ? S::sum(a.cross + b.cross) : 0.0;
+  out->cross = kSoft ? S::sum(a.cross + b.cross) : 0.0;
 }
 
 // sum (x - max): for label smoothing.

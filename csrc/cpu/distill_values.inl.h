@@ -1,5 +1,10 @@
 // The values of one row, from its sums.
 
+template <class S>
+MFD_INLINE bool needs_points(const RowContext<S>& c) {
+  return c.f.use_soft && is_pointwise(c.f.problem.divergence);
+}
+
 // E_p[v - u] again where a student logit is -inf: terms whose p underflows in the compute dtype count as 0.
 template <class S>
 static double infinite_cross(const RowContext<S>& c, const RowSums& row, const Scratch& scratch) {
@@ -53,7 +58,7 @@ MFD_INLINE void put(void* out, int64_t row, double value) {
 template <class S>
 MFD_INLINE RowResult row_result_of(const RowContext<S>& c, RowSums sums, const Scratch& scratch) {
   const Forward& f = c.f;
-  if (sums.cross == kInf) sums.cross = infinite_cross(c, sums, scratch);
+  if (sums.cross == kInf && !needs_points(c)) sums.cross = infinite_cross(c, sums, scratch);
   const double label = f.use_hard || c.apart ? logit_at<S>(c.x, c.label, scratch) - sums.max_s : 0.0;
   const double label_t = c.apart ? logit_at<S>(c.y, c.label, scratch) - sums.max_t : 0.0;
   if (!c.wanted.unit || !c.has_mixture()) return row_result(f, c.wanted, c.ts, c.tt, sums, label, label_t);
@@ -93,7 +98,10 @@ MFD_INLINE void write_values(const RowContext<S>& c, const RowResult& r, const S
   }
   put<T>(f.soft, c.row, r.soft);
   put<T>(f.hard, c.row, r.hard);
-  if (f.stats) saved_statistics(r, c.wanted, static_cast<T*>(f.stats) + c.row * kStats);
+  if (f.stats) {
+    const bool far = needs_points(c) && is_far(f.problem, r.sums);
+    saved_statistics(r, c.wanted, far, static_cast<T*>(f.stats) + c.row * kStats);
+  }
   if (f.student_entropy) write_by_products(c, r, scratch);
 }
 

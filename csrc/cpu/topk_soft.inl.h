@@ -11,6 +11,7 @@ struct SoftTerm {
   double rest;                        // y of the rest: log(1 - sum of the listed); -inf for none
   double q, p, log_q, log_p;          // of the rest
   double rest_x;                      // its largest logit minus max_s
+  bool far;                           // of a skew divergence; see with_divergence
   double mean_g, mean_h;              // E_q[df/dq], E_p[df/dp]
   double rest_u, rest_v;              // dD/du and dD/dv of the rest
   double label_x, label_y;            // minus the maxima, where the label is apart
@@ -77,23 +78,37 @@ MFD_INLINE void with_logs(const TopKRow<S>& c, const SoftTerm& s, const Act& act
 }
 
 // Sums of f, g and h over the listed classes.
-template <class S>
-static Point<F64> listed_points(const TopKRow<S>& c, const SoftTerm& s) {
+template <class S, class D>
+static Point<F64> points_of(const D& divergence, const TopKRow<S>& c, const SoftTerm& s) {
   typedef typename S::V V;
   const Listed<S>& l = c.listed;
   V value{}, g{}, h{};
   with_logs<S>(c, s, [&](const Logs<S>& logs, auto close) {
-    with_divergence<S>(c.p, [&](const auto& divergence) {
-      over_vectors<S>(l.x, l.y, l.count, [&](V x, V y, int64_t i) {
-        const Point<S> point =
-            point_at<S, decltype(close)::value>(divergence, logs, x, y, S::load(l.q + i), S::load(l.p + i));
-        value = value + point.value;
-        g = g + point.g;
-        h = h + point.h;
-      });
+    over_vectors<S>(l.x, l.y, l.count, [&](V x, V y, int64_t i) {
+      const Point<S> point =
+          point_at<S, decltype(close)::value>(divergence, logs, x, y, S::load(l.q + i), S::load(l.p + i));
+      value = value + point.value;
+      g = g + point.g;
+      h = h + point.h;
     });
   });
   return {S::sum(value), S::sum(g), S::sum(h)};
+}
+
+template <class S>
+static Point<F64> listed_points(const TopKRow<S>& c, const SoftTerm& s) {
+  Point<F64> sums{};
+  with_divergence<S>(c.p, s.far, [&](const auto& divergence) { sums = points_of<S>(divergence, c, s); });
+  return sums;
+}
+
+// As is_far; not of a p that is no whole distribution.
+template <class S>
+static bool is_far_teacher(const TopKRow<S>& c, const SoftTerm& s) {
+  const Divergence d = c.p.divergence;
+  if (c.pass.teacher.tail == Tail::kZero) return false;
+  if (d != Divergence::kSkewKL && d != Divergence::kSkewReverseKL) return false;
+  return points_of<S>(ForwardKL<S>(0, 0), c, s).value + times(s.p, s.log_p - s.log_q) >= 0.5;
 }
 
 // sum f and the two means of a sum over the classes; `rest_powers` is sum q^degree over the rest.
@@ -101,13 +116,14 @@ template <class S>
 static void pointwise_value(const TopKRow<S>& c, double rest_powers, SoftTerm& s) {
   const Problem& p = c.p;
   const bool whole = c.pass.teacher.tail != Tail::kZero, kl = !is_pointwise(p.divergence);
+  s.far = is_far_teacher<S>(c, s);
   const Point<F64> listed = listed_points<S>(c, s);
   Point<F64> rest{0.0, 0.0, 0.0};
   if (c.powers) {
     rest = {rest_powers / (p.first * c.degree()), rest_powers / p.first, 0.0};
   } else if (!c.renormalized) {
     const double seen = whole ? s.p : 0.0, log_seen = whole ? s.log_p : -kInf;
-    with_divergence<F64>(p, [&](const auto& divergence) {
+    with_divergence<F64>(p, s.far, [&](const auto& divergence) {
       rest = divergence(s.q, seen, log_seen - s.log_q, s.log_q, log_seen);
     });
   }
@@ -225,7 +241,7 @@ static void listed_slopes(const TopKRow<S>& c, const SoftTerm& s) {
                                l.count, b);
       return;
     }
-    with_divergence<S>(c.p, [&](const auto& divergence) {
+    with_divergence<S>(c.p, s.far, [&](const auto& divergence) {
       pointwise_slopes<S, kClose>(divergence, logs, l.x, l.y, l.count, s.mean_g, s.mean_h, b);
     });
   });

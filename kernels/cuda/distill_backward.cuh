@@ -114,7 +114,7 @@ struct BackwardRow {
         to_u[k] = S::fma(d, inverse_s, moved);  // r, for now
       }
       if (pointwise) {
-        with_divergence<S>(p, [&](const auto& divergence) {
+        with_divergence<S>(p, row.far, [&](const auto& divergence) {
 #pragma unroll
           for (int k = 0; k < N; ++k) {
             const bool logs = divergence.kTakesLogs;

@@ -100,7 +100,7 @@ struct ForwardRow {
   // kGradient writes d loss/d student.
   MFD_DEVICE void pass(Pass kind, const RowSums& r, const Slopes& slopes, double label_x, double dot,
                        double (&v)[3]) const {
-    const bool pointwise = is_pointwise_term();
+    const bool pointwise = is_pointwise_term(), far = pointwise && is_far(p, r);
     // Maxima this close leave y - x with no larger error than the differences from the maxima have.
     const bool near = ts == tt && fabs(r.max_t - r.max_s) <= 8.0;
     const T max_s = static_cast<T>(r.max_s), max_t = static_cast<T>(r.max_t), gap = max_t - max_s;
@@ -145,7 +145,7 @@ struct ForwardRow {
 #pragma unroll
       for (int k = 0; k < N; ++k) es[k] = exponents.student(a[k] - max_s);
       if (pointwise) {
-        with_divergence<S>(p, [&](const auto& divergence) {
+        with_divergence<S>(p, far, [&](const auto& divergence) {
 #pragma unroll
           for (int k = 0; k < N; ++k) {
             const T tx = a[k] - max_s, ty = b[k] - max_t;
@@ -219,7 +219,10 @@ struct ForwardRow {
                                  double hard) const {
     put(f.soft, r.soft);
     put(f.hard, r.hard);
-    if (f.stats) saved_statistics(r, wanted, static_cast<T*>(f.stats) + row * kStats);
+    if (f.stats) {
+      const bool far = is_pointwise_term() && is_far(p, r.sums);
+      saved_statistics(r, wanted, far, static_cast<T*>(f.stats) + row * kStats);
+    }
     if (!kLean && f.student_entropy) {
       const Entropies e = row_entropies(r, wanted);
       put(f.student_entropy, e.student);

@@ -15,21 +15,12 @@ from .row_gradients import (
     student_gradient,
     student_soft,
     teacher_gradient,
+    teacher_over_p,
     teacher_soft,
 )
 from .row_values import prob_at_one, surprise_at_one
-from .rows import STATISTICS, columns, divide, finite_max, power, row_labels
+from .rows import STATISTICS, columns, divide, finite_max, row_labels
 from .sides import label_logit, read, side, standardized, teacher_side, through_transform
-
-
-@triton.jit
-def over_probability(grad, y, t, k, KIND: tl.constexpr):
-    """grad/p with the p that grad is made of, 0 where p is 0."""
-    if (KIND == DKD) or (KIND == NKD):
-        p = tl.exp(divide(y, t.T[:, None, None]))
-    else:
-        p = power(y - finite_max(k.mt)[:, None, None], t.c[:, None, None]) * k.inv_t[:, None, None]
-    return tl.where(p == 0.0, 0.0, divide(grad, tl.where(p == 0.0, 1.0, p)))
 
 
 @triton.jit(
@@ -211,7 +202,7 @@ def distill_rows_backward(
     k, _pair = know(ms, ss, mt, st, s, t, x_label, y_label, a, b, KIND)
     means = Means(none, h, first_mean)
     if KIND >= REVERSE:
-        means = Means(first_mean, h, none)
+        means = Means(first_mean, h, tl.load(saved + 8, mask=counted, other=0.0))
     if KIND == NKD:
         means = Means(none, h, none)
 
@@ -281,11 +272,11 @@ def distill_rows_backward(
             grad = student_soft(x, y, here, label, s, t, k, means, KIND)
             s_moment += moment(tl.where(keep, grad, 0.0), x, finite_max(ms))
         if d_teacher_ptr is not None:
-            grad = teacher_gradient(x, y, here, label, s, t, k, means, t_slope, t_targets, KIND)
             if more_ptrs is None:
+                grad = teacher_gradient(x, y, here, label, s, t, k, means, t_slope, t_targets, KIND)
                 grad = through_transform(grad, y, t, t_middle, t_drift, classes)
             else:
-                grad = over_probability(grad, y, t, k, KIND)
+                grad = teacher_over_p(x, y, here, label, s, t, k, means, KIND) * t_slope[:, None, None]
             to = d_teacher_ptr + (row * t_width)[:, None, None] + here
             tl.store(to, tl.where(keep, grad, 0.0), mask=exists[:, None, None] & (here < t_width))
         if d_teacher_temperature_ptr is not None:

@@ -89,7 +89,8 @@ def distill_rows(
     """soft, hard and stats per row; the by-products with TERMS.
 
     stats = max x, sum es, max y, sum et (DKD, NKD: over the classes other than the label), sum of exp(x - max x) over
-    all classes, D (what takes the factor T^2), and of `Means` (g, h) or (rest, h); for NKD (sum of exp(y - max y), h).
+    all classes, D (what takes the factor T^2), and of `Means` (g, h, rest) or (rest, h); for NKD (sum of
+    exp(y - max y), h).
     """
     pid = tl.program_id(0).to(tl.int64)
     row = pid * ROWS + tl.arange(0, ROWS)
@@ -192,11 +193,11 @@ def distill_rows(
         soft = soft * (s.T * s.T)
     tl.store(soft_ptr + row, tl.where(counted, soft + v.at_one, 0.0), mask=exists)
     tl.store(hard_ptr + row, tl.where(counted, v.hard, 0.0), mask=exists)
-    first, second = v.means.rest, v.means.h
+    first, second, third = v.means.rest, v.means.h, tl.zeros([ROWS], DTYPE)
     if KIND == NKD:
         first, second = v.t1, v.means.h + v.means.rest
     if KIND >= REVERSE:
-        first = v.means.g
+        first, third = v.means.g, v.means.rest
     out = stats_ptr + row * STATISTICS
     tl.store(out, tl.where(counted, v.known.ms, 0.0), mask=exists)
     tl.store(out + 1, tl.where(counted, v.known.ss, 0.0), mask=exists)
@@ -206,7 +207,8 @@ def distill_rows(
     tl.store(out + 5, tl.where(counted, v.soft, 0.0), mask=exists)
     tl.store(out + 6, tl.where(counted, first, 0.0), mask=exists)
     tl.store(out + 7, tl.where(counted, second, 0.0), mask=exists)
-    for k in tl.static_range(8, STATISTICS):  # what other backends keep
+    tl.store(out + 8, tl.where(counted, third, 0.0), mask=exists)
+    for k in tl.static_range(9, STATISTICS):  # what other backends keep
         tl.store(out + k, tl.zeros([ROWS], DTYPE), mask=exists)
     if TERMS:
         ms, ss, xs, ix = v.known.ms, v.known.ss, v.sums.xs, v.sums.ix

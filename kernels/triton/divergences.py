@@ -48,15 +48,21 @@ def expm1(z):
 
 @triton.jit
 def log1p(w):
-    """log(1 + w), -1 < w <= 0, accurate to its own size near 0: 2 artanh(w/(2 + w))."""
+    """log(1 + w), -1 < w <= 1."""
+    return log_of_sum(w, 1.0 + w)
+
+
+@triton.jit
+def log_of_sum(w, whole):
+    """log(whole), whole = 1 + w > 0, accurate to its own size near w = 0: 2 artanh(w/(2 + w))."""
     s = divide(w, 2.0 + w)
     t = s * s
     if w.dtype == tl.float32:
         near = 2.0 * s * (1.0 + t * (1 / 3 + t * (1 / 5 + t * (1 / 7 + t * (1 / 9)))))
-        return tl.where(t < 0.01, near, tl.log(1.0 + w))
+        return tl.where(t < 0.01, near, tl.log(whole))
     else:
         near = 2.0 * s * (1.0 + t * (1 / 3 + t * (1 / 5 + t * (1 / 7))))
-        return tl.where(t < 1e-4, near, tl.log(1.0 + w))
+        return tl.where(t < 1e-4, near, tl.log(whole))
 
 
 @triton.jit
@@ -75,9 +81,10 @@ def kl_term(a, b, rho):
 
 @triton.jit
 def mixture_logs(r, share_p, share_q):
-    """log(p/m) and log(q/m) for m = share_p*p + share_q*q."""
+    """log(p/m) and log(q/m) for m = share_p*p + share_q*q, share_p + share_q = 1."""
     above = r > 0
-    gap = -log1p(tl.where(above, share_q, share_p) * expm1(-tl.abs(r)))
+    greater, lesser = tl.where(above, share_p, share_q), tl.where(above, share_q, share_p)
+    gap = -log_of_sum(lesser * expm1(-tl.abs(r)), greater + lesser * tl.exp(-tl.abs(r)))
     return tl.where(above, gap, gap + r), tl.where(above, gap - r, gap)
 
 
@@ -132,11 +139,13 @@ def alpha_beta(qs, ps, r, no_q, no_p, a, b):
 
 @triton.jit
 def pointwise(q, p, qs, ps, r, no_q, no_p, a, b, KIND: tl.constexpr):
-    """f, q g and p h of every class. qs, ps: q and p to the power a + b, of ALPHA_BETA.
+    """f, q g, p h and p q/m of every class; the last is 0 but for SKEW and SKEW_REVERSE, see `centred`. qs, ps: q and p
+    to the power a + b, of ALPHA_BETA.
 
     a, b: beta and 1-beta of JSD, lambda and 1-lambda of SKEW, 1-lambda and lambda of SKEW_REVERSE (the shares of p
     and q in the mixture m), the exponents of ALPHA_BETA. no_q, no_p: where the logit is -inf.
     """
+    overlap = tl.zeros_like(q)
     if KIND == ALPHA_BETA:
         f, qg, ph = alpha_beta(qs, ps, r, no_q, no_p, a, b)
     else:
@@ -157,6 +166,7 @@ def pointwise(q, p, qs, ps, r, no_q, no_p, a, b, KIND: tl.constexpr):
             ph = p * sign
         else:
             m = a * p + b * q
+            overlap = divide(p, tl.where(m == 0.0, 1.0, m)) * q
             over_p, over_q = mixture_logs(r, a, b)
             if KIND == JSD:
                 f = a * kl_term(p, m, over_p) + b * kl_term(q, m, over_q)
@@ -172,4 +182,30 @@ def pointwise(q, p, qs, ps, r, no_q, no_p, a, b, KIND: tl.constexpr):
                 f = kl_term(q, m, over_q)
                 qg = q * (over_q - b * w)
                 ph = -p * (a * w)
-    return f, qg, ph
+    return f, qg, ph, overlap
+
+
+@triton.jit
+def slope_of_p(r, a, b, KIND: tl.constexpr):
+    """h of `pointwise`, also where p has no representation; not of REVERSE and ALPHA_BETA, whose h overflows there."""
+    if KIND == FORWARD_POINT:
+        h = r
+    elif KIND == TVD:
+        h = tl.where(r > 0, 0.5, tl.where(r < 0, -0.5, r))
+    else:
+        over_p, over_q = mixture_logs(r, a, b)
+        if KIND == JSD:
+            h = a * over_p
+        elif KIND == SKEW:
+            h = over_p - a * expm1(over_p)
+        else:
+            h = -a * expm1(over_q)
+    return h
+
+
+@triton.jit
+def centred(shifted, overlap, probability, share, mean, whole):
+    """A slope of the skew divergences that goes with -share*p q/m: what is ``shifted`` by share*probability to vanish
+    at p = q, minus its ``mean``; where p q/m sums to a small ``whole``, from that, which the shift would round away.
+    """
+    return tl.where(whole < 0.5, share * (probability * whole - overlap), shifted - probability * mean)

@@ -5,7 +5,23 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .divergences import ALPHA_BETA, DKD, FORWARD, NKD, NONE, REVERSE, kl_term, log1p, pointwise
+from .divergences import (
+    ALPHA_BETA,
+    DKD,
+    FAR,
+    FORWARD,
+    NKD,
+    NONE,
+    REVERSE,
+    SKEW,
+    SKEW_REVERSE,
+    centred,
+    kl_term,
+    log1p,
+    mixture_logs,
+    pointwise,
+    slope_of_p,
+)
 from .row_statistics import but_label
 from .rows import INF, LOG2E, divide, finite_max, log_ratio, power, soft_gap
 from .sides import read
@@ -38,7 +54,7 @@ class Known(NamedTuple):
 
 
 class Means(NamedTuple):
-    """E_q[g] and E_p[h]; of the online divergences h + rest is E_p[soft_gap]."""
+    """E_q[g] and E_p[h]; of the online divergences h + rest is E_p[soft_gap], of the skew ones rest is sum p q/m."""
 
     g: tl.tensor
     h: tl.tensor
@@ -159,21 +175,27 @@ def raised(d, c, total, degree):
 
 
 @triton.jit
+def log_quotient(dx, dy, either, s, t, k):
+    """log p - log q of logits minus their maxima, meaningless where ``either`` is -inf."""
+    gap = tl.where(either, 0.0, dy - dx * divide(t.T, s.T)[:, None, None])
+    return divide(gap, t.T[:, None, None]) + k.log_ratio[:, None, None]
+
+
+@triton.jit
 def pointwise_tile(x, y, s, t, k, KIND: tl.constexpr):
-    """f, q g, p h, q and p of a tile."""
+    """f, q g, p h, p q/m, q and p of a tile."""
     dx = x - finite_max(k.ms)[:, None, None]
     dy = y - finite_max(k.mt)[:, None, None]
     q = power(dx, s.c[:, None, None]) * k.inv_s[:, None, None]
     p = power(dy, t.c[:, None, None]) * k.inv_t[:, None, None]
     no_q, no_p = x == -INF, y == -INF
-    gap = tl.where(no_q | no_p, 0.0, dy - dx * divide(t.T, s.T)[:, None, None])
-    r = divide(gap, t.T[:, None, None]) + k.log_ratio[:, None, None]
+    r = log_quotient(dx, dy, no_q | no_p, s, t, k)
     qs, ps = q, p
     if KIND == ALPHA_BETA:
         qs = raised(tl.where(no_q, 0.0, dx), s.c[:, None, None], k.ss[:, None, None], k.a + k.b)
         ps = raised(tl.where(no_p, 0.0, dy), t.c[:, None, None], k.st[:, None, None], k.a + k.b)
-    f, qg, ph = pointwise(q, p, qs, ps, r, no_q, no_p, k.a, k.b, KIND)
-    return f, qg, ph, q, p
+    f, qg, ph, overlap = pointwise(q, p, qs, ps, r, no_q, no_p, k.a, k.b, KIND)
+    return f, qg, ph, overlap, q, p
 
 
 @triton.jit
@@ -192,25 +214,26 @@ def pointwise_means(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """D (at least 0, NaN kept), E_q[g] and E_p[h]. With LOOP the rows are read again, else x, y hold them."""
+    """D (at least 0, NaN kept) and `Means`. With LOOP the rows are read again, else x, y hold them."""
     f_sum = tl.zeros([ROWS, LANES], s.T.dtype)
-    g_sum, h_sum = f_sum, f_sum
+    g_sum, h_sum, overlaps = f_sum, f_sum, f_sum
     last = classes if LOOP else 1
     for first in range(0, last, LANES * VEC):
         if LOOP:
             here = col + first
             keep = counted[:, None, None] & (here < classes)
-            f, qg, ph, _q, _p = pointwise_tile(
+            f, qg, ph, overlap, _q, _p = pointwise_tile(
                 read(s, here, keep, "evict_last"), read(t, here, keep, "evict_last"), s, t, k, KIND
             )
         else:
-            f, qg, ph, _q, _p = pointwise_tile(x, y, s, t, k, KIND)
+            f, qg, ph, overlap, _q, _p = pointwise_tile(x, y, s, t, k, KIND)
         f_sum += tl.sum(f, 2)
         g_sum += tl.sum(qg, 2)
         h_sum += tl.sum(ph, 2)
+        overlaps += tl.sum(overlap, 2)
     # A row without any logit is NaN, though no class shows it.
     value = tl.sum(f_sum, 1) + (k.ss - k.ss) + (k.st - k.st)
-    return tl.where(value < 0.0, 0.0, value), tl.sum(g_sum, 1), tl.sum(h_sum, 1)
+    return tl.where(value < 0.0, 0.0, value), Means(tl.sum(g_sum, 1), tl.sum(h_sum, 1), tl.sum(overlaps, 1))
 
 
 @triton.jit
@@ -225,7 +248,9 @@ def difference(x, y, s, t, k):
 def student_soft(x, y, here, label, s, t, k, means, KIND: tl.constexpr):
     """dD/du."""
     if KIND >= REVERSE:
-        _f, qg, _ph, q, _p = pointwise_tile(x, y, s, t, k, KIND)
+        _f, qg, _ph, overlap, q, _p = pointwise_tile(x, y, s, t, k, KIND)
+        if KIND == SKEW:
+            return centred(qg, overlap, q, k.b, means.g[:, None, None], means.rest[:, None, None])
         return qg - q * means.g[:, None, None]
     elif KIND == FORWARD:
         return difference(x, y, s, t, k)
@@ -251,8 +276,11 @@ def gap_from_mean(x, y, s, t, k, mean, KIND: tl.constexpr):
 def teacher_soft(x, y, here, label, s, t, k, means, KIND: tl.constexpr):
     """dD/dv, 0 where p is 0. Of the KL p (r - K): in r - K the sums of exponentials cancel."""
     if KIND >= REVERSE:
-        _f, _qg, ph, _q, p = pointwise_tile(x, y, s, t, k, KIND)
-        return tl.where(y == -INF, p, ph - p * means.h[:, None, None])
+        _f, _qg, ph, overlap, _q, p = pointwise_tile(x, y, s, t, k, KIND)
+        slope = ph - p * means.h[:, None, None]
+        if KIND == SKEW_REVERSE:
+            slope = centred(ph, overlap, p, k.a, means.h[:, None, None], means.rest[:, None, None])
+        return tl.where(y == -INF, p, slope)
     else:
         x, y = but_label(x, here, label, KIND), but_label(y, here, label, KIND)
         gap, et = gap_from_mean(x, y, s, t, k, means.h, KIND)
@@ -266,6 +294,39 @@ def teacher_soft(x, y, here, label, s, t, k, means, KIND: tl.constexpr):
         if (KIND == DKD) or (KIND == NKD):
             grad = tl.where(here == label[:, None, None], k.t_label[:, None, None], grad)
         return grad
+
+
+@triton.jit
+def teacher_over_p(x, y, here, label, s, t, k, means, KIND: tl.constexpr):
+    """dD/dv over p where y = T log p of several teachers, also of a p that underflows; 0 where y is -inf."""
+    if (KIND == REVERSE) or (KIND == ALPHA_BETA):
+        _f, _qg, ph, _overlap, _q, p = pointwise_tile(x, y, s, t, k, KIND)
+        over = tl.where(p == 0.0, 0.0, divide(ph, tl.where(p == 0.0, 1.0, p))) - means.h[:, None, None]
+    elif KIND >= REVERSE:
+        dx = x - finite_max(k.ms)[:, None, None]
+        dy = y - finite_max(k.mt)[:, None, None]
+        r = tl.where(x == -INF, FAR, log_quotient(dx, dy, (x == -INF) | (y == -INF), s, t, k))
+        over = slope_of_p(r, k.a, k.b, KIND) - means.h[:, None, None]
+        if KIND == SKEW_REVERSE:
+            whole = means.rest[:, None, None]
+            _over_p, over_q = mixture_logs(r, k.a, k.b)
+            over = tl.where(whole < 0.5, k.a * (whole - tl.exp(over_q)), over)
+    else:
+        of_label = y
+        x, y = but_label(x, here, label, KIND), but_label(y, here, label, KIND)
+        gap, _et = gap_from_mean(x, y, s, t, k, means.h, KIND)
+        over = divide(gap - means.rest[:, None, None], t.T[:, None, None])
+        if KIND != FORWARD:
+            over = tl.where(k.weight[:, None, None] == 0.0, 0.0, over * k.weight[:, None, None])
+            if KIND == DKD:
+                over = over + k.t_other[:, None, None]
+            rest = tl.exp(divide(finite_max(k.mt), t.T)) * k.st
+            over = over * tl.where(rest == 0.0, 0.0, divide(1.0 + 0.0 * rest, rest))[:, None, None]
+            p = tl.exp(divide(of_label, t.T[:, None, None]))
+            own = tl.where(p == 0.0, 0.0, divide(k.t_label[:, None, None], tl.where(p == 0.0, 1.0, p)))
+            over = tl.where(here == label[:, None, None], own, over)
+            y = of_label
+    return tl.where(y == -INF, 0.0, over)
 
 
 @triton.jit

@@ -95,8 +95,7 @@ def soft_value(
     known, pair = know(ms, ss, mt, st, s, t, x_label, y_label, a, b, KIND)
     means = Means(none, none, none)
     if KIND >= REVERSE:
-        value, mean_g, mean_h = pointwise_means(x, y, s, t, known, col, counted, classes, KIND, LOOP, ROWS, LANES, VEC)
-        means = Means(mean_g, mean_h, none)
+        value, means = pointwise_means(x, y, s, t, known, col, counted, classes, KIND, LOOP, ROWS, LANES, VEC)
     elif KIND != NONE:
         value = online_value(known, pair, sums.cross, sums.blocked, t, KIND)
         mean = sums.cross * known.inv_t if APART else divide(sums.cross, st)

@@ -86,7 +86,7 @@ def check_feature_loss(
         raise contract.value_error(op, "student", student, "at least one tap")
     teachers = list(teacher) if many else [teacher]
     count = len(students)
-    if isinstance(weight, Tensor) and weight.dim() == 1:
+    if isinstance(weight, Tensor) and contract.check_dense(op, "weight", weight).dim() == 1:
         if weight.shape[0] != count:
             raise contract.value_error(op, "weight", weight, f"a number or {count} values (one per tap)")
         weight = list(weight.unbind())

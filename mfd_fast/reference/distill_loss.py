@@ -96,8 +96,9 @@ def mix(log_probs: list[Tensor], weights: Tensor | None) -> Tensor:
     heard = torch.where(w > 0, stacked.detach(), -torch.inf)
     top = heard.amax(0)
     top = torch.where(top == -torch.inf, torch.zeros_like(top), top)
-    # The bound keeps a teacher of weight 0 from overflowing; it is far above what the others can reach.
-    total = (w * (stacked - top).clamp_max(80.0).exp()).sum(0)
+    # A teacher of weight 0 may have any p_k/p, of which the gradient of its weight is made.
+    largest = math.log(torch.finfo(stacked.dtype).max) - 1.0
+    total = (w * (stacked - top).clamp_max(largest).exp()).sum(0)
     nothing = total == 0
     return torch.where(nothing, -torch.inf, torch.where(nothing, torch.ones_like(total), total).log() + top)
 
@@ -215,6 +216,8 @@ def divergence_value(rows: Rows, log_p: Tensor, log_q: Tensor, label: Tensor | N
 
 def soft_value(rows: Rows, sides: Sides) -> Tensor:
     """T²·D(p, q) per row."""
+    if len(sides.ys) > 1:  # float32 has no place for the p_k/p of a teacher of weight 0
+        sides = sides._replace(x=sides.x.double(), ys=[y.double() for y in sides.ys])
     log_p, log_q = compared(rows, sides, rows.temperature, rows.teacher_temperature)
     value = divergence_value(rows, log_p, log_q, sides.label)
     if rows.scale_by_temperature:
@@ -222,7 +225,7 @@ def soft_value(rows: Rows, sides: Sides) -> Tensor:
     if isinstance(rows.divergence, NKD):
         assert sides.label is not None
         value = value + label_entropy(*compared(rows, sides, 1.0, 1.0), sides.label)
-    return value
+    return value.to(rows.dtype)
 
 
 def row_terms(rows: Rows, op: str = "distill_loss", *, soft: bool = True, hard: bool = True) -> RowTerms:

@@ -95,7 +95,9 @@ def _teacher_share(divergence: Divergence) -> float:
 
 def _log_mean(r: Tensor, share: float) -> Tensor:
     """log((1 − share) + share·e^r): by log1p and expm1 where that is near 0, as written where those would cancel."""
-    zero, rise = torch.zeros_like(r), share * torch.expm1(r)
+    # The derivative of expm1 is exp, of which expm1 + 1 has lost the digits far below 1.
+    e = r.exp()
+    zero, rise = torch.zeros_like(r), share * (torch.expm1(r).detach() + (e - e.detach()))
     low = rise < -0.5
     near = torch.log1p(torch.where(low, zero, rise))
     return torch.where(low, ((1 - share) + share * torch.where(low, r, zero).exp()).log(), near)
@@ -141,7 +143,9 @@ def _alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tens
             mixed = (total * b + alpha * r).exp()
             plain = (alpha * (total * a).exp() + beta * (total * b).exp()) / total - mixed
             plain = plain / (alpha * beta)
-            value = plain + (value - plain).detach()
+            # Where p^α q^β overflows, of exponents of opposite signs, both are +inf.
+            change = (value - plain).detach()
+            value = plain + torch.where(plain == torch.inf, zero, change)
     value = torch.where(none, zero, value)
     for absent, other, exponent in ((p_zero, log_q, alpha), (q_zero, log_p, beta)):
         alone = absent & ~(p_zero & q_zero)

@@ -13,6 +13,7 @@ The statistics ``[N, STATISTICS]`` are what the backend chooses; only its own ba
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from ...reference.distill_loss import (
     compared,
     divergence_value,
     log_rest,
+    mix,
     raw_logits,
     row_terms,
     soften,
@@ -139,6 +141,8 @@ def _gradients(rows: Rows, grad_soft: Tensor | None, grad_hard: Tensor | None) -
 
 def _of_soft_term(rows: Rows, sides: Sides, upstream: Tensor, zero: _Gradients) -> _Gradients:
     """Of Σ upstream·soft, with respect to the transformed logits, the temperatures and the weights."""
+    if len(sides.ys) > 1:  # as soft_value
+        sides = sides._replace(x=sides.x.double(), ys=[y.double() for y in sides.ys])
     t, teacher_t, divergence = rows.temperature, rows.teacher_temperature, rows.divergence
     log_p, log_q = compared(rows, sides, t, teacher_t)
     value = divergence_value(rows, log_p, log_q, sides.label)
@@ -154,7 +158,9 @@ def _of_soft_term(rows: Rows, sides: Sides, upstream: Tensor, zero: _Gradients) 
         first = _chain(rows, sides, logs, label_slopes(*logs, sides.label), 1.0, 1.0)
         none = torch.zeros_like(upstream)
         total = _add(total, first._replace(temperature=none, teacher_temperature=none), upstream)
-    return total
+    return _Gradients(
+        total.student.to(rows.dtype), [g.to(rows.dtype) for g in total.teachers], *(g.to(rows.dtype) for g in total[2:])
+    )
 
 
 def _add(total: _Gradients, more: _Gradients, scale: Tensor) -> _Gradients:
@@ -203,7 +209,8 @@ def _chain(
                 dv = project(b, p)
             else:
                 log_p_k = soften(y, teacher_t)
-                share = torch.where(log_p == -torch.inf, torch.zeros_like(b), (log_p_k - log_p).exp() * b)
+                ratio = (log_p_k - log_p).clamp_max(math.log(torch.finfo(b.dtype).max) - 1.0).exp()
+                share = torch.where(log_p == -torch.inf, torch.zeros_like(b), ratio * b)
                 weights[:, k] = share.sum(-1)
                 weight = 1 / len(ys) if rows.teacher_weights is None else rows.teacher_weights[..., k, None]
                 dv = weight * project(share, log_p_k.exp())
@@ -230,13 +237,15 @@ def _sparse_teacher_gradient(
 
 
 def _statistics(rows: Rows, values: RowTerms) -> Tensor:
-    """Those that all backends share and KL; of several teachers, or a TopK, those of the first one's values."""
+    """Those that all backends share and KL; of several teachers those of log p, of a TopK those of its values."""
     sides = both_sides(rows, rows.op)
-    x, y = sides.x, sides.ys[0]
+    x, y, teacher_t = sides.x, sides.ys[0], rows.teacher_temperature
+    if len(sides.ys) > 1:
+        y, teacher_t = mix([soften(z, teacher_t) for z in sides.ys], rows.teacher_weights), 1.0
     out = x.new_zeros(rows.n_rows, STATISTICS)
     # log Σexp((x−max)/T) is minus the largest log-probability.
     out[:, 0], out[:, 1] = x.amax(-1), -soften(x, rows.temperature).amax(-1)
-    out[:, 2], out[:, 3] = y.amax(-1), -soften(y, rows.teacher_temperature).amax(-1)
+    out[:, 2], out[:, 3] = y.amax(-1), -soften(y, teacher_t).amax(-1)
     if rows.labels is not None:
         out[:, 4] = -torch.log_softmax(x, -1).amax(-1)
     out[:, 5] = values.soft / rows.temperature**2 if rows.scale_by_temperature else values.soft
