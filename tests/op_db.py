@@ -22,7 +22,7 @@ BACKEND_FEATURES = {
     "reference": op_db_divergences.FEATURES,
     "cpu": op_db_divergences.FEATURES,
     "triton": op_db_divergences.FEATURES,
-    "cuda": op_db_divergences.FEATURES - {"teachers", "topk"},
+    "cuda": op_db_divergences.FEATURES,
 }
 
 

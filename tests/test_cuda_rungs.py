@@ -11,9 +11,11 @@ import torch
 from harness import assert_obeys_rule, assert_same, evaluate, on, reference64, stacked
 from op_db import RECORDS
 
+import mfd_fast as mfd
 from mfd_fast import contract
 from mfd_fast.backends import cuda
 from mfd_fast.backends.cuda import distill_loss as backend
+from mfd_fast.testing import distill_inputs
 
 LOSS = RECORDS["distill_loss"]
 A100, H100, RTX = (80, 4, 166912), (90, 4, 232448), (120, 4, 101376)
@@ -26,9 +28,11 @@ def emulate():
     cuda.native().set_device(*H100)
 
 
-def plan(classes, dtype, rows=2):
+def plan(classes, dtype, rows=2, teachers=1):
     logits = torch.zeros((1, classes), dtype=dtype).expand(rows, classes)
-    return backend.plan(contract.check_rows("distill_loss", logits, logits, None))
+    return backend.plan(
+        contract.check_rows("distill_loss", logits, logits if teachers == 1 else [logits] * teachers, None)
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,6 +117,77 @@ def test_rows_that_are_not_aligned(emulate, rung, offset):
     assert_same(evaluate(LOSS, on(LOSS, "cuda"), moved, **one), exact, rung)
 
 
+@pytest.mark.parametrize("rung", RUNGS)
+def test_several_teachers_on_every_rung(emulate, rung):
+    """Value and every gradient; their weights differ from row to row, one of them is 0 throughout."""
+    device, classes = RUNGS[rung]
+    emulate(*device)
+    made = [distill_inputs((3, classes), dtype=torch.float32, seed=k) for k in range(4)]
+    weights = torch.tensor([[1.0, 2.0, 0.0], [0.5, 0.2, 0.0], [3.0, 1.0, 0.0]])
+    leaves = [made[0].student, *(one.teacher for one in made[1:]), weights, torch.tensor([1.5, 2.0, 0.7])]
+    options = {"labels": made[0].labels, "hard_weight": 0.5, "reduction": "none"}
+    for divergence, standardize in (("jsd", False), ("nkd", True)):
+        more = {"divergence": divergence, "teacher_transform": mfd.LogitTransform(standardize=standardize)}
+        found = []
+        for name, dtype in (("cuda", torch.float32), ("reference", torch.float64)):
+            student, *teachers, w, t = (leaf.to(dtype).requires_grad_() for leaf in leaves)
+            assert plan(classes, torch.float32, teachers=3)[0] == rung
+            loss = mfd.distill_loss(
+                student, teachers, teacher_weights=w, temperature=t, backend=name, **options, **more
+            )
+            found.append([loss, *torch.autograd.grad(loss.sum(), [student, *teachers, w, t])])
+        for a, b in zip(*found, strict=True):
+            near = {"rtol": 2e-4, "atol": 2e-6 * max(1.0, float(b.detach().abs().max()))}
+            torch.testing.assert_close(a, b.float(), **near, msg=lambda m, d=divergence: f"{rung} {d}: {m}")
+
+
+def test_rows_of_a_mixture_lie_in_device_memory_where_shared_memory_is_small(emulate):
+    """Float64 rows of the backward, and a budget that no row fits."""
+    emulate(80, 4, 8192)
+    made = [distill_inputs((2, 600), dtype=torch.float64, seed=k) for k in range(3)]
+    found = []
+    for name in ("cuda", "reference"):
+        leaves = [m.clone().requires_grad_() for m in (made[0].student, made[1].teacher, made[2].teacher)]
+        loss = mfd.distill_loss(leaves[0], leaves[1:], temperature=2.0, reduction="none", backend=name)
+        found.append([loss, *torch.autograd.grad(loss.sum(), leaves)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_teachers_beyond_the_kernels_bound():
+    assert backend.MAX_TEACHERS == cuda.native().cuda.max_teachers
+    logits = torch.randn(2, 5)
+    many = [logits] * 33
+    with pytest.raises(mfd.BackendError, match="at most 32 teachers"):
+        mfd.distill_loss(logits, many, backend="cuda")
+    near = {"rtol": 1e-5, "atol": 1e-6}
+    other = torch.randn(2, 5)
+    torch.testing.assert_close(
+        mfd.distill_loss(other, many[:32], backend="cuda"), mfd.distill_loss(other, logits, backend="cuda"), **near
+    )
+
+
+@pytest.mark.parametrize("teacher", ["one", "several", "topk"])
+def test_loss_and_gradient_are_one_launch(teacher):
+    """So are the terms, and so are all the gradients of their backward."""
+    student = torch.randn(3, 40, requires_grad=True)
+    logits = torch.randn(3, 40, requires_grad=True)
+    values, indices = torch.log_softmax(logits.detach(), -1).topk(5)
+    of = {"one": logits, "several": [logits, logits * 2], "topk": mfd.TopK(values.requires_grad_(), indices)}[teacher]
+    detached = {"one": logits.detach(), "several": [logits.detach()] * 2, "topk": mfd.TopK(values.detach(), indices)}
+    labels, launches = torch.tensor([1, 2, 3]), cuda.native().launches
+    before = launches()
+    loss = mfd.distill_loss(student, detached[teacher], labels, hard_weight=0.5, backend="cuda")
+    assert launches() == before + 1
+    loss.backward()
+    assert launches() == before + 2, "the gradient is scaled by one launch that looks at its factor"
+    loss = mfd.distill_loss(student, of, temperature=torch.tensor(2.0, requires_grad=True), reduction="none",
+                            backend="cuda")  # fmt: skip
+    assert launches() == before + 3
+    loss.sum().backward()
+    assert launches() == before + 4
+
+
 def test_many_rows_are_counted_by_a_launch_of_their_own():
     rows = 8200
     generator = torch.Generator().manual_seed(0)
@@ -137,11 +212,18 @@ for device, classes, divergence, dtype in {cases}:
     mfd.distill_loss(leaf, teacher, **options).backward()
     mfd.distill_loss(leaf, other, reduction="none", **options).sum().backward()
     assert leaf.grad.isfinite().all() and other.grad.isfinite().all()
+    if {several}:
+        values, indices = torch.log_softmax(teacher.float(), -1).topk(5)
+        options["labels"] = torch.tensor([-100, indices[1, 2]])
+        for many in ([other, teacher], mfd.TopK(values.requires_grad_(), indices)):
+            mfd.distill_loss(leaf, many, reduction="none", **options).sum().backward()
+        mfd.distill_loss(leaf, mfd.TopK(values.detach(), indices), **options).backward()
+        assert values.grad.isfinite().all() and leaf.grad.isfinite().all() and other.grad.isfinite().all()
 """
 
 
-def sanitized(library, flags, cases):
-    """Output of the battery with the emulated module and Python under a sanitizer."""
+def sanitized(library, flags, cases, several=True):
+    """Output of the battery with the emulated module and Python under a sanitizer; `several` teachers and TopK too."""
     module = cuda_emulator.module(*flags)
     found = subprocess.run(["g++", f"-print-file-name={library}"], capture_output=True, text=True, check=True)
     environ = {
@@ -153,7 +235,7 @@ def sanitized(library, flags, cases):
         "TSAN_OPTIONS": "ignore_noninstrumented_modules=1",
         "OMP_NUM_THREADS": "1",
     }
-    code = BATTERY.format(cases=cases)
+    code = BATTERY.format(cases=cases, several=several)
     done = subprocess.run(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
     )

@@ -139,11 +139,16 @@ MFD_ROW_FN double forward_kl(const RowSums& row) {
   return k < 0 ? 0.0 : k;
 }
 
-// Whether the slopes of a skew divergence go without the constant that is made for p near q: sum min(p, q) >=
-// 1/2 where the forward KL is less than 1/2 (Pinsker).
+// The slopes of a skew divergence go without the constant that is made for p near q from this forward KL on:
+// sum min(p, q) >= 1/2 where it is less (Pinsker).
+constexpr double kFarKL = 0.5;
+
+MFD_ROW_FN bool can_be_far(const Problem& p) {
+  return p.divergence == Divergence::kSkewKL || p.divergence == Divergence::kSkewReverseKL;
+}
+
 MFD_ROW_FN bool is_far(const Problem& p, const RowSums& row) {
-  const bool skew = p.divergence == Divergence::kSkewKL || p.divergence == Divergence::kSkewReverseKL;
-  return skew && forward_kl(row) >= 0.5;
+  return can_be_far(p) && forward_kl(row) >= kFarKL;
 }
 
 // lse - (1 - eps)*x_label - eps*mean(x), everything minus max(x).

@@ -31,7 +31,7 @@ struct BackwardRow : SavedRow {
     if (!apart) return;
     const double label_logit = logit_at<S>(x, label, scratch),
                  teachers_logit = logit_at<S>(y, label, scratch);
-    const Odds at_one = mixes ? mixed_odds(*p.mixture, scratch.teachers) : Odds{};
+    const Odds at_one = mixes ? mixed_odds(p.mixture->count, scratch.teachers) : Odds{};
     set_label(*this, p, label_logit, teachers_logit, mixes ? &at_one : nullptr);
   }
 };

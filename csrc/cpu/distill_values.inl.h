@@ -62,7 +62,7 @@ MFD_INLINE RowResult row_result_of(const RowContext<S>& c, RowSums sums, const S
   const double label = f.use_hard || c.apart ? logit_at<S>(c.x, c.label, scratch) - sums.max_s : 0.0;
   const double label_t = c.apart ? logit_at<S>(c.y, c.label, scratch) - sums.max_t : 0.0;
   if (!c.wanted.unit || !c.has_mixture()) return row_result(f, c.wanted, c.ts, c.tt, sums, label, label_t);
-  const Odds at_one = mixed_odds(*f.problem.mixture, scratch.teachers);
+  const Odds at_one = mixed_odds(f.problem.mixture->count, scratch.teachers);
   return row_result(f, c.wanted, c.ts, c.tt, sums, label, label_t, &at_one);
 }
 

@@ -14,6 +14,7 @@
 #include "common/row_terms.h"
 #include "common/saved_row.h"
 #include "common/target_math.h"
+#include "common/topk_math.h"
 #include "common/types.h"
 
 #if defined(__SSE2__)
@@ -32,6 +33,7 @@ namespace {
 #include "cpu/rows.inl.h"
 #include "cpu/distill_sums.inl.h"
 #include "cpu/log_scale.inl.h"
+#include "common/mixture.inl.h"
 #include "cpu/mixture.inl.h"
 #include "cpu/distill_row.inl.h"
 #include "common/divergences.inl.h"

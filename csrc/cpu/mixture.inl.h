@@ -110,13 +110,3 @@ MFD_INLINE Side mixed_side(int64_t classes) {
   const Dtype dtype = sizeof(typename S::T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
   return {nullptr, dtype, 1, 0, classes, classes, 1.0, 0.0, false};
 }
-
-// The label's odds at temperature 1, for NKD.
-static Odds mixed_odds(const Mixture& m, const TeacherRow* teachers) {
-  double label = 0, rest = 0;
-  for (int64_t k = 0; k < m.count; ++k) {
-    label += teachers[k].weight * teachers[k].unit_label;
-    rest += teachers[k].weight * teachers[k].unit_rest;
-  }
-  return {log(label) - log(rest), label, rest, log(label), log(rest)};
-}

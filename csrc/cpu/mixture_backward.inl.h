@@ -2,18 +2,6 @@
 //   dD/dv_k = w_k*((p_k/p)*b - p_k*S_k),  S_k = sum (p_k/p)*b = dD/dw_k up to a constant, which weights that
 //   sum to 1 do not notice.
 
-// log(p_k/p) is cut here, far above 1/w_k of a teacher that has a say.
-constexpr double kLogRatio = 80.0;
-
-// (p_k/p)*b of one vector.
-template <class S>
-MFD_INLINE typename S::V share_of(typename S::V log_pk, typename S::V log_p, typename S::V b) {
-  typedef typename S::T T;
-  typedef typename S::V V;
-  const V ratio = exp_of(S::min(S::splat(T(kLogRatio)), log_pk - log_p));
-  return S::select((b == V{}) | (log_p == S::splat(static_cast<T>(-kInf))), V{}, ratio * b);
-}
-
 // Calls act(log p_k, share, i) for every vector of a block; lanes past the end are 0.
 template <class S, class Act>
 MFD_INLINE void over_shares(const TeacherRow& t, double temperature, const typename S::T* y,

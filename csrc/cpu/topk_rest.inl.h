@@ -11,15 +11,6 @@ struct Listed {
   int64_t label;  // position of the label among them; -1 where it is not listed
 };
 
-// Sums over the other classes relative to `max`, little more than their largest logit: e_s of (x - max)/T, h
-// at T = 1, and e_s^degree.
-struct RestSums {
-  double max;
-  double sum_s, sum_h, powers;
-  double dot_s, dot_powers;  // sum e*(x - max)
-  double sum_x;              // sum x over all classes
-};
-
 // One row: what does not depend on the block.
 template <class S>
 struct TopKRow {

@@ -1,23 +1,6 @@
 // Rows with a sparse teacher: one pass over the student's logits, and one over its exponentials for the
 // gradient, which is proportional to them besides the listed classes.
 
-// Of all the student's classes besides a label set apart, where they matter.
-struct AllClasses {
-  double max;
-  RestSums rest;
-  double label;    // logit
-  double lse_h;    // log sum exp(x - max) of all
-  Odds hard_odds;  // of a label set apart, at temperature 1
-};
-
-// What the gradient's two passes need: d loss/dx_j = soft*to_u + at_one*softmax(x)_j - shift, with the
-// label's own.
-struct TopKSlopes {
-  double soft, hard, unit, at_one, shift;
-  double rest,
-      powers;  // factors of e_s (relative to the rest's maximum) and e_s^degree of the classes not listed
-};
-
 template <class S>
 static void write_topk_by_products(const TopKRow<S>& c) {
   typedef typename S::T T;
@@ -60,11 +43,7 @@ static AllClasses all_classes(const TopKRow<S>& c, double label) {
   if (!c.hard) return all;
   const double sum_h = all.rest.sum_h * block_weight(all.rest.max, all.max, 1.0) +
                        exponential_sum<S>(l.x, l.count, all.max, Exponent<S>(1.0));
-  all.lse_h = log(c.apart || sum_h != 0 ? sum_h : kNan);
-  if (c.apart) {
-    all.hard_odds = odds_of(label - all.max, 1.0, all.lse_h);
-    all.lse_h = whole_lse(all.hard_odds, label - all.max, all.lse_h);
-  }
+  settle_hard(all, c.apart, sum_h);
   return all;
 }
 
@@ -75,21 +54,18 @@ static double hard_term(const TopKRow<S>& c, const AllClasses& all) {
   return cross_entropy(sums, all.lse_h, all.label - all.max, c.p.smoothing);
 }
 
+// d loss/d soft.
+template <class S>
+static double soft_factor(const TopKRow<S>& c) {
+  typedef typename S::T T;
+  return at<T>(c.f.weight, c.row) * c.f.soft_factor * at<T>(c.pass.grad_soft, c.row);
+}
+
 template <class S>
 static TopKSlopes topk_slopes(const TopKRow<S>& c, const AllClasses& all, const SoftTerm& s) {
   typedef typename S::T T;
-  const double w = at<T>(c.f.weight, c.row);
-  const double factor = w * c.f.soft_factor * at<T>(c.pass.grad_soft, c.row);
-  TopKSlopes out{};
-  out.soft = factor * (c.p.scale_by_temperature ? c.ts : 1.0 / c.ts);
-  if (c.use_hard) out.hard = w * c.f.hard_factor * at<T>(c.pass.grad_hard, c.row);
-  out.unit = factor * s.slopes.unit;
-  out.at_one = out.hard + (c.renormalized ? 0.0 : out.unit);
-  out.shift = out.hard * c.p.smoothing / static_cast<double>(c.p.classes);
-  if (c.renormalized) return out;
-  out.rest = ratio_or_zero(out.soft * (c.powers ? -s.q * s.mean_g : s.rest_u), all.rest.sum_s);
-  if (c.powers) out.powers = -out.soft * exp(-c.degree() * s.lse_s) / c.p.first;
-  return out;
+  const double hard = at<T>(c.f.weight, c.row) * c.f.hard_factor * at<T>(c.pass.grad_hard, c.row);
+  return topk_slopes(c.p, c.renormalized, c.powers, soft_factor<S>(c), c.use_hard ? hard : 0.0, c.ts, all, s);
 }
 
 // d loss/dx of the listed classes, in Listed::out.
@@ -110,9 +86,7 @@ static void listed_gradient(const TopKRow<S>& c, const AllClasses& all, const So
   if (l.label < 0) return;
   T& label = l.out[l.label];
   if (c.apart) {
-    label =
-        static_cast<T>(times(slopes.soft, s.slopes.label) - times(slopes.unit, s.target.hard_student.rest) -
-                       times(slopes.hard, all.hard_odds.rest) + (slopes.hard * c.p.smoothing - slopes.shift));
+    label = static_cast<T>(apart_gradient(c.p, all, s, slopes));
   } else if (c.use_hard) {
     label = static_cast<T>(slopes.soft) * l.to_u[l.label] +
             (static_cast<T>(slopes.hard) * h[l.label] - static_cast<T>(slopes.hard * label_share(c.p)));
@@ -210,69 +184,41 @@ static void scatter_gradient(const TopKRow<S>& c, double label) {
     convert_out(l.out + k, 1, p.student.dtype, false, out + l.indices[k] * size);
 }
 
-// dD/dTs and dD/dTt: -sum dD/du*x/Ts^2 and the like, less what rounding left of sum dD/du = 0.
 template <class S>
 static void temperature_gradients(const TopKRow<S>& c, const AllClasses& all, const SoftTerm& s) {
   typedef typename S::T T;
   const Listed<S>& l = c.listed;
-  const double factor = at<T>(c.f.weight, c.row) * c.f.soft_factor * at<T>(c.pass.grad_soft, c.row);
-  const double scaled = factor * (c.p.scale_by_temperature ? c.ts * c.ts : 1.0);
+  const double factor = soft_factor<S>(c);
+  ListedSums sums{};
   if (c.pass.d_temperature) {
-    double slope = weighted_sum<S>(l.to_u, l.x, l.count, s.max_s) + times(s.slopes.label, s.label_x);
-    double excess = plain_sum<S>(l.to_u, l.count) + s.slopes.label;
-    double mean_x = weighted_sum<S>(l.q, l.x, l.count, s.max_s);
-    if (!c.renormalized) {
-      const RestSums& rest = all.rest;
-      const double rest_x = rest.sum_s == 0 ? 0.0 : rest.dot_s / rest.sum_s + s.rest_x;
-      mean_x += s.q * rest_x;
-      excess += s.rest_u;
-      if (c.powers) {
-        const double scale = exp(c.degree() * (s.rest_x / c.ts - s.lse_s)) / c.p.first;
-        slope += scale * (rest.dot_powers + times(rest.powers, s.rest_x)) - s.mean_g * s.q * rest_x;
-      } else {
-        slope += s.rest_u * rest_x;
-      }
-    }
-    if (excess != 0) slope -= excess * mean_x;
-    const double own = c.p.scale_by_temperature ? factor * 2.0 * c.ts * s.value : 0.0;
-    static_cast<T*>(c.pass.d_temperature)[c.row] = static_cast<T>(own - scaled * slope / (c.ts * c.ts));
+    sums.u_x = weighted_sum<S>(l.to_u, l.x, l.count, s.max_s);
+    sums.to_u = plain_sum<S>(l.to_u, l.count);
+    sums.q_x = weighted_sum<S>(l.q, l.x, l.count, s.max_s);
+    put<T>(c.pass.d_temperature, c.row,
+           topk_temperature_gradient(c.p, c.renormalized, c.powers, factor, c.ts, all.rest, s, sums));
   }
   if (c.pass.d_teacher_temperature) {
-    double slope = weighted_sum<S>(l.to_v, l.y, l.count, s.max_t) - times(s.slopes.pull, s.label_y);
-    double excess = plain_sum<S>(l.to_v, l.count) - s.slopes.pull;
-    double mean_y = weighted_sum<S>(l.p, l.y, l.count, s.max_t);
-    if (s.rest != -kInf) {
-      slope += s.rest_v * (s.rest - s.max_t);
-      excess += s.rest_v;
-      mean_y += s.p * (s.rest - s.max_t);
-    }
-    if (excess != 0) slope -= excess * mean_y;
-    static_cast<T*>(c.pass.d_teacher_temperature)[c.row] = static_cast<T>(-scaled * slope / (c.tt * c.tt));
+    sums.v_y = weighted_sum<S>(l.to_v, l.y, l.count, s.max_t);
+    sums.to_v = plain_sum<S>(l.to_v, l.count);
+    sums.p_y = weighted_sum<S>(l.p, l.y, l.count, s.max_t);
+    put<T>(c.pass.d_teacher_temperature, c.row,
+           topk_teacher_temperature_gradient(c.p, factor, c.ts, c.tt, s, sums));
   }
 }
 
-// d loss/dy of the listed values; the rest r = log(1 - sum exp(y)) hands its own on: dr/dy_k = -exp(y_k - r).
 template <class S>
 static void write_values_gradient(const TopKRow<S>& c, const SoftTerm& s) {
   typedef typename S::T T;
   const Listed<S>& l = c.listed;
   const Side& side = c.p.teacher;
-  const double factor = at<T>(c.f.weight, c.row) * c.f.soft_factor * at<T>(c.pass.grad_soft, c.row);
-  const double soft = factor * (c.p.scale_by_temperature ? c.ts * c.ts : 1.0) / c.tt;
-  const double drive = factor * s.slopes.drive;
-  const double lse_u = c.unit ? whole_lse(s.target.hard_teacher, s.label_y, log(s.sum_u)) : 0.0;
-  double rest = 0;
-  if (s.rest != -kInf) rest = soft * s.rest_v - (c.unit ? drive * exp(s.rest - s.max_t - lse_u) : 0.0);
+  const ValueFactors f = value_factors(c.p, soft_factor<S>(c), c.ts, c.tt, s);
   if (c.apart) l.y[l.label] = static_cast<T>(s.label_y + s.max_t);
   for (int64_t k = 0; k < l.count; ++k) {
     const double y = l.y[k];
-    double g;
-    if (c.apart && k == l.label) {
-      g = times(-soft, s.slopes.pull) + times(drive, s.target.hard_teacher.rest);
-    } else {
-      g = soft * l.to_v[k] - (c.unit ? drive * exp(y - s.max_t - lse_u) : 0.0);
-    }
-    if (rest != 0) g -= rest * exp(y - s.rest);
+    double g = f.label;
+    if (!c.apart || k != l.label)
+      g = f.soft * l.to_v[k] - (c.unit ? f.drive * exp(y - s.max_t - f.lse_u) : 0.0);
+    if (f.rest != 0) g -= f.rest * exp(y - s.rest);
     l.out[k] = static_cast<T>(g);
   }
   convert_out(l.out, l.count, side.dtype, false,

@@ -38,6 +38,9 @@ struct ScalarWorkspace {
   unsigned ticket;
 };
 
+// Teachers of one mixture, at most: kernels take them by value.
+constexpr int kMaxTeachers = 32;
+
 struct ScalarLoss {
   Scalar soft_weight, hard_weight, divisor;
   bool count_rows;  // the divisor is the number of counted rows
@@ -51,6 +54,16 @@ Plan plan_of(const Problem& problem, bool use_soft, int device);
 void forward(const Forward& f, const ScalarLoss* scalar, const Where& where);
 
 void backward(const Backward& g, const Where& where);
+
+// The same of several teachers, Problem::mixture; `scratch` is that many bytes of device memory.
+int64_t mixture_scratch(const Problem& problem, bool backward, int device);
+void mixture_forward(const Forward& f, const ScalarLoss* scalar, void* scratch, const Where& where);
+void mixture_backward(const Backward& g, void* scratch, const Where& where);
+
+// Of a sparse teacher: the terms, the scalar loss, or any of the gradients, always from the logits.
+Plan topk_plan(const Problem& problem, const TopK& topk, int device);
+int64_t topk_scratch(const Problem& problem, const TopK& topk, int device);
+void topk_rows(const TopKPass& pass, const ScalarLoss* scalar, void* scratch, const Where& where);
 
 // grad *= *factor, of the dtype `factor_dtype`; nothing is touched where the factor is 1.
 void scale_in_place(void* grad, Dtype dtype, int64_t n, const void* factor, Dtype factor_dtype,

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/saved_row.h"
-#include "rows.cuh"
+#include "distill_forward.cuh"
 
 namespace mfd {
 namespace device {
@@ -12,8 +12,8 @@ namespace device {
 
 enum class Sweep { kMeans, kDots, kGradients };
 
-template <class S, class Group>
-struct BackwardRow {
+template <class S, class Group, class Teacher = OneTeacher<S>>
+struct BackwardRow : Teacher {
   typedef typename S::T T;
   static constexpr int N = VectorOf<S>::kColumns;
 
@@ -27,8 +27,10 @@ struct BackwardRow {
   Span span;
   Exponent<S> by_ts, by_tt, by_one;
 
-  MFD_DEVICE BackwardRow(const Backward& backward, const Group& threads, int64_t i, bool fast)
-      : g(backward),
+  MFD_DEVICE BackwardRow(const Backward& backward, const Group& threads, int64_t i, bool fast,
+                         const Teacher& teacher = Teacher())
+      : Teacher(teacher),
+        g(backward),
         p(backward.problem),
         group(threads),
         index(i),
@@ -40,10 +42,13 @@ struct BackwardRow {
     if (bad) row.label = 0;
     x = view_of<S>(p.student, i, row.apart ? row.label : -1);
     y = view_of<S>(p.teacher, i, x.apart);
+    if constexpr (Teacher::kMixed) y.data = this->mixed;
     span = {0, (p.classes + N - 1) / N};
     if (p.student.standardize) find_centre<S, false>(group, x, x.data, span, p.classes);
     if (p.teacher.standardize) find_centre<S, false>(group, y, y.data, span, p.classes);
-    if (row.apart) set_label(row, p, logit_at<S>(x, x.data, row.label), logit_at<S>(y, y.data, row.label));
+    if (row.apart)
+      set_label(row, p, logit_at<S>(x, x.data, row.label), this->teacher_logit(y, y.data, row.label),
+                this->odds_at_one());
     // NaN for the row, wherever a slope enters.
     if (bad) row.grad_soft = row.grad_hard = kNan;
   }
@@ -134,6 +139,9 @@ struct BackwardRow {
           to_v[k] = pair.to_v;
         }
       }
+      if constexpr (Teacher::kMixed) {
+        if (last) this->keep_slopes(start, row.apart ? row.label : -1, row.slopes.pull, to_v);
+      }
       if (kind != Sweep::kDots) {
 #pragma unroll
         for (int k = 0; k < N; ++k) {
@@ -176,7 +184,7 @@ struct BackwardRow {
 
   MFD_DEVICE void run() {
     const bool exact_g = g.d_temperature && is_pointwise(p.divergence);
-    const bool means = g.d_teacher || g.d_teacher_temperature || exact_g;
+    const bool means = g.d_teacher || g.d_teacher_temperature || exact_g || this->wants_gradients();
     const bool dotted = (g.d_student && p.student.standardize) || (g.d_teacher && p.teacher.standardize);
     SlopeSums sums{};
     for (int k = 0; k < 3; ++k) {

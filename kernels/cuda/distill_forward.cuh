@@ -18,10 +18,21 @@ struct RowState {
 // What a pass over the row after the first one is for.
 enum class Pass { kInfiniteCross, kArgmax, kPoints, kDots, kGradient };
 
+// One teacher, whose row is parked beside the student's. mixture.cuh has that of several.
+template <class S>
+struct OneTeacher {
+  static constexpr bool kMixed = false;
+  static MFD_DEVICE double teacher_logit(const View& y, const unsigned char* global, int64_t label) {
+    return logit_at<S>(y, global, label);
+  }
+  static MFD_DEVICE const Odds* odds_at_one() { return nullptr; }
+  static MFD_DEVICE bool wants_gradients() { return false; }
+};
+
 // kLean: the forward KL of logits without a transform, and no by-products, so that most of the registers stay
 // free.
-template <class S, class Group, bool kParked, bool kLean>
-struct ForwardRow {
+template <class S, class Group, bool kParked, bool kLean, class Teacher = OneTeacher<S>>
+struct ForwardRow : Teacher {
   typedef typename S::T T;
   static constexpr int N = VectorOf<S>::kColumns;
 
@@ -38,8 +49,10 @@ struct ForwardRow {
   const unsigned char *x_global, *y_global;
   Exponents<S> exponents;
 
-  MFD_DEVICE ForwardRow(const Forward& forward, const Group& g, RowState* s, int64_t r)
-      : f(forward),
+  MFD_DEVICE ForwardRow(const Forward& forward, const Group& g, RowState* s, int64_t r,
+                        const Teacher& teacher = Teacher())
+      : Teacher(teacher),
+        f(forward),
         p(forward.problem),
         group(g),
         state(s),
@@ -53,11 +66,10 @@ struct ForwardRow {
     if (bad) label = 0;
     x = view_of<S>(p.student, row, wanted.apart ? label : -1);
     y = soft_term() ? view_of<S>(p.teacher, row, x.apart) : x;
+    if constexpr (Teacher::kMixed) y.data = this->mixed;
     x_global = x.data;
     y_global = y.data;
-    const int64_t vectors = (p.classes + N - 1) / N, each = (vectors + group.parts() - 1) / group.parts();
-    span.begin = each * group.part() < vectors ? each * group.part() : vectors;
-    span.end = span.begin + each < vectors ? span.begin + each : vectors;
+    span = span_of<S>(group, p.classes);
   }
 
   MFD_DEVICE bool soft_term() const { return kLean || f.use_soft; }
@@ -65,7 +77,7 @@ struct ForwardRow {
 
   MFD_DEVICE void park_pair(unsigned char* parking, int64_t teacher_at) {
     park<S>(group, x, span, p.classes, parking);
-    if (soft_term()) park<S>(group, y, span, p.classes, parking + teacher_at);
+    if (soft_term() && !Teacher::kMixed) park<S>(group, y, span, p.classes, parking + teacher_at);
     await_copies();
     group.sync();
   }
@@ -259,7 +271,7 @@ struct ForwardRow {
     RowSums r = sums();
     const bool labelled = p.labels != nullptr, pointwise = is_pointwise_term();
     const double label_x = labelled ? logit_at<S>(x, x_global, label) : 0.0, label_s = label_x - r.max_s;
-    const double label_t = labelled && soft_term() ? logit_at<S>(y, y_global, label) - r.max_t : 0.0;
+    const double label_t = labelled && soft_term() ? this->teacher_logit(y, y_global, label) - r.max_t : 0.0;
     if (wanted.apart && f.use_hard && p.smoothing != 0) r.mean_x += label_s / static_cast<double>(p.classes);
     bool agreement = false;
     double loss = 0, dot = 0;
@@ -312,7 +324,8 @@ struct ForwardRow {
   MFD_DEVICE double finish_values(const RowSums& r, const Factors& factors, double label_x, double label_t,
                                   bool agreement) const {
     if (group.rank() != 0) return 0.0;
-    const RowResult result = row_result(f, wanted, ts, tt, r, label_x - r.max_s, label_t);
+    const RowResult result =
+        row_result(f, wanted, ts, tt, r, label_x - r.max_s, label_t, this->odds_at_one());
     const double weight = at<T>(f.weight, row);
     const double soft = weight * factors.soft, hard = weight * factors.hard;
     state->slopes = row_slopes(f, wanted, soft, hard, ts, result);

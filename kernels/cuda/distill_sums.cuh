@@ -48,16 +48,6 @@ struct Exponents {
         ratio(static_cast<T>(cross_entropy ? 0.0 : ts / tt)) {}
 };
 
-// In pairs: the sum of a short row rounds less.
-template <class T>
-MFD_INLINE T sum_of(const T (&x)[8]) {
-  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
-}
-template <class T>
-MFD_INLINE T sum_of(const T (&x)[1]) {
-  return x[0];
-}
-
 // As BlockSums, of one thread.
 template <class S>
 struct ThreadSums {
@@ -144,14 +134,6 @@ struct ThreadSums {
     }
   }
 };
-
-template <class S>
-MFD_INLINE typename S::T largest_of(const typename S::T (&x)[VectorOf<S>::kColumns], typename S::T least) {
-  typename S::T m = least;
-#pragma unroll
-  for (int k = 0; k < VectorOf<S>::kColumns; ++k) m = S::max(x[k], m);
-  return m;
-}
 
 // The row's sums from those of its threads, in double precision.
 template <class S, bool kLean, class Group>

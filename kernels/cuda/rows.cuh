@@ -214,10 +214,36 @@ struct Span {
   int64_t begin, end;
 };
 
+template <class S, class Group>
+MFD_INLINE Span span_of(const Group& group, int64_t classes) {
+  constexpr int N = VectorOf<S>::kColumns;
+  const int64_t vectors = (classes + N - 1) / N, each = (vectors + group.parts() - 1) / group.parts();
+  const int64_t begin = each * group.part() < vectors ? each * group.part() : vectors;
+  return {begin, begin + each < vectors ? begin + each : vectors};
+}
+
 template <class S, class Group, class Act>
 MFD_INLINE void over_vectors(const Group& group, const Span& span, const Act& act) {
   for (int64_t v = span.begin + group.rank(); v < span.end; v += group.threads())
     act(v * VectorOf<S>::kColumns);
+}
+
+// In pairs: the sum of a short row rounds less.
+template <class T>
+MFD_INLINE T sum_of(const T (&x)[8]) {
+  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+template <class T>
+MFD_INLINE T sum_of(const T (&x)[1]) {
+  return x[0];
+}
+
+template <class S>
+MFD_INLINE typename S::T largest_of(const typename S::T (&x)[VectorOf<S>::kColumns], typename S::T least) {
+  typename S::T m = least;
+#pragma unroll
+  for (int k = 0; k < VectorOf<S>::kColumns; ++k) m = S::max(x[k], m);
+  return m;
 }
 
 // Copies this block's columns of a row into shared memory, by 16 bytes where the row is aligned.

@@ -103,6 +103,10 @@ template <class T>
 inline T atomicAdd(T* address, T value) {
   return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
 }
+template <class T>
+inline T atomicOr(T* address, T value) {
+  return __atomic_fetch_or(address, value, __ATOMIC_ACQ_REL);
+}
 inline void __threadfence() {}  // the emulated atomics order memory
 template <class T>
 inline T __ldg(const T* address) {

@@ -2,6 +2,7 @@
 // their own, for ThreadSanitizer.
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -170,6 +171,14 @@ size_t allowed_shared(void* kernel) {
   return found == limits().end() ? kDefaultShared : std::max(kDefaultShared, found->second);
 }
 
+namespace {
+std::atomic<long> started{0};
+}
+
+long launches() {
+  return started;
+}
+
 bool launch(const Grid& grid, const std::function<void()>& body) {
   const size_t per_block = static_cast<size_t>(grid.threads.x) * grid.threads.y * grid.threads.z;
   const bool possible = per_block > 0 && per_block <= 1024 && grid.blocks.x > 0 && grid.blocks.x < 1u << 31 &&
@@ -178,6 +187,7 @@ bool launch(const Grid& grid, const std::function<void()>& body) {
   if (!possible) return false;
   static std::mutex one_launch;
   const std::lock_guard<std::mutex> guard(one_launch);
+  ++started;
   std::vector<Thread> threads(per_block * grid.cluster);
   for (unsigned block = 0; block < grid.blocks.x; block += grid.cluster)
     run_cluster(grid, block, body, threads);

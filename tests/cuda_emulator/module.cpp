@@ -7,6 +7,7 @@ PYBIND11_MODULE(_cuda_emulated, m) {
   mfd::bind_problem(m);
   mfd::bind_cuda(m);
   // Which device is emulated: compute capability as 90, processors, bytes of shared memory per block.
+  m.def("launches", &mfd_emulator::launches);
   m.def("set_device", [](int capability, int processors, int shared_bytes) {
     mfd_emulator::device() = {capability, processors, shared_bytes};
   });

@@ -107,7 +107,7 @@ def native_problem(
     )
 
 
-def _topk(module: Any, rows: Rows) -> Any:
+def native_topk(module: Any, rows: Rows) -> Any:
     """The native description of a sparse teacher, None for a teacher of all classes."""
     if rows.topk is None:
         return None
@@ -158,7 +158,7 @@ def scalar(
     use_hard = rows.labels is not None and (isinstance(hard_weight, Tensor) or hard_weight != 0)
     problem = native_problem(module, rows, rows.labels, keep)
     counted = count(module, rows, problem)
-    topk = _topk(module, rows)
+    topk = native_topk(module, rows)
     _check_lists(module, rows, problem, topk)
     soft_factor, hard_factor = float(soft_weight), float(hard_weight)
     if mean:
@@ -200,7 +200,7 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, ByProdu
     n, device = rows.n_rows, rows.student.device
     problem = native_problem(module, rows, rows.labels, keep)
     count(module, rows, problem)
-    topk = _topk(module, rows)
+    topk = native_topk(module, rows)
     _check_lists(module, rows, problem, topk)
 
     def column() -> Tensor:
@@ -245,7 +245,7 @@ def per_row_backward(
     if rows.n_rows:
         module.per_row_backward(
             problem,
-            _topk(module, rows),
+            native_topk(module, rows),
             stats.data_ptr(),
             grad_soft.data_ptr(),
             grad_soft.stride(0),

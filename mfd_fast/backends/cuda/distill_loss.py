@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contract import check_labels_in_range
+from ...contract import check_indices, check_labels_in_range
 from ...rows import Rows
 from .. import allocate
-from ..cpu.distill_loss import DTYPES, native_problem
+from ..cpu.distill_loss import DTYPES, native_problem, native_topk
 from ..layout import STATISTICS
 from ..limits import beyond_kernels
 from . import native, why_not_device
@@ -18,13 +18,13 @@ from .launch import number, where, workspace
 
 __all__ = ["can_run", "per_row", "per_row_backward", "plan", "scalar", "scale_gradient_"]
 
+MAX_TEACHERS = 32  # kMaxTeachers of csrc/cuda/distill.h
+
 
 def can_run(rows: Rows) -> str | None:
     """None if the kernels cover this call, else the reason."""
-    if rows.topk is not None:
-        return "no CUDA kernel for a TopK teacher yet"
-    if len(rows.teachers) > 1:
-        return "no CUDA kernel for several teachers yet"
+    if len(rows.teachers) > MAX_TEACHERS:
+        return f"at most {MAX_TEACHERS} teachers"
     return beyond_kernels(rows) or why_not_device(rows.device)
 
 
@@ -37,11 +37,23 @@ def _problem(module: Any, rows: Rows, keep: list[Tensor]) -> Any:
     return native_problem(module, rows, rows.labels, keep, temperature)
 
 
+def _scratch(module: Any, problem: Any, topk: Any, rows: Rows, backward: bool, keep: list[Tensor]) -> int:
+    """Device memory that a launch needs beside its outputs; 0 for none."""
+    if topk is None and len(rows.teachers) == 1:
+        return 0
+    nbytes = module.cuda.scratch_bytes(problem, topk, backward, where(rows.device)[0])
+    if nbytes == 0:
+        return 0
+    keep.append(allocate.empty((-(-nbytes // 8),), torch.float64, rows.device))
+    return keep[-1].data_ptr()
+
+
 def plan(rows: Rows, soft: bool = True) -> tuple[str, int, int]:
     """How the device's threads share these rows: "warp", "block", "cluster" or "stream"; blocks per row; threads."""
     module = native()
     keep: list[Tensor] = []
-    found: tuple[str, int, int] = module.cuda.plan(_problem(module, rows, keep), soft, where(rows.device)[0])
+    problem, topk = _problem(module, rows, keep), native_topk(module, rows)
+    found: tuple[str, int, int] = module.cuda.plan(problem, topk, soft, where(rows.device)[0])
     return found
 
 
@@ -60,6 +72,7 @@ def scalar(
     Of many rows with labels or a mask, another one before it counts those that are counted.
     """
     check_labels_in_range(rows.op, rows)
+    check_indices(rows.op, rows)
     module, device, dtype = native(), rows.device, rows.dtype
     soft = isinstance(soft_weight, Tensor) or soft_weight != 0
     hard = rows.labels is not None and (isinstance(hard_weight, Tensor) or hard_weight != 0)
@@ -68,14 +81,18 @@ def scalar(
     if rows.n_rows == 0 or not (soft or hard):
         return loss.zero_(), None if gradient is None else gradient.zero_()
 
+    if not soft:  # the teachers are not read
+        rows = rows.replace(topk=None, teacher=rows.student, more_teachers=(), teacher_weights=None)
     keep: list[Tensor] = []
     divisor: float | Tensor = 1.0
     counting = mean and normalizer is None and (rows.labels is not None or rows.mask is not None)
     if mean:
         divisor = float(rows.n_rows) if normalizer is None else normalizer
     scratch = workspace(device, module.cuda.scalar_workspace)
+    problem, topk = _problem(module, rows, keep), native_topk(module, rows)
     module.cuda.scalar(
-        _problem(module, rows, keep),
+        problem,
+        topk,
         soft,
         hard,
         0 if weight is None else weight.data_ptr(),
@@ -86,6 +103,7 @@ def scalar(
         scratch.data_ptr(),
         loss.data_ptr(),
         0 if gradient is None else gradient.data_ptr(),
+        _scratch(module, problem, topk, rows, False, keep),
         *where(device),
     )
     return loss, gradient
@@ -94,6 +112,7 @@ def scalar(
 def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...] | None]:
     """soft [N], hard [N], stats [N, STATISTICS] and, if asked, the by-products."""
     check_labels_in_range(rows.op, rows)
+    check_indices(rows.op, rows)
     module, n, dtype, device = native(), rows.n_rows, rows.dtype, rows.device
     keep: list[Tensor] = []
     soft, hard = allocate.empty((n,), dtype, device), allocate.empty((n,), dtype, device)
@@ -105,34 +124,51 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[T
         extra[4] = allocate.empty((n,), torch.bool, device)
     if n:
         addresses = [0 if t is None else t.data_ptr() for t in (soft, hard, stats, *extra)]
-        module.cuda.per_row(_problem(module, rows, keep), *addresses, *where(device))
+        problem, topk = _problem(module, rows, keep), native_topk(module, rows)
+        scratch = _scratch(module, problem, topk, rows, False, keep)
+        module.cuda.per_row(problem, topk, *addresses, scratch, *where(device))
     return soft, hard, stats, tuple(extra) if terms else None
 
 
 def per_row_backward(
-    rows: Rows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: tuple[bool, bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of Σ grad_soft·soft + grad_hard·hard to student, teacher and, per row, both temperatures."""
+    rows: Rows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of Σ grad_soft·soft + grad_hard·hard to student, teacher and, per row, both temperatures.
+
+    With several teachers also to the weights [N, K] and to each further teacher.
+    """
     module, n, dtype, device = native(), rows.n_rows, rows.dtype, rows.device
     keep: list[Tensor] = []
     grad_soft, grad_hard, stats = grad_soft.to(dtype), grad_hard.to(dtype), stats.contiguous()
-    outputs = (
-        allocate.empty_gradient(rows.student) if needs[0] else None,
-        allocate.empty_gradient(rows.teacher) if needs[1] else None,
-        *(allocate.empty((n,), dtype, device) if need else None for need in needs[2:]),
-    )
+    student = allocate.empty_gradient(rows.student) if needs[0] else None
+    teachers = [
+        allocate.empty_gradient(teacher) if need else None
+        for teacher, need in zip(rows.teachers, (needs[1], *needs[5:]), strict=True)
+    ]
+    temperatures = [allocate.empty((n,), dtype, device) if need else None for need in needs[2:4]]
+    weights = allocate.empty((n, len(teachers)), dtype, device) if any(needs[4:5]) else None
     if n and any(needs):
+        problem, topk = _problem(module, rows, keep), native_topk(module, rows)
         module.cuda.per_row_backward(
-            _problem(module, rows, keep),
+            problem,
+            topk,
             stats.data_ptr(),
             grad_soft.data_ptr(),
             grad_soft.stride(0),
             grad_hard.data_ptr(),
             grad_hard.stride(0),
-            *(0 if t is None else t.data_ptr() for t in outputs),
+            _address(student),
+            [_address(teacher) for teacher in teachers],
+            *(_address(temperature) for temperature in temperatures),
+            _address(weights),
+            _scratch(module, problem, topk, rows, True, keep),
             *where(device),
         )
-    return outputs  # type: ignore[return-value]
+    return (student, teachers[0], *temperatures, weights, *teachers[1:])[: len(needs)]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
