@@ -4,6 +4,7 @@
 #include "cuda/feature_loss.cuh"
 #include "cuda/fusion.h"
 #include "cuda/launch.h"
+#include "cuda/scale.cuh"
 
 namespace mfd {
 namespace cuda {
@@ -92,6 +93,25 @@ void match_taps(const FeatureTaps& taps, const FeatureLoss* loss, const Where& w
   const DeviceGuard guard(where.device);
   for (int64_t begin = 0; begin < taps.count; begin += device::kMaxTaps)
     match(taps, begin, std::min(taps.count, begin + device::kMaxTaps), loss, begin > 0, where);
+}
+
+void scale_all(const Scaled* gradients, int64_t count, const void* factor, Dtype factor_dtype,
+               const Where& where) {
+  const DeviceGuard guard(where.device);
+  constexpr int64_t kPerBlock = 256 * 8;
+  const int64_t most = int64_t{8} * attribute(cudaDevAttrMultiProcessorCount, where.device);
+  for (int64_t begin = 0; begin < count; begin += device::kMaxScaled) {
+    device::Gradients all{};
+    int64_t longest = 0;
+    for (int64_t k = begin; k < count && all.count < device::kMaxScaled; ++k, ++all.count) {
+      all.grad[all.count] = gradients[k].grad;
+      all.dtype[all.count] = gradients[k].dtype;
+      all.n[all.count] = gradients[k].n;
+      longest = std::max(longest, gradients[k].n);
+    }
+    start(where, {std::min(most, (longest + kPerBlock - 1) / kPerBlock), 256}, device::scale_all<>, all,
+          factor, factor_dtype);
+  }
 }
 
 }  // namespace cuda

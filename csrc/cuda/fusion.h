@@ -50,5 +50,15 @@ struct FeatureLoss {
 // in one launch for every 16 taps.
 void match_taps(const FeatureTaps& taps, const FeatureLoss* loss, const Where& where);
 
+// Each gradient of n elements *= *factor, of the dtype `factor_dtype`; nothing is touched where the factor
+// is 1. One launch for every 64.
+struct Scaled {
+  void* grad;
+  Dtype dtype;
+  int64_t n;
+};
+void scale_all(const Scaled* gradients, int64_t count, const void* factor, Dtype factor_dtype,
+               const Where& where);
+
 }  // namespace cuda
 }  // namespace mfd

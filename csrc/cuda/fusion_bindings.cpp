@@ -73,6 +73,15 @@ void match_taps(const std::vector<Tap>& taps, const std::vector<Address>& weight
   cuda::match_taps(all, loss ? &scalar : nullptr, {device, pointer(stream)});
 }
 
+// `gradients`: (address, dtype, elements) each.
+void scale_all(const std::vector<std::tuple<Address, int, int64_t>>& gradients, Address factor,
+               int factor_dtype, int device, Address stream) {
+  std::vector<cuda::Scaled> all;
+  for (const auto& [grad, dtype, n] : gradients) all.push_back({pointer(grad), static_cast<Dtype>(dtype), n});
+  cuda::scale_all(all.data(), static_cast<int64_t>(all.size()), pointer(factor),
+                  static_cast<Dtype>(factor_dtype), {device, pointer(stream)});
+}
+
 }  // namespace
 
 void bind_cuda_fusion(py::module_& m) {
@@ -81,6 +90,7 @@ void bind_cuda_fusion(py::module_& m) {
   m.def("pool_forward", &pool_forward, release());
   m.def("pool_backward", &pool_backward, release());
   m.def("match_taps", &match_taps, release());
+  m.def("scale_all", &scale_all, release());
 }
 
 }  // namespace mfd

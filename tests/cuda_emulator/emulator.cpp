@@ -2,6 +2,7 @@
 // their own, for ThreadSanitizer.
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -119,6 +120,8 @@ std::map<void*, size_t>& limits() {
 
 constexpr size_t kDefaultShared = 48 << 10;
 
+std::atomic<unsigned long> launched{0};
+
 void run_cluster(const Grid& grid, unsigned first, const std::function<void()>& body,
                  std::vector<Thread>& threads) {
   const unsigned per_block = grid.threads.x * grid.threads.y * grid.threads.z;
@@ -178,10 +181,15 @@ bool launch(const Grid& grid, const std::function<void()>& body) {
   if (!possible) return false;
   static std::mutex one_launch;
   const std::lock_guard<std::mutex> guard(one_launch);
+  ++launched;
   std::vector<Thread> threads(per_block * grid.cluster);
   for (unsigned block = 0; block < grid.blocks.x; block += grid.cluster)
     run_cluster(grid, block, body, threads);
   return true;
+}
+
+unsigned long launches() {
+  return launched;
 }
 
 Thread& self() {

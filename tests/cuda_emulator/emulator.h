@@ -39,6 +39,8 @@ size_t allowed_shared(void* kernel);
 // Runs `body` as every thread of the grid; false for a grid that the device cannot run. Throws
 // std::runtime_error with what was wrong in the kernel.
 bool launch(const Grid& grid, const std::function<void()>& body);
+// Grids so far.
+unsigned long launches();
 
 Thread& self();
 unsigned lane();

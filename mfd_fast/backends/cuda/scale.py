@@ -6,12 +6,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .distill_loss import scale_gradient_
-
-__all__ = ["scale_gradient_", "scale_gradients_"]
+from ..cpu.rows import DTYPES
+from . import native
+from .launch import where
 
 
 def scale_gradients_(gradients: Sequence[Tensor], factor: Tensor) -> None:
-    """Each of the contiguous ``gradients`` ``*= factor``, as :func:`scale_gradient_`."""
-    for gradient in gradients:
-        scale_gradient_(gradient, factor)
+    """Each of the contiguous ``gradients`` ``*= factor`` (0-d, same device) in place, in one launch for all.
+
+    Nothing is touched where ``factor`` is 1. The host does not wait for its value.
+    """
+    filled = [(g.data_ptr(), DTYPES[g.dtype], g.numel()) for g in gradients if g.numel()]
+    if filled:
+        device = gradients[0].device
+        native().cuda.scale_all(filled, factor.data_ptr(), DTYPES[factor.dtype], *where(device))
