@@ -19,7 +19,9 @@ namespace py = pybind11;
 namespace {
 
 using mfd::Address;
+using mfd::matrix;
 using mfd::pointer;
+using mfd::Rows;
 
 void put_value(Address out, bool is_double, double value) {
   if (is_double) {
@@ -110,33 +112,6 @@ void per_row_backward(const mfd::Problem& problem, const mfd::TopK* topk, Addres
 
 // ---------------------------------------------------------------------------------------------- fusion
 
-// (address, dtype, inner, outer_stride, row_stride), as backends/layout.py has it.
-using Rows = std::tuple<Address, int, int64_t, int64_t, int64_t>;
-
-mfd::Matrix matrix(const Rows& rows) {
-  return {pointer(std::get<0>(rows)), static_cast<mfd::Dtype>(std::get<1>(rows)), std::get<2>(rows),
-          std::get<3>(rows), std::get<4>(rows)};
-}
-
-std::unique_ptr<mfd::Pool> make_pool(int64_t n_rows, int64_t width, bool is_double,
-                                     const std::vector<Rows>& features, Address query, Address scores,
-                                     Address bias, double temperature, Address temperature_rows,
-                                     int64_t temperature_stride, double scale, Address present) {
-  auto p = std::make_unique<mfd::Pool>();
-  p->n_rows = n_rows;
-  p->width = width;
-  p->modalities = static_cast<int>(features.size());
-  p->is_double = is_double;
-  for (size_t m = 0; m < features.size(); ++m) p->features[m] = matrix(features[m]);
-  p->query = pointer(query);
-  p->scores = pointer(scores);
-  p->bias = pointer(bias);
-  p->temperature = {pointer(temperature_rows), temperature_stride, temperature};
-  p->scale = scale;
-  p->present = pointer<const unsigned char>(present);
-  return p;
-}
-
 void pool_forward(const mfd::Pool& pool, Address pooled, int pooled_dtype, Address weights, bool stream,
                   int threads) {
   mfd::PoolForward f{};
@@ -171,22 +146,6 @@ void pool_backward(const mfd::Pool& pool, Address weights, const Rows& d_pooled,
   g.d_scores = pointer(d_scores);
   g.d_row_temperature = pointer(d_row_temperature);
   mfd::pool_backward(g, threads);
-}
-
-mfd::Tap make_tap(int64_t n_rows, int64_t width, const Rows& student, const Rows& teacher, Address mask,
-                  double weight, Address grad_rows, int64_t grad_stride, Address d_student, Address d_teacher,
-                  Address distances, bool stream) {
-  return {n_rows,
-          width,
-          matrix(student),
-          matrix(teacher),
-          pointer<const unsigned char>(mask),
-          weight,
-          {pointer(grad_rows), grad_stride, 0.0},
-          pointer(d_student),
-          pointer(d_teacher),
-          pointer(distances),
-          stream};
 }
 
 // The scalar loss goes to `loss`; with 0 the taps carry per-row outputs or gradients.
@@ -388,10 +347,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("scalar", &scalar, release());
   m.def("per_row", &per_row, release());
   m.def("per_row_backward", &per_row_backward, release());
-  py::class_<mfd::Pool>(m, "Pool").def(py::init(&make_pool));
   m.def("pool_forward", &pool_forward, release());
   m.def("pool_backward", &pool_backward, release());
-  py::class_<mfd::Tap>(m, "Tap").def(py::init(&make_tap));
   m.def("tap_rows", &tap_rows, release());
   m.def("product", &product, release());
   m.def("has_pair_product", [] { return mfd::product_of_pairs() != nullptr; });

@@ -20,6 +20,16 @@ NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-fmad=false", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'kernels'}")
 SOURCES = sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+#: What each source has to hold, and how many of them at least.
+KERNELS = {
+    "distill.cu": {"distill_forward": 3},
+    "distill_backward.cu": {"distill_backward": 3},
+    "distill_mixture.cu": {"mixture_forward": 3},
+    "mixture_backward.cu": {"mixture_backward": 3},
+    "topk.cu": {"topk_rows": 3},
+    "feature_loss.cu": {"match_taps": 3, "scale_all": 1},
+    "modal_pool.cu": {"pool_forward": 3, "pool_backward": 3, "pool_sums": 2},
+}
 CASES = [(source, arch) for arch in ARCHITECTURES for source in SOURCES] if NVCC else []
 
 
@@ -36,7 +46,8 @@ def compiled(source: str, arch: int, folder: Path) -> tuple[dict[str, str], Path
 @pytest.mark.parametrize(("source", "arch"), CASES, ids=str)
 def test_kernels_compile_without_spills(source: str, arch: int, tmp_path: Path) -> None:
     kernels, cubin = compiled(source, arch, tmp_path)
-    assert len(kernels) >= 3
+    for pattern, count in KERNELS[source].items():
+        assert sum(bool(re.search(pattern, name)) for name in kernels) >= count, pattern
     for name, said in kernels.items():
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said, f"{name}: {said}"
         # Of 65536 registers: two blocks of 256 threads of the lean kernels, three of 128 where a warp has a row.
@@ -47,9 +58,11 @@ def test_kernels_compile_without_spills(source: str, arch: int, tmp_path: Path) 
     assert seen.local_instructions == 0
     assert seen.load_widths["128"] > 0
     assert seen.store_widths["128"] > 0
-    if source == "distill.cu":
+    # Disassembling takes as long as compiling: what no architecture changes is looked for on one.
+    if source != "distill_backward.cu" and (source == "distill.cu" or arch == 90):
         sass = aot.disassemble(cubin)
         assert re.search(r"\bLDGSTS\.E\.BYPASS\.128\b", sass), "rows are not parked by copies of 16 bytes"
+    if source == "distill.cu":
         assert bool(re.search(r"\bUCGABAR_(ARV|WAIT)\b", sass)) == (arch >= 90), "barriers of clusters"
 
 

@@ -1,4 +1,4 @@
-// The problem that row kernels get, for Python.
+// What kernels of all backends get, for Python.
 #include "bindings.h"
 
 #include <pybind11/stl.h>
@@ -62,6 +62,41 @@ std::unique_ptr<TopK> make_topk(Address indices, int64_t listed, int tail, bool 
       new TopK{pointer<const int64_t>(indices), listed, static_cast<Tail>(tail), logprobs});
 }
 
+std::unique_ptr<Pool> make_pool(int64_t n_rows, int64_t width, bool is_double,
+                                const std::vector<Rows>& features, Address query, Address scores,
+                                Address bias, double temperature, Address temperature_rows,
+                                int64_t temperature_stride, double scale, Address present) {
+  auto p = std::make_unique<Pool>();
+  p->n_rows = n_rows;
+  p->width = width;
+  p->modalities = static_cast<int>(features.size());
+  p->is_double = is_double;
+  for (size_t m = 0; m < features.size(); ++m) p->features[m] = matrix(features[m]);
+  p->query = pointer(query);
+  p->scores = pointer(scores);
+  p->bias = pointer(bias);
+  p->temperature = {pointer(temperature_rows), temperature_stride, temperature};
+  p->scale = scale;
+  p->present = pointer<const unsigned char>(present);
+  return p;
+}
+
+Tap make_tap(int64_t n_rows, int64_t width, const Rows& student, const Rows& teacher, Address mask,
+             double weight, Address grad_rows, int64_t grad_stride, Address d_student, Address d_teacher,
+             Address distances, bool stream) {
+  return {n_rows,
+          width,
+          matrix(student),
+          matrix(teacher),
+          pointer<const unsigned char>(mask),
+          weight,
+          {pointer(grad_rows), grad_stride, 0.0},
+          pointer(d_student),
+          pointer(d_teacher),
+          pointer(distances),
+          stream};
+}
+
 }  // namespace
 
 // Local to the module: the tests load a second one, with the CUDA kernels for a host compiler.
@@ -70,6 +105,8 @@ void bind_problem(py::module_& m) {
   py::class_<Teachers>(m, "Teachers", py::module_local()).def(py::init(&make_teachers));
   py::class_<Problem>(m, "Problem", py::module_local()).def(py::init(&make_problem));
   py::class_<TopK>(m, "TopK", py::module_local()).def(py::init(&make_topk));
+  py::class_<Pool>(m, "Pool", py::module_local()).def(py::init(&make_pool));
+  py::class_<Tap>(m, "Tap", py::module_local()).def(py::init(&make_tap));
 }
 
 }  // namespace mfd

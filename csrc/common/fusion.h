@@ -31,6 +31,11 @@ struct Pool {
   const Problem* rows;           // rows it does not count have no modalities; null: all count
 };
 
+// Dtypes of the vectors, where they are not the compute dtype.
+struct PoolTypes {
+  Dtype query, scores, bias;
+};
+
 enum FeatureKind : int { kMse = 0, kSmoothL1 = 1, kCosine = 2 };
 
 // Distance of one row pair (s, t), and what its gradient needs:

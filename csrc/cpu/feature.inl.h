@@ -1,21 +1,5 @@
 // Distances between rows of features, and their gradients.
 
-template <class S>
-MFD_INLINE typename S::V clamp_unit(typename S::V e) {
-  typedef typename S::T T;
-  const typename S::V one = S::splat(T(1));
-  return S::select(e > one, one, S::select(e < -one, -one, e));
-}
-
-// h(e): e^2 or smooth L1 with threshold 1, e^2/2 or |e| - 1/2.
-template <class S, int kKind>
-MFD_INLINE typename S::V error_of(typename S::V e) {
-  typedef typename S::T T;
-  if (kKind == kMse) return e * e;
-  const typename S::V size = S::select(e < typename S::V{}, -e, e), half = S::splat(T(0.5));
-  return S::select(size < S::splat(T(1)), half * e * e, size - half);
-}
-
 template <class S, int kKind, class A, class B>
 static FeatureRow feature_row(const A* s, const B* t, int64_t n) {
   typedef typename S::V V;
@@ -39,14 +23,11 @@ static FeatureRow feature_row(const A* s, const B* t, int64_t n) {
   }
   if (i < n) step(acc[0], i, n - i < W ? n - i : W);
   if (i + W < n) step(acc[1], i + W, n - i - W);
-  const double first = S::sum(acc[0][0] + acc[1][0]), width = static_cast<double>(n);
-  if (kKind == kMse) return {first / width, 2.0 / width, 0, 0};
-  if (kKind == kSmoothL1) return {first / width, 1.0 / width, 0, 0};
+  const double first = S::sum(acc[0][0] + acc[1][0]);
+  if (kKind != kCosine) return feature_row_of_sums(static_cast<FeatureKind>(kKind), first, 0, 0, n);
   const double ss = S::sum(acc[0][kSums - 2] + acc[1][kSums - 2]);
   const double tt = S::sum(acc[0][kSums - 1] + acc[1][kSums - 1]);
-  if (ss == 0 || tt == 0) return {1.0, 0, 0, 0};
-  const double norms = sqrt(ss) * sqrt(tt), cosine = first / norms;
-  return {1.0 - cosine, -1.0 / norms, cosine / ss, cosine / tt};
+  return feature_row_of_sums(kCosine, first, ss, tt, n);
 }
 
 template <class S, class A, class B>
@@ -70,13 +51,7 @@ static void feature_gradient(const A* s, const B* t, int64_t n, double of_t, dou
   const V a = S::splat(static_cast<T>(of_t)), b = S::splat(static_cast<T>(of_s));
   over_vectors<S>(
       n, MFD_STEP {
-        const V x = load_upto<S>(s + i, left), y = load_upto<S>(t + i, left);
-        V g;
-        if (kKind == kCosine) {
-          g = S::fma(a, y, b * x);
-        } else {
-          g = a * (kKind == kMse ? x - y : clamp_unit<S>(x - y));
-        }
+        V g = feature_slope<S, kKind>(load_upto<S>(s + i, left), load_upto<S>(t + i, left), a, b);
         if (base) g = g + load_upto<S>(base + i, left);
         store_upto<S>(out + i, g, left);
       });

@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #include "common/annotations.h"
-#include "common/fusion.h"
+#include "common/fusion_math.h"
 #include "common/row_math.h"
 #include "common/row_terms.h"
 #include "common/saved_row.h"
@@ -47,6 +47,7 @@ namespace {
 #include "cpu/distill_backward.inl.h"
 #include "cpu/row_ends.inl.h"
 #include "cpu/matrix_rows.inl.h"
+#include "common/features.inl.h"
 #include "cpu/feature.inl.h"
 #include "cpu/pool.inl.h"
 #include "cpu/product.inl.h"

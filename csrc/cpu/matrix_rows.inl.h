@@ -8,9 +8,7 @@ MFD_INLINE bool is_element(Dtype dtype) {
 }
 
 MFD_INLINE const char* row_address(const Matrix& m, int64_t row) {
-  const int64_t offset =
-      row < m.inner ? row * m.row_stride : (row / m.inner) * m.outer_stride + (row % m.inner) * m.row_stride;
-  return static_cast<const char*>(m.data) + offset * dtype_size(m.dtype);
+  return static_cast<const char*>(m.data) + matrix_offset(m, row) * dtype_size(m.dtype);
 }
 
 // The row where it lies, or converted into `buffer`. To elements of 16 bits nothing is converted.

@@ -102,14 +102,11 @@ static void pool_softmax(const Pool& p, int64_t row, const Present<E>& in, doubl
   for (int k = 0; k < in.count; ++k) a[k] /= sum;
 }
 
-// KL(target || weights) over the modalities; 0 log 0 = 0, +inf where an absent modality has a target.
+// KL(target || weights) over the modalities.
 template <class T>
 static double pool_divergence(const T* target, const T* weights, int modalities) {
   double kl = 0;
-  for (int m = 0; m < modalities; ++m) {
-    const double p = target[m];
-    if (p != 0) kl += p * (log(p) - log(static_cast<double>(weights[m])));
-  }
+  for (int m = 0; m < modalities; ++m) kl += pool_kl_term(target[m], weights[m]);
   return kl < 0 ? 0.0 : kl;
 }
 
@@ -217,8 +214,7 @@ static const typename S::T* row_upstream(const PoolBackward& g, int64_t row, con
   return sum;
 }
 
-// ds[k] = d loss/d s_k*temperature = a_k (p_k - sum_j a_j p_j), and for KL(target || a): a_k sum(target) -
-// target_k.
+// ds[k] = d loss/d s_k*temperature.
 template <class S, class E>
 static void score_gradients(const PoolBackward& g, int64_t row, const Present<E>& in, const typename S::T* dy,
                             double* a, double* ds) {
@@ -238,8 +234,8 @@ static void score_gradients(const PoolBackward& g, int64_t row, const Present<E>
     if (target) mass += target[first + in.index[k]];
   }
   for (int k = 0; k < in.count; ++k) {
-    ds[k] = a[k] * (ds[k] - mean);
-    if (target) ds[k] += pool * (a[k] * mass - target[first + in.index[k]]);
+    ds[k] = score_gradient(a[k], ds[k], mean);
+    if (target) ds[k] += pool * pool_kl_gradient(a[k], mass, target[first + in.index[k]]);
   }
 }
 
@@ -271,7 +267,7 @@ static void pool_backward_row(const PoolBackward& g, int64_t row, int64_t end, c
     }
     ++next;
     const double of_score = ds[k] / temperature;
-    if (partial.wants_temperature && a[k] != 0) d_temperature -= of_score * log(a[k]);
+    if (partial.wants_temperature) d_temperature += temperature_term(a[k], of_score);
     if (partial.bias) partial.bias[m] += of_score;
     if (d_scores) d_scores[m] = static_cast<T>(of_score);
     r.a[k] = static_cast<T>(a[k]);
@@ -279,7 +275,6 @@ static void pool_backward_row(const PoolBackward& g, int64_t row, int64_t end, c
     out[k] = dx;
     r.dx[k] = dx ? row_target(p.features[m].dtype, g.stream, dx, static_cast<E*>(scratch.out[k])) : nullptr;
   }
-  // sum_k ds_k = 0, so s_k/temperature may stand for log a_k, which differs from it by a constant.
   partial.temperature += d_temperature;
   put<T>(g.d_row_temperature, row, d_temperature);
   const T* query = static_cast<const T*>(p.query);

@@ -129,6 +129,7 @@ py::tuple plan(const Problem& problem, const TopK* topk, bool use_soft, int devi
 void bind_cuda(py::module_& parent) {
   using release = py::call_guard<py::gil_scoped_release>;
   py::module_ m = parent.def_submodule("cuda", "Launchers of the CUDA kernels.");
+  bind_cuda_fusion(m);
   m.attr("scalar_workspace") = sizeof(cuda::ScalarWorkspace);
   m.attr("max_teachers") = cuda::kMaxTeachers;
   m.def("plan", &plan);

@@ -6,12 +6,8 @@
 namespace mfd {
 namespace device {
 
-// grad *= factor; returns at once where the factor is 1.
-template <int kUnused = 0>
-__global__ void __launch_bounds__(256)
-    scale_in_place(void* grad, Dtype dtype, int64_t n, const void* factor, Dtype factor_dtype) {
-  const double wide = load_one<double>(static_cast<const unsigned char*>(factor), factor_dtype);
-  if (wide == 1.0) return;
+// grad *= factor by the threads of a grid.
+MFD_INLINE void scale_by(void* grad, Dtype dtype, int64_t n, double wide, Dtype factor_dtype) {
   unsigned char* bytes = static_cast<unsigned char*>(grad);
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -36,6 +32,32 @@ __global__ void __launch_bounds__(256)
         store_one(bytes + i * size, dtype, load_one<float>(bytes + i * size, dtype) * single);
     }
   }
+}
+
+// grad *= factor; returns at once where the factor is 1.
+template <int kUnused = 0>
+__global__ void __launch_bounds__(256)
+    scale_in_place(void* grad, Dtype dtype, int64_t n, const void* factor, Dtype factor_dtype) {
+  const double wide = load_one<double>(static_cast<const unsigned char*>(factor), factor_dtype);
+  if (wide != 1.0) scale_by(grad, dtype, n, wide, factor_dtype);
+}
+
+constexpr int kMaxScaled = 64;
+
+struct Gradients {
+  void* grad[kMaxScaled];
+  Dtype dtype[kMaxScaled];
+  int64_t n[kMaxScaled];
+  int count;
+};
+
+// The same for several gradients.
+template <int kUnused = 0>
+__global__ void __launch_bounds__(256)
+    scale_all(const __grid_constant__ Gradients all, const void* factor, Dtype factor_dtype) {
+  const double wide = load_one<double>(static_cast<const unsigned char*>(factor), factor_dtype);
+  if (wide == 1.0) return;
+  for (int k = 0; k < all.count; ++k) scale_by(all.grad[k], all.dtype[k], all.n[k], wide, factor_dtype);
 }
 
 }  // namespace device

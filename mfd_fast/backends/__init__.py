@@ -23,8 +23,8 @@ NAMES = ("cuda", "triton", "cpu", "reference")  # best first
 #: shapes; a cluster reads each logit once where Triton's programs read long rows twice.
 OPS: dict[str, tuple[str, ...]] = {
     "distill_loss": ("cuda", "triton", "cpu", "reference"),
-    "modal_pool": ("triton", "cpu", "reference"),
-    "feature_loss": ("triton", "cpu", "reference"),
+    "modal_pool": ("cuda", "triton", "cpu", "reference"),
+    "feature_loss": ("cuda", "triton", "cpu", "reference"),
     "mfd_loss": ("triton", "cpu", "reference"),
 }
 
