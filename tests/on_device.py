@@ -121,7 +121,8 @@ def install() -> None:
         why_not = backends.why_not
 
         def refusing(name: str, op: str, problem: Any) -> str | None:
-            if name in ("cuda", "triton") and not _inside.get():
+            backward = torch._C._current_graph_task_id() != -1
+            if name in ("cuda", "triton") and not (_inside.get() or backward):
                 return "the tensors are on cpu, not on the device"
             return why_not(name, op, problem)
 

@@ -94,7 +94,7 @@ class Run:
             self.until - SLACK["battery"],
             several,
             backend=backend,
-            first=FEW if rehearsal and backend else None,
+            first=FEW if rehearsal else None,
         )
         verdict = "red" if found.failed or not found.passed else "green"
         self.keep(
@@ -173,7 +173,7 @@ def main() -> int:
     )
     parser.add_argument("--part", action="append", choices=list(PARTS), help="default: every part that is not done")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--minutes", type=float, default=8.5, help="of this call")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of this call")
     parser.add_argument("--processes", type=int, default=max(min((os.cpu_count() or 2) // 2, 8), 1))
     parser.add_argument("--commit", help="of the sources, where there is no repository to ask")
     parser.add_argument("--results", type=Path, help="write the evidence here too")
