@@ -2,8 +2,9 @@
 
     python tests/every_sample.py --backend cuda --dtype bfloat16 --dtype float32
 
-Values are checked elsewhere. With ``--emulated 90,4,8192`` the emulated device has that capability, number of
-processors and shared memory per block. The last line is the number of calls.
+Values are checked elsewhere. With ``--emulated 90,4,8192:2100`` the first sample of each op also runs with 2100 classes
+on an emulated device of that capability, number of processors and shared memory per block. The last line is the number
+of calls.
 """
 
 from __future__ import annotations
@@ -25,30 +26,37 @@ def main() -> None:
     parser.add_argument("--dtype", action="append", required=True)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--classes", type=int, default=21)
-    parser.add_argument("--emulated", help="CAPABILITY,PROCESSORS,BYTES")
+    parser.add_argument("--emulated", action="append", default=[], metavar="CAPABILITY,PROCESSORS,BYTES:CLASSES")
     parser.add_argument("--first", action="store_true", help="only the first sample of each op")
-    parser.add_argument("--op", action="append", choices=list(RECORDS), help="default: all that have kernels")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    if asked.emulated:
+    calls = run(asked.backend, asked.dtype, asked.rows, asked.classes, asked.first)
+    for case in asked.emulated:
         from mfd_fast.backends import cuda
 
-        cuda.native().set_device(*map(int, asked.emulated.split(",")))
-    calls = 0
-    for record in RECORDS.values():
-        if asked.backend not in record.backends or record.name not in (asked.op or RECORDS):
-            continue
-        names = samples_on(record, asked.backend)
-        for name in names[:1] if asked.first else names:
-            for dtype in asked.dtype:
-                size = {"rows": asked.rows, "classes": asked.classes}
-                arguments = record.samples(dtype=getattr(torch, dtype), **size)[name]
-                print(f"{record.name} {name} {dtype}", flush=True)
-                for differentiable in (record.differentiable[:1], record.differentiable):
-                    evaluate(record, on(record, asked.backend), arguments, names=differentiable)
-                    calls += 1
+        device, classes = case.split(":")
+        print(case)
+        cuda.native().set_device(*map(int, device.split(",")))
+        calls += run(asked.backend, asked.dtype[:1], 2, int(classes), True)
     on_device.check_inputs()
     print(f"{calls} calls")
+
+
+def run(backend: str, dtypes: list[str], rows: int, classes: int, first: bool) -> int:
+    """Every sample, or the first of each op; the number of calls."""
+    calls = 0
+    for record in RECORDS.values():
+        if backend not in record.backends:
+            continue
+        names = samples_on(record, backend)
+        for name in names[:1] if first else names:
+            for dtype in dtypes:
+                arguments = record.samples(dtype=getattr(torch, dtype), rows=rows, classes=classes)[name]
+                print(f"{record.name} {name} {dtype}", flush=True)
+                for differentiable in (record.differentiable[:1], record.differentiable):
+                    evaluate(record, on(record, backend), arguments, names=differentiable)
+                    calls += 1
+    return calls
 
 
 if __name__ == "__main__":
