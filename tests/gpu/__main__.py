@@ -152,7 +152,11 @@ class Run:
         command += [word for folder in folders or [self.folder] for word in ("--out", folder)]
         command += ["--commit", self.asked.commit] if self.asked.commit else []
         done = subprocess.run(
-            list(map(str, command)), cwd=staging.SITE, env=staging.environment(self.device), capture_output=True, text=True
+            list(map(str, command)),
+            cwd=staging.SITE,
+            env=staging.environment(self.device),
+            capture_output=True,
+            text=True,
         )
         print(done.stdout.strip() if done.returncode == 0 else done.stderr[-3000:])
 

@@ -56,7 +56,7 @@ class Battery:
         self.done = set(done.read_text().splitlines()) if done and done.exists() else set()
         # A process that takes up a dead one's share leaves out what that one has done.
         self.before = outcomes(journal) if journal and journal.exists() else set()
-        self.journal = journal.open("a", buffering=1) if journal else None
+        self.journal = journal
         self.outcome: dict[str, str] = {}
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -72,12 +72,14 @@ class Battery:
         mine = [item for place, item in enumerate(left) if place // 8 % self.shares == self.share]
         mine = [item for item in mine if item.nodeid not in self.before]
         self.say(total=len(chosen))
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(mine)])
+        kept = {item.nodeid for item in mine}
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
         items[:] = mine
 
     def say(self, **fields: object) -> None:
         if self.journal:
-            self.journal.write(json.dumps(fields) + "\n")
+            with self.journal.open("a") as file:
+                file.write(json.dumps(fields) + "\n")
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.outcome.pop(nodeid, None)

@@ -36,7 +36,15 @@ def main() -> None:
     asked = parser.parse_args()
     device = torch.device(asked.device)
     found: dict[str, Any] = {"schema": results.SCHEMA, "machine": machine.facts(device), "ceilings": {}}
-    found |= {"suite": "gpu", "flush": True, "seconds": 0.0, "results": [], "left_out": [], "missing": {}, "growth": None}
+    found |= {
+        "suite": "gpu",
+        "flush": True,
+        "seconds": 0.0,
+        "results": [],
+        "left_out": [],
+        "missing": {},
+        "growth": None,
+    }
     if asked.bench and asked.bench.exists():
         found = results.load(asked.bench)
     if asked.commit:

@@ -56,7 +56,7 @@ def read(folder: Path) -> Verdicts:
 def run(
     folder: Path, device: str, until: float, shares: int, *, backend: str | None = None, first: int | None = None
 ) -> Verdicts:
-    """Goes on with the tests of ``backend``, or without one with those of tests/gpu, whose verdicts are in ``folder``."""
+    """Goes on with the tests of ``backend``, without one those of tests/gpu; their verdicts are in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "done.txt"
     done.write_text("\n".join(sorted(read(folder).done)))

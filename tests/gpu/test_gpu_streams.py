@@ -65,7 +65,8 @@ def test_work_is_queued_on_the_callers_stream(record, backend, name):
 def test_two_streams_at_a_time(record, backend):
     """Scratch memory belongs to a stream."""
     name = next(iter(record.samples()))
-    steps = [step_of(record, backend, placed(record.samples(rows=rows)[name])) for rows in ((300, 500) if ON_GPU else (3, 5))]
+    sizes = (300, 500) if ON_GPU else (3, 5)
+    steps = [step_of(record, backend, placed(record.samples(rows=rows)[name])) for rows in sizes]
     expected = [step() for step in steps]
     wait()
     with side_stream():
