@@ -73,7 +73,7 @@ def fetch(t: Tensor) -> Tensor:
 
 def here(op: Callable[..., Any]) -> Callable[..., Any]:
     """``op`` without the copies, for tensors that are on the device."""
-    plain = getattr(op, "__wrapped__", op)
+    plain = getattr(op, "unmoved", op)
     if ON_GPU:
         return plain
 
@@ -97,6 +97,7 @@ def moved(op: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return _tree(inner(*_tree(args, send), **_tree(kwargs, send)), fetch)
 
+    call.unmoved = op  # type: ignore[attr-defined]
     return call
 
 
@@ -115,7 +116,7 @@ def _install() -> None:
         setattr(eager, op.__name__, moved(getattr(eager, op.__name__)))
 
     def explained(op: Any, *args: Any, **kwargs: Any) -> Any:
-        return moved(explain)(getattr(op, "__wrapped__", op), *args, **kwargs)
+        return moved(explain)(getattr(op, "unmoved", op), *args, **kwargs)
 
     mfd.explain = explained
     if not ON_GPU:

@@ -32,8 +32,9 @@ def line(test, outcome, **more):
 
 def test_a_journal_tells_what_is_left(shares, tmp_path):
     ends = [line("a", "started"), line("a", "passed"), line("b", "started"), line("b", "failed", why="off by one")]
-    write(tmp_path, {"total": 4}, *ends, line("c", "started"))
+    write(tmp_path, {"total": 4}, {"broken": "test_x.py", "why": "no such module"}, *ends, line("c", "started"))
     found = shares.read(tmp_path)
+    assert found.broken == {"test_x.py": "no such module"}
     assert (found.passed, found.failed, found.left) == ({"a"}, {"b": "off by one"}, 2)
     assert list(found.running) == ["c"]
 

@@ -30,6 +30,8 @@ import staging
 ROOT = staging.ROOT
 #: Seconds that the last workload of the benchmark, or the last test, may take beyond the time of the call.
 SLACK = {"bench": 150.0, "battery": 20.0}
+#: Seconds without which no tool of compute-sanitizer is started.
+ENOUGH = 200.0
 #: Of tests in a rehearsal.
 FEW = 24
 
@@ -96,22 +98,25 @@ class Run:
             backend=backend,
             first=FEW if rehearsal else None,
         )
-        verdict = "red" if found.failed or not found.passed else "green"
+        failed = {**found.broken, **found.failed}
+        if not found.done and not failed:  # not even the tests were collected
+            failed = {f"no test ran, see {part}/0.log": (self.folder / part / "0.log").read_text()[-3000:]}
         self.keep(
             part,
             done=found.left == 0,
-            verdict=verdict if found.left == 0 or found.failed else "not done",
+            verdict="red" if failed else "green" if found.left == 0 else "not done",
             tests=found.total,
             passed=len(found.passed),
-            failed=dict(sorted(found.failed.items())[:50]),
-            failures=len(found.failed),
+            failed=dict(sorted(failed.items())[:50]),
+            failures=len(failed),
             seconds=round(self.checks.get(part, {}).get("seconds", 0) + time.time() - begin),
         )
 
     def sanitizer(self, part: str) -> None:
         tools = dict(self.checks.get(part, {}).get("tools", {}))
         for tool in sanitizer.TOOLS:
-            if tool not in tools and self.left() > 30:
+            enough = self.device == "cpu" or self.left() > ENOUGH
+            if tool not in tools and enough:
                 tools[tool] = sanitizer.run(tool, self.device, self.left())
         green = all(said["verdict"] == "green" for said in tools.values())
         self.keep(part, done=len(tools) == len(sanitizer.TOOLS), verdict="green" if green else "red", tools=tools)
@@ -183,9 +188,11 @@ def main() -> int:
     parser.add_argument("--results", type=Path, help="write the evidence here too")
     parser.add_argument("--fresh", action="store_true", help="forget what earlier calls have done")
     run = Run(parser.parse_args())
+    if run.checks.get("build", {}).get("done"):
+        staging.lay_out(staging.native(run.device) / "_C.so")
     for part, work in PARTS.items():
         wanted = run.asked.part is None or part in run.asked.part
-        if not wanted or run.checks.get(part, {}).get("done") or run.left() < 20:
+        if not wanted or run.checks.get(part, {}).get("done") or run.left() < 30:
             continue
         if part != "build" and not run.checks.get("build", {}).get("done"):
             run.build("build")

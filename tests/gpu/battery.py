@@ -81,6 +81,10 @@ class Battery:
             with self.journal.open("a") as file:
                 file.write(json.dumps(fields) + "\n")
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.say(broken=report.nodeid, why=str(report.longrepr)[-3000:])
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.outcome.pop(nodeid, None)
         self.say(test=nodeid, outcome="started", time=time.time())

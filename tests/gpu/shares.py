@@ -24,6 +24,8 @@ class Verdicts:
     passed: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
     running: dict[str, float] = field(default_factory=dict)
+    #: Files that cannot be imported.
+    broken: dict[str, str] = field(default_factory=dict)
 
     @property
     def done(self) -> set[str]:
@@ -41,6 +43,9 @@ def read(folder: Path) -> Verdicts:
             said = json.loads(line)
             if "total" in said:
                 found.total = said["total"]
+                continue
+            if "broken" in said:
+                found.broken[said["broken"]] = said["why"]
                 continue
             name = said["test"]
             found.running.pop(name, None)
@@ -64,7 +69,15 @@ def run(
     where = [tests, *(f"--ignore-glob={tests / name}" for name in battery.NOT_HERE)] if backend else [tests / "gpu"]
     command = [
         *(sys.executable, "-m", "pytest", "-q", "-p", "battery", "-p", "no:cacheprovider"),
-        *("-W", "default", "-o", f"pythonpath={staging.SITE}", f"--rootdir={staging.ROOT}", "--tb=short"),
+        *(
+            "-W",
+            "default",
+            "--continue-on-collection-errors",
+            "-o",
+            f"pythonpath={staging.SITE}",
+            f"--rootdir={staging.ROOT}",
+            "--tb=short",
+        ),
         *(f"--until={until}", f"--done={done}", *where),
         *([f"--of-backend={backend}"] if backend else []),
         *([f"--first={first}"] if first else []),
@@ -102,7 +115,7 @@ def run(
 
 def crashed(journal: Path, why: str) -> bool:
     """Whether a process died in a test, or of one: the others of its share are still to be run."""
-    if not journal.exists():
+    if not journal.exists() or not journal.read_text():
         return False
     last = json.loads(journal.read_text().splitlines()[-1])
     if last.get("outcome") == "started":

@@ -44,6 +44,11 @@ def tool(package: str, directory: str) -> str:
     return found
 
 
+def native(device: str) -> Path:
+    """Where the native module is built."""
+    return HOME / f"native-{sysconfig.get_config_var('SOABI')}-{device}"
+
+
 def build(device: str) -> dict[str, object]:
     """Compiles the native module: with CUDA for the architecture of this machine's GPU, or for a rehearsal without.
 
@@ -51,7 +56,7 @@ def build(device: str) -> dict[str, object]:
     """
     import pybind11
 
-    target = HOME / f"native-{sysconfig.get_config_var('SOABI')}-{device}"
+    target = native(device)
     cuda = ["-DMFD_FAST_CUDA=OFF"]
     facts: dict[str, object] = {"compiler": subprocess.getoutput("c++ --version").split("\n", 1)[0]}
     if device == "cuda":
