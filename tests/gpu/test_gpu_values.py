@@ -16,7 +16,7 @@ from mfd_fast.bench import memory
 LOSS = RECORDS["distill_loss"]
 CLASSES = [130, 1100, 8191, 32000, 50257, 128256, 202048, 10**6 + 3] if ON_GPU else [130, 1100]
 SAMPLES = ["plain", "labels", "transforms", "jsd", "alpha_beta", "dkd", "nkd", "standardize"]
-CLOSE = {torch.float32: {"rtol": 2e-5, "atol": 2e-6}, torch.bfloat16: {"rtol": 2**-7, "atol": 1e-5}}
+CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -61,28 +61,30 @@ def test_a_bad_label_gives_nan_for_its_row_and_is_never_read(backend, label):
     assert bool(grad[[0, 1, 3, 4, 5]].isfinite().all())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("record", "backend"), OPS, ids=OP_IDS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_as_one_graph(record, backend, dtype):
-    """torch.compile(fullgraph=True, dynamic=True), forward and backward, twice."""
+def test_compiled_as_one_graph(record, backend):
+    """torch.compile(fullgraph=True, dynamic=True), forward and backward, with two sizes.
+
+    In float32: a compiled mfd_loss is a chain of ops, whose intermediate results bfloat16 would round.
+    """
     torch._dynamo.reset()
     name = samples_on(record, backend)[:2][-1]
     plain = getattr(record.op, "unmoved", record.op)
     engine = "inductor" if ON_GPU else "aot_eager"
     call = here(torch.compile(plain, fullgraph=True, dynamic=True, backend=engine))
     for rows in (6, 8):
-        arguments = placed(record.samples(dtype=dtype, rows=rows)[name])
+        arguments = placed(record.samples(rows=rows)[name])
         found, expected = (step_of(record, backend, arguments, call=c)() for c in (call, None))
         for (key, a), (_, b) in zip(found.items(), expected.items(), strict=True):
-            torch.testing.assert_close(a, b, **CLOSE[dtype], msg=key)
+            torch.testing.assert_close(a, b, **CLOSE, msg=key)
     torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_one_launch_forward_and_at_most_one_backward(backend, classes):
-    arguments = placed(LOSS.samples(dtype=torch.bfloat16, rows=256, classes=classes)["plain"])
+    arguments = placed(LOSS.samples(dtype=torch.bfloat16, rows=256 if ON_GPU else 4, classes=classes)["plain"])
     arguments = requiring_grad(arguments, ("student",))
     forward = lambda: here(LOSS.op)(**arguments, backend=backend)  # noqa: E731
     loss = forward()
