@@ -1,4 +1,4 @@
-# make demo | test | aot | lint | format | bench | wheel | clean
+# make demo | test | aot | gpu | lint | format | bench | wheel | clean
 # Another interpreter, the first time: make demo PYTHON=python3.12
 
 PYTHON  ?= python3
@@ -18,7 +18,7 @@ $(VENV)/native: export MFD_FAST_CUDA_ARCHS ?= 90
 .SILENT:
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test aot lint mypy format bench wheel clean
+.PHONY: help demo test aot gpu lint mypy format bench wheel clean
 
 help:
 	sed -n '1,2s/^# //p' Makefile
@@ -33,6 +33,12 @@ test: lint mypy
 # Every Triton kernel with every option for every GPU: half an hour.
 aot: $(VENV)/packages-test $(VENV)/native
 	MFD_FAST_AOT=complete $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests/test_triton_aot.py
+
+# On a machine with a GPU, with the packages of $(PYTHON) and no environment of our own; `make gpu ARGS=--help`.
+# DEVICE=cpu rehearses it; PART=build names one part.
+DEVICE ?= cuda
+gpu:
+	$(PYTHON) tests/gpu --device $(DEVICE) $(addprefix --part ,$(PART)) $(addprefix --minutes ,$(MINUTES)) $(ARGS)
 
 lint: $(VENV)/packages-test
 	echo "lint: ruff, codespell, clang-format"

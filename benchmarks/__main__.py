@@ -38,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--flush", action="store_true", help="evict the last-level cache before every call")
     top.add_argument("--from", dest="source", type=Path, metavar="JSON", help="show an earlier result file again")
     top.add_argument("--json", type=Path, help="write the result file here")
+    top.add_argument(
+        "--resume", action="store_true", help="keep what the file of --json has; measure what its call had no time for"
+    )
     top.add_argument("--csv", type=Path)
     top.add_argument("--plots", type=Path, metavar="FOLDER", help="write PNG and SVG pictures here")
     top.add_argument(
@@ -50,17 +53,23 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 1 if mfd_fast was red anywhere, or nothing could be measured; 2 see --compare."""
+    arguments = parser().parse_args(argv)
     lacking = [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]
-    if lacking:
-        print(f"benchmarks need {', '.join(lacking)}: pip install 'mfd-fast[bench]'", file=sys.stderr)
+    drawn = arguments.csv or arguments.plots or arguments.report or arguments.publish or arguments.compare
+    if lacking and (drawn or not arguments.json):
+        print(
+            f"benchmarks need {', '.join(lacking)}: pip install 'mfd-fast[bench]'; --json FILE needs nothing",
+            file=sys.stderr,
+        )
         return 1
+    if "rich" in lacking:
+        return _plain(arguments)
     from rich.console import Console
 
     from mfd_fast.bench import results
 
     from . import compare, table
 
-    arguments = parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 170)
     try:
         found = results.load(arguments.source) if arguments.source else _measured(arguments, console)
@@ -77,13 +86,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         changes = compare.changes(results.load(arguments.compare), found)
         slower = any(change.is_slower for change in changes)
         compare.show(changes, console)
+    return _status(found) or (2 if slower else 0)
+
+
+def _plain(arguments: argparse.Namespace) -> int:
+    """Without rich: the file, and a sentence for each workload."""
+    from mfd_fast.bench import results
+
+    try:
+        found = results.load(arguments.source) if arguments.source else _measured(arguments, None)
+    except (OSError, ValueError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 1
+    if found is None:
+        return 0
+    for result in found["results"]:
+        print(f"{result['workload']['name']}: {results.verdict(result)}")
+    for path in write(found, arguments):
+        print(path)
+    return _status(found)
+
+
+def _status(found: dict[str, Any]) -> int:
+    """1 if mfd_fast was red anywhere, or nothing could be measured."""
+    from mfd_fast.bench import results
+
     wrong = [r for r in found["results"] if any(m["name"] == r["primary"] for m in results.red(r))]
-    return 1 if wrong or not found["results"] else 2 if slower else 0
+    return 1 if wrong or not found["results"] else 0
 
 
 def _measured(arguments: argparse.Namespace, console: Any) -> dict[str, Any] | None:
     import torch
 
+    from mfd_fast.bench import results
     from mfd_fast.bench.command import chosen, device_of
 
     from . import growth
@@ -99,10 +134,12 @@ def _measured(arguments: argparse.Namespace, console: Any) -> dict[str, Any] | N
     ]
     if arguments.list:
         for entry in entries:
-            console.print(f"{entry.workload.name}  against {', '.join(entry.against)}", highlight=False)
+            print(f"{entry.workload.name}  against {', '.join(entry.against)}")
         return None
     if not entries:
         raise ValueError("no workload of this suite has that name")
+    if arguments.resume and not arguments.json:
+        raise ValueError("--resume needs --json FILE")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = device_of(arguments.device or suite.device)
@@ -116,7 +153,8 @@ def _measured(arguments: argparse.Namespace, console: Any) -> dict[str, Any] | N
         compile_seconds=arguments.compile_seconds,
         flush=arguments.flush,
         growth=growth.measure_all if arguments.growth else None,
-        quiet=not sys.stdout.isatty(),
+        quiet=not sys.stdout.isatty() or console is None,
+        before=results.load(arguments.json) if arguments.resume and arguments.json.exists() else None,
     )
 
 
@@ -124,12 +162,15 @@ def write(found: dict[str, Any], arguments: argparse.Namespace) -> list[Path]:
     """Every file that was asked for; returns their paths."""
     from mfd_fast.bench import machine, results
 
-    from . import plots, report, table
-
     written: list[Path] = []
     if arguments.json:
         results.save(found, arguments.json)
         written.append(arguments.json)
+    if not (arguments.csv or arguments.plots or arguments.report or arguments.publish):
+        return written
+
+    from . import plots, report, table
+
     if arguments.csv:
         table.write_csv(found, arguments.csv)
         written.append(arguments.csv)

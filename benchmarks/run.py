@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mfd_fast.bench import ceilings, machine
 from mfd_fast.bench.command import document
@@ -16,6 +16,9 @@ from mfd_fast.bench.implementations import every
 from mfd_fast.bench.measure import LeftOutError, Settings, measure
 
 from .suites import Entry, Suite
+
+#: Why a workload is left out that another call with ``before`` measures.
+LATE = "the suite's time was spent"
 
 
 def run_suite(
@@ -30,14 +33,19 @@ def run_suite(
     flush: bool = False,
     growth: Callable[[torch.device, Callable[[str], None]], list[dict[str, Any]]] | None = None,
     quiet: bool = False,
+    before: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A result file: the machine, the ceilings, one result per workload, and what was left out and why."""
+    """A result file: the machine, the ceilings, one result per workload, and what was left out and why.
+
+    ``before`` is the file of an earlier call that ran out of time: its results are kept, what is missing is measured.
+    """
     begin = time.monotonic()
     facts, neighbours = machine.facts(device), machine.Neighbours()
     end = begin + 60 * (suite.minutes if minutes is None else minutes)
     compile_left = suite.compile_seconds if compile_seconds is None else compile_seconds
-    found: list[dict[str, Any]] = []
-    left_out: list[dict[str, str]] = []
+    found: list[dict[str, Any]] = [] if before is None else list(before["results"])
+    left_out: list[dict[str, str]] = [] if before is None else [x for x in before["left_out"] if x["reason"] != LATE]
+    settled = {result["workload"]["name"] for result in found} | {entry["name"] for entry in left_out}
     with _progress(quiet) as bar:
         task = bar.add_task(suite.name, total=len(entries) + (growth is not None))
         rates = ceilings.measure(device, seconds=1.0 if suite.least < 5 else 3.0)
@@ -47,11 +55,14 @@ def run_suite(
             bar.advance(task)
             end += time.monotonic() - begin
         for number, entry in enumerate(entries, 1):
+            if entry.workload.name in settled:
+                bar.advance(task)
+                continue
             if quiet:  # a log instead of a bar
                 said = f"{time.monotonic() - begin:6.1f} s  {number}/{len(entries)}  {entry.workload.name}"
                 print(said, file=sys.stderr, flush=True)
             if time.monotonic() > end:
-                left_out.append({"name": entry.workload.name, "reason": "the suite's time was spent"})
+                left_out.append({"name": entry.workload.name, "reason": LATE})
                 bar.advance(task)
                 continue
             settings = Settings(
@@ -84,12 +95,24 @@ def run_suite(
     )
 
 
-def _progress(quiet: bool) -> Progress:
+class _NoBar:
+    """Where a log is wanted, or rich is not installed."""
+
+    def add_task(self, *_: Any, **__: Any) -> Any:
+        return 0
+
+    update = advance = add_task
+
+
+def _progress(quiet: bool) -> contextlib.AbstractContextManager[Any]:
+    if quiet:
+        return contextlib.nullcontext(_NoBar())
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     return Progress(
         BarColumn(24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.description}", markup=False),
         transient=True,
-        disable=quiet,
     )

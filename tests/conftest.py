@@ -1,22 +1,40 @@
 """Settings that must hold before torch or triton is imported: Triton kernels run interpreted and CUDA kernels
-emulated, on CPU tensors.
+emulated, on CPU tensors; with MFD_FAST_TEST_DEVICE=cuda both run on the GPU (see on_device).
 """
 
+import importlib.util
 import os
+from pathlib import Path
 
-import cuda_emulator
+if os.environ.get("MFD_FAST_TEST_DEVICE") == "cuda":
+    for name in ("TRITON_INTERPRET", "MFD_FAST_CUDA_EMULATOR"):
+        os.environ.pop(name, None)
+else:
+    import cuda_emulator
 
-os.environ["TRITON_INTERPRET"] = "1"
-os.environ["MFD_FAST_CUDA_EMULATOR"] = str(cuda_emulator.module())
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["MFD_FAST_CUDA_EMULATOR"] = str(cuda_emulator.module())
 os.environ.pop("MFD_FAST_BACKEND", None)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import on_device
 import pytest
 import torch
 
 torch.set_num_threads(2)
 
+#: What only a GPU can show; `make gpu` rehearses it on a CPU. Without either there is nothing to collect.
+collect_ignore = [] if on_device.NAME else ["gpu"]
+if on_device.NAME and importlib.util.find_spec("hypothesis") is None:
+    collect_ignore += [path.name for path in Path(__file__).parent.glob("test_hypothesis*.py")]
+
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _inputs_are_never_written():
+    yield
+    on_device.check_inputs()

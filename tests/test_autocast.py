@@ -1,5 +1,6 @@
 """Autocast: dtypes do not change, and no result is less accurate than eager's under the same autocast."""
 
+import on_device
 import pytest
 import torch
 from harness import assert_obeys_rule, evaluate, on, reference64, stacked
@@ -8,7 +9,7 @@ from test_values import DRAWS, eager_outputs
 
 from mfd_fast.testing import assert_bitwise_equal
 
-CPU_AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16}
+AUTOCAST = {"device_type": on_device.DEVICE.type, "dtype": torch.bfloat16}
 
 
 @pytest.mark.parametrize(("record", "backend", "name", "dtype"), crossed(SAMPLE_CASES, [torch.bfloat16, torch.float32]))
@@ -18,7 +19,7 @@ def test_dtypes_stay_and_accuracy_holds(record, backend, name, dtype):
         arguments = record.samples(dtype=dtype, seed=seed)[name]
         plain = evaluate(record, on(record, backend), arguments)
         exact.append(reference64(record, arguments))
-        with torch.autocast(**CPU_AUTOCAST):
+        with torch.autocast(**AUTOCAST):
             actual.append(evaluate(record, on(record, backend), arguments))
             eager.append(evaluate(record, lambda **a: eager_outputs(record, a), arguments))
         for (key, a), (_, b) in zip(actual[-1].items(), plain.items(), strict=True):
@@ -35,7 +36,7 @@ def test_row_losses_ignore_autocast(backend, name):
     for sample in samples_on(record, backend):
         arguments = record.samples()[sample]
         plain = evaluate(record, on(record, backend), arguments)
-        with torch.autocast(**CPU_AUTOCAST):
+        with torch.autocast(**AUTOCAST):
             found = evaluate(record, on(record, backend), arguments)
         for (key, a), (_, b) in zip(found.items(), plain.items(), strict=True):
             assert_bitwise_equal(a, b, key)
@@ -46,7 +47,7 @@ def test_backward_of_a_model_under_autocast_reaches_float32_parameters():
     sample = RECORDS["distill_loss"].samples(rows=4, classes=7)["plain"]
     for backend in RECORDS["distill_loss"].backends:
         model.zero_grad()
-        with torch.autocast(**CPU_AUTOCAST):
+        with torch.autocast(**AUTOCAST):
             logits = model(torch.ones(4, 5))
             assert logits.dtype == torch.bfloat16
             loss = RECORDS["distill_loss"].op(logits, sample["teacher"], temperature=2.0, backend=backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import re
 from dataclasses import replace
@@ -129,6 +130,28 @@ def test_a_suite_measures_what_fits_its_time_and_names_the_rest(tmp_path):
     spent = run.run_suite(suite, small, torch.device("cpu"), minutes=0.0, quiet=True)
     assert spent["results"] == []
     assert [left["reason"] for left in spent["left_out"]] == ["the suite's time was spent"] * 2
+
+
+def test_what_a_call_had_no_time_for_is_measured_by_the_next_one(tmp_path, capsys, monkeypatch):
+    """With --resume, and without rich."""
+    small = tuple(suites.Entry(Workload("distill_loss", {"rows": 8, "classes": c}), ("eager",)) for c in (10, 20))
+    suite = replace(suites.QUICK, entries=small[:1], seconds=0.01)
+    file = tmp_path / "found.json"
+    results.save(run.run_suite(suite, small[:1], torch.device("cpu"), quiet=True), file)
+    kept = results.load(file)
+    kept["left_out"] = [{"name": small[1].workload.name, "reason": run.LATE}]
+    results.save(kept, file)
+    monkeypatch.setitem(suites.SUITES, "cpu", replace(suite, entries=small))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "rich" else find_spec(name, *a))
+    assert command.main(["--json", str(file), "--resume"]) == 0
+    found = results.load(file)
+    assert [r["workload"]["sizes"]["classes"] for r in found["results"]] == [10, 20]
+    assert found["results"][0] == kept["results"][0]
+    assert found["left_out"] == []
+    assert f"{small[1].workload.name}: mfd_fast (cpu) takes" in capsys.readouterr().out
+    assert command.main(["--resume"]) == 1
+    assert "--json FILE needs nothing" in capsys.readouterr().err
 
 
 def test_the_published_page_is_its_raw_file():

@@ -1,11 +1,5 @@
 """Every way in which the device's threads share rows: which one is chosen, and that all give the same numbers."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import cuda_emulator
 import pytest
 import torch
 from harness import assert_obeys_rule, assert_same, evaluate, on, reference64, stacked
@@ -197,69 +191,3 @@ def test_many_rows_are_counted_by_a_launch_of_their_own():
     call = {"teacher": torch.randn((rows, 3), generator=generator), "labels": labels, "hard_weight": 0.5}
     losses = [LOSS.op(student, **call, backend=b) for b in ("cuda", "reference")]
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
-
-
-BATTERY = """
-import torch, mfd_fast as mfd
-from mfd_fast.backends import cuda
-torch.manual_seed(0)
-for device, classes, divergence, dtype in {cases}:
-    cuda.native().set_device(*device)
-    student, teacher = torch.randn(2, classes, dtype=dtype), torch.randn(2, classes, dtype=dtype)
-    labels = torch.tensor([-100, classes - 1])
-    options = dict(labels=labels, divergence=divergence, temperature=2.0, hard_weight=0.5, backend="cuda")
-    leaf, other = student.clone().requires_grad_(), teacher.clone().requires_grad_()
-    mfd.distill_loss(leaf, teacher, **options).backward()
-    mfd.distill_loss(leaf, other, reduction="none", **options).sum().backward()
-    assert leaf.grad.isfinite().all() and other.grad.isfinite().all()
-    if {several}:
-        values, indices = torch.log_softmax(teacher.float(), -1).topk(5)
-        options["labels"] = torch.tensor([-100, indices[1, 2]])
-        for many in ([other, teacher], mfd.TopK(values.requires_grad_(), indices)):
-            mfd.distill_loss(leaf, many, reduction="none", **options).sum().backward()
-        mfd.distill_loss(leaf, mfd.TopK(values.detach(), indices), **options).backward()
-        assert values.grad.isfinite().all() and leaf.grad.isfinite().all() and other.grad.isfinite().all()
-"""
-
-
-def sanitized(library, flags, cases, several=True):
-    """Output of the battery with the emulated module and Python under a sanitizer; `several` teachers and TopK too."""
-    module = cuda_emulator.module(*flags)
-    found = subprocess.run(["g++", f"-print-file-name={library}"], capture_output=True, text=True, check=True)
-    environ = {
-        **os.environ,
-        "LD_PRELOAD": str(Path(found.stdout.strip()).resolve()),
-        "MFD_FAST_CUDA_EMULATOR": str(module),
-        "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
-        "UBSAN_OPTIONS": "halt_on_error=1",
-        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1",
-        "OMP_NUM_THREADS": "1",
-    }
-    code = BATTERY.format(cases=cases, several=several)
-    done = subprocess.run(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
-    )
-    return f"exit status {done.returncode}\n{done.stdout}"
-
-
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "dkd", "nkd")
-
-
-def test_address_and_undefined_behaviour_sanitizers_are_silent():
-    flags = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer")
-    cases = [(H100, 21, divergence, torch.bfloat16) for divergence in DIVERGENCES]
-    cases += [(*RUNGS[rung], "forward_kl", torch.float32) for rung in RUNGS]
-    said = sanitized("libasan.so", flags, cases)
-    assert "exit status 0" in said, said[-4000:]
-    assert "ERROR" not in said, said[-4000:]
-    assert "runtime error" not in said, said[-4000:]
-
-
-def test_thread_sanitizer_is_silent():
-    """Each CUDA thread is a thread of its own: a barrier that the kernels lack would be a race."""
-    flags = (*cuda_emulator.THREADS, "-fsanitize=thread")
-    cases = [(H100, 21, "jsd", torch.float32), (*RUNGS["block"], "forward_kl", torch.bfloat16)]
-    cases += [((90, 4, 5120), 1100, "forward_kl", torch.bfloat16)]  # a cluster of 4
-    said = sanitized("libtsan.so", flags, cases)
-    assert "exit status 0" in said, said[-4000:]
-    assert "data race" not in said, said[:6000]

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from harness import evaluate, map_tensors, on
+from on_device import here
 from op_db import RECORDS, samples_on
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -67,7 +68,7 @@ def test_opcheck(record, name, backend):
             leaves = [map_tensors(a, lambda t: t.detach().clone()) for a in args]
             first = leaves[0] if torch.is_tensor(leaves[0]) else leaves[0][0]
             first.requires_grad_(differentiable)
-            torch.library.opcheck(func, tuple(leaves), test_utils=UTILITIES)
+            here(torch.library.opcheck)(func, tuple(leaves), test_utils=UTILITIES)
     assert seen <= set(record.registered)
     assert len(seen) > 1 or name == "plain" or record is LOSS
 

@@ -16,11 +16,10 @@ from types import ModuleType
 from typing import Any
 
 from ..contract import value_error
+from . import choice
 
 NAMES = ("cuda", "triton", "cpu", "reference")  # best first
-#: The backends of each op, best first. cuda stands before triton where it has kernels, from the byte and launch model
-#: alone, for no GPU has timed them yet: one launch costs about 2 us (Triton's launcher 10 to 20), which decides small
-#: shapes; a cluster reads each logit once where Triton's programs read long rows twice.
+#: The backends of each op that has kernels, best first; :mod:`.choice` says from what, and holds measured exceptions.
 OPS: dict[str, tuple[str, ...]] = {
     "distill_loss": ("cuda", "triton", "cpu", "reference"),
     "modal_pool": ("cuda", "triton", "cpu", "reference"),
@@ -128,7 +127,7 @@ def choose(op: str, problem: Any, backend: str | None = None, public_name: str |
     """Name of the backend that runs this call."""
     name, origin = requested(backend, public_name or op)
     if name is None:
-        for name in OPS[op]:
+        for name in _order(op, problem)[0]:
             if _prefers(name, problem) and why_not(name, op, problem) is None:
                 return name
         raise BackendError(f"{public_name or op}: no backend can run this call")
@@ -136,6 +135,13 @@ def choose(op: str, problem: Any, backend: str | None = None, public_name: str |
     if reason is not None:
         raise BackendError(f"{public_name or op}: backend {name!r} cannot run ({origin}): {reason}")
     return name
+
+
+def _order(op: str, problem: Any) -> tuple[tuple[str, ...], str]:
+    """The backends of ``op``, best first for this call, and the reason for that order."""
+    if problem.device.type == "cpu":
+        return OPS[op], "the only kernels for a CPU"
+    return choice.order(op, getattr(problem, "classes", getattr(problem, "width", 0)), OPS[op])
 
 
 def _prefers(name: str, problem: Any) -> bool:
@@ -160,9 +166,14 @@ def explain_choice(op: str, problem: Any, backend: str | None, public_name: str)
         reason = why_not(other, op, problem)
         if reason is None:
             interpreted = not _prefers(other, problem)
-            reason = "interpreted on a CPU only when asked for by name" if interpreted else f"slower than {chosen}"
+            reason = (
+                "interpreted on a CPU only when asked for by name"
+                if interpreted
+                else choice.why_slower(op, other, chosen)
+            )
         rejected[other] = reason
-    return Choice(chosen, f"the fastest that can run on {problem.device}", rejected)
+    said = "" if problem.device.type == "cpu" else f" ({_order(op, problem)[1]})"
+    return Choice(chosen, f"the fastest that can run on {problem.device}{said}", rejected)
 
 
 def forget_availability() -> None:

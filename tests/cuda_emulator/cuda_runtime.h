@@ -15,6 +15,7 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <vector>
 
 #define MFD_CUDA_EMULATOR 1
 
@@ -151,14 +152,16 @@ inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = mfd_emulator::current_device();
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+  if (device < 0 || device >= mfd_emulator::kDevices) return cudaErrorInvalidDevice;
+  mfd_emulator::current_device() = device;
+  return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return cudaErrorInvalidDevice;
+  if (device < 0 || device >= mfd_emulator::kDevices) return cudaErrorInvalidDevice;
   const mfd_emulator::Device& d = mfd_emulator::device();
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
@@ -198,6 +201,7 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*k
       cluster = config->attrs[k].val.clusterDim.x;
   if (config->dynamicSmemBytes > mfd_emulator::allowed_shared(reinterpret_cast<void*>(kernel)))
     return cudaErrorInvalidValue;
+  mfd_emulator::note_start(config->stream);
   return mfd_emulator::launch({config->gridDim, config->blockDim, cluster, config->dynamicSmemBytes},
                               [&] { kernel(arguments...); })
              ? cudaSuccess

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -161,6 +162,29 @@ void run_cluster(const Grid& grid, unsigned first, const std::function<void()>& 
 Device& device() {
   static Device d;
   return d;
+}
+
+int& current_device() {
+  static thread_local int number = 0;
+  return number;
+}
+
+namespace {
+
+std::mutex starts_mutex;
+std::vector<Start> starts;
+constexpr size_t kMostStarts = 1 << 16;
+
+}  // namespace
+
+void note_start(const void* stream) {
+  const std::lock_guard<std::mutex> guard(starts_mutex);
+  if (starts.size() < kMostStarts) starts.push_back({stream, current_device()});
+}
+
+std::vector<Start> take_starts() {
+  const std::lock_guard<std::mutex> guard(starts_mutex);
+  return std::exchange(starts, {});
 }
 
 void allow_shared(void* kernel, size_t bytes) {

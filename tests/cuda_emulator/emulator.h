@@ -26,6 +26,19 @@ struct Device {
   int capability = 90, processors = 4, shared_bytes = 232448;
 };
 
+constexpr int kDevices = 2;  // alike
+
+// Where a grid was started: the stream that was asked for, the device that was current.
+struct Start {
+  const void* stream;
+  int device;
+};
+
+int& current_device();
+void note_start(const void* stream);
+// All since the last call.
+std::vector<Start> take_starts();
+
 struct Grid {
   dim3 blocks, threads;
   unsigned cluster;

@@ -11,4 +11,12 @@ PYBIND11_MODULE(_cuda_emulated, m) {
   m.def("set_device", [](int capability, int processors, int shared_bytes) {
     mfd_emulator::device() = {capability, processors, shared_bytes};
   });
+  // (stream, device) of every launch since the last call.
+  m.def("take_starts", [] {
+    pybind11::list found;
+    for (const mfd_emulator::Start& start : mfd_emulator::take_starts())
+      found.append(pybind11::make_tuple(reinterpret_cast<uintptr_t>(start.stream), start.device));
+    return found;
+  });
+  m.def("current_device", [] { return mfd_emulator::current_device(); });
 }

@@ -1,0 +1,60 @@
+"""Runs the samples of every op that has kernels on a backend, forward and backward, once: what sanitizers watch.
+
+    python tests/every_sample.py --backend cuda --dtype bfloat16 --dtype float32
+
+Values are checked elsewhere. With ``--emulated 90,4,8192:2100`` the first sample of each op also runs with 2100 classes
+on an emulated device of that capability, number of processors and shared memory per block. The last line is the number
+of calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import on_device
+import torch
+from harness import evaluate, on
+from op_db import RECORDS, samples_on
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", required=True)
+    parser.add_argument("--dtype", action="append", required=True)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--classes", type=int, default=21)
+    parser.add_argument("--emulated", action="append", default=[], metavar="CAPABILITY,PROCESSORS,BYTES:CLASSES")
+    parser.add_argument("--first", action="store_true", help="only the first sample of each op")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    calls = run(asked.backend, asked.dtype, asked.rows, asked.classes, asked.first)
+    for case in asked.emulated:
+        from mfd_fast.backends import cuda
+
+        device, classes = case.split(":")
+        print(case)
+        cuda.native().set_device(*map(int, device.split(",")))
+        calls += run(asked.backend, asked.dtype[:1], 2, int(classes), True)
+    on_device.check_inputs()
+    print(f"{calls} calls")
+
+
+def run(backend: str, dtypes: list[str], rows: int, classes: int, first: bool) -> int:
+    """Every sample, or the first of each op; the number of calls."""
+    calls = 0
+    for record in RECORDS.values():
+        if backend not in record.backends:
+            continue
+        names = samples_on(record, backend)
+        for name in names[:1] if first else names:
+            for dtype in dtypes:
+                arguments = record.samples(dtype=getattr(torch, dtype), rows=rows, classes=classes)[name]
+                print(f"{record.name} {name} {dtype}", flush=True)
+                for differentiable in (record.differentiable[:1], record.differentiable):
+                    evaluate(record, on(record, backend), arguments, names=differentiable)
+                    calls += 1
+    return calls
+
+
+if __name__ == "__main__":
+    main()
