@@ -149,7 +149,7 @@ def test_rows_of_a_mixture_lie_in_device_memory_where_shared_memory_is_small(emu
 
 
 def test_teachers_beyond_the_kernels_bound():
-    assert backend.MAX_TEACHERS == cuda.native().cuda.max_teachers
+    assert cuda.native().cuda.max_teachers == backend.MAX_TEACHERS
     logits = torch.randn(2, 5)
     many = [logits] * 33
     with pytest.raises(mfd.BackendError, match="at most 32 teachers"):

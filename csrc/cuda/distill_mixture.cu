@@ -25,19 +25,20 @@ int64_t streamed_rows(const Problem& p, const Plan& plan, const DeviceFacts& fac
   return blocks_of(plan, facts, p.n_rows, 1, forward_parking_at<device::Block>(p, 1), false);
 }
 
-template <class S, class Group, bool kParked>
+template <class S, class Group>
 void start_kernel(device::MixtureLaunch launch, const Problem& p, const Plan& plan, const DeviceFacts& facts,
                   const Where& where) {
   const int in_block = groups_in_block(plan);
+  launch.parked = plan.rung != Rung::kStream;
   launch.states_at = static_cast<int>(states_at<Group>());
   launch.teachers_at = static_cast<int>(parking_at<Group>(in_block));
   launch.parking_at = static_cast<int>(forward_parking_at<Group>(p, in_block));
-  launch.teacher_at = kParked ? static_cast<int>(parked_bytes(p.classes, p.student.dtype, plan.cluster)) : 0;
-  launch.parking_bytes = kParked ? static_cast<int>(parked_pair(p, plan.cluster)) : 0;
+  launch.teacher_at =
+      launch.parked ? static_cast<int>(parked_bytes(p.classes, p.student.dtype, plan.cluster)) : 0;
+  launch.parking_bytes = launch.parked ? static_cast<int>(parked_pair(p, plan.cluster)) : 0;
   const int64_t shared = launch.parking_at + int64_t{in_block} * launch.parking_bytes;
-  const int64_t blocks = blocks_of(plan, facts, p.n_rows, in_block, shared, kParked);
-  start(where, {blocks, plan.threads, shared, plan.cluster}, device::mixture_forward<S, Group, kParked>,
-        launch);
+  const int64_t blocks = blocks_of(plan, facts, p.n_rows, in_block, shared, launch.parked);
+  start(where, {blocks, plan.threads, shared, plan.cluster}, device::mixture_forward<S, Group>, launch);
 }
 
 }  // namespace
@@ -65,17 +66,9 @@ void mixture_forward(const Forward& f, const ScalarLoss* scalar, void* scratch, 
   launch.scratch = static_cast<unsigned char*>(scratch);
   launch.scratch_bytes = row_bytes(p);
   const Plan plan = mixture_plan(p, facts);
-  if (p.is_double) return start_kernel<device::F64, device::Block, false>(launch, p, plan, facts, where);
-  switch (plan.rung) {
-    case Rung::kWarp:
-      return start_kernel<device::F32, device::Warp, true>(launch, p, plan, facts, where);
-    case Rung::kBlock:
-      return start_kernel<device::F32, device::Block, true>(launch, p, plan, facts, where);
-    case Rung::kCluster:
-      return start_kernel<device::F32, device::Cluster, true>(launch, p, plan, facts, where);
-    case Rung::kStream:
-      return start_kernel<device::F32, device::Block, false>(launch, p, plan, facts, where);
-  }
+  if (p.is_double) return start_kernel<device::F64, device::Blocks>(launch, p, plan, facts, where);
+  if (plan.rung == Rung::kWarp) return start_kernel<device::F32, device::Warp>(launch, p, plan, facts, where);
+  start_kernel<device::F32, device::Blocks>(launch, p, plan, facts, where);
 }
 
 }  // namespace cuda

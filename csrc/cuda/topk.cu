@@ -46,7 +46,7 @@ int64_t shared_bytes(const TopKPlan& t) {
   return parking_at<Group, device::TopKState>(t.in_block) + t.in_block * t.place.bytes;
 }
 
-template <class S, class Group, bool kParked>
+template <class S, class Group>
 void start_kernel(device::TopKLaunch launch, const TopKPlan& t, const DeviceFacts& facts,
                   const Where& where) {
   launch.states_at = static_cast<int>(states_at<Group>());
@@ -54,10 +54,11 @@ void start_kernel(device::TopKLaunch launch, const TopKPlan& t, const DeviceFact
   launch.parking_bytes = static_cast<int>(t.place.bytes);
   launch.lists_at = static_cast<int>(t.place.lists_at);
   launch.bits_at = static_cast<int>(t.place.bits_at);
+  launch.parked = t.plan.rung != Rung::kStream;
   const int64_t shared = shared_bytes<Group>(t);
-  const int64_t blocks = blocks_of(t.plan, facts, launch.forward.problem.n_rows, t.in_block, shared, kParked);
-  start(where, {blocks, t.plan.threads, shared, t.plan.cluster}, device::topk_rows<S, Group, kParked>,
-        launch);
+  const int64_t blocks =
+      blocks_of(t.plan, facts, launch.forward.problem.n_rows, t.in_block, shared, launch.parked);
+  start(where, {blocks, t.plan.threads, shared, t.plan.cluster}, device::topk_rows<S, Group>, launch);
 }
 
 }  // namespace
@@ -70,7 +71,7 @@ int64_t topk_scratch(const Problem& p, const TopK& topk, int device) {
   const DeviceFacts facts = facts_of(device);
   const TopKPlan t = plan_rows(p, topk, facts);
   if (t.bits_in_shared) return 0;
-  return blocks_of(t.plan, facts, p.n_rows, 1, shared_bytes<device::Block>(t), false) * t.place.words * 4;
+  return blocks_of(t.plan, facts, p.n_rows, 1, shared_bytes<device::Blocks>(t), false) * t.place.words * 4;
 }
 
 void topk_rows(const TopKPass& pass, const ScalarLoss* scalar, void* scratch, const Where& where) {
@@ -90,17 +91,9 @@ void topk_rows(const TopKPass& pass, const ScalarLoss* scalar, void* scratch, co
   launch.d_teacher_temperature = pass.d_teacher_temperature;
   launch.bits = t.bits_in_shared ? nullptr : static_cast<uint32_t*>(scratch);
   launch.bits_words = t.place.words;
-  if (p.is_double) return start_kernel<device::F64, device::Block, false>(launch, t, facts, where);
-  switch (t.plan.rung) {
-    case Rung::kWarp:
-      return start_kernel<device::F32, device::Warp, true>(launch, t, facts, where);
-    case Rung::kBlock:
-      return start_kernel<device::F32, device::Block, true>(launch, t, facts, where);
-    case Rung::kCluster:
-      return start_kernel<device::F32, device::Cluster, true>(launch, t, facts, where);
-    case Rung::kStream:
-      return start_kernel<device::F32, device::Block, false>(launch, t, facts, where);
-  }
+  if (p.is_double) return start_kernel<device::F64, device::Blocks>(launch, t, facts, where);
+  if (t.plan.rung == Rung::kWarp) return start_kernel<device::F32, device::Warp>(launch, t, facts, where);
+  start_kernel<device::F32, device::Blocks>(launch, t, facts, where);
 }
 
 }  // namespace cuda

@@ -127,5 +127,24 @@ struct Cluster : Block {
   }
 };
 
+// A block, or a cluster where there is one, in the same kernel.
+struct Blocks : Cluster {
+  static constexpr bool kSplitsRows = false;
+
+  MFD_DEVICE explicit Blocks(Shared* s) : Cluster(s) {}
+  static MFD_DEVICE void leave() {
+    if (parts() > 1) Cluster::leave();
+  }
+
+  template <class Op, int K>
+  MFD_DEVICE void reduce(double (&values)[K]) const {
+    if (parts() > 1) {
+      Cluster::reduce<Op>(values);
+    } else {
+      Block::reduce<Op>(values);
+    }
+  }
+};
+
 }  // namespace device
 }  // namespace mfd

@@ -11,10 +11,9 @@
 namespace mfd {
 namespace device {
 
-template <class S, class Group, bool kParked>
+template <class S, class Group>
 __global__ void __launch_bounds__(Residency<Group>::kThreads, 1)
     topk_rows(const __grid_constant__ TopKLaunch launch) {
-  if (Group::kSplitsRows && !kHasClusters) return;
   unsigned char* shared = dynamic_shared();
   const Group group(reinterpret_cast<typename Group::Shared*>(shared));
   const Problem& p = launch.forward.problem;
@@ -27,7 +26,7 @@ __global__ void __launch_bounds__(Residency<Group>::kThreads, 1)
   const int64_t own = static_cast<int64_t>(blockIdx.x) / group.parts() * group.in_block() + mine;
   double loss = 0;
   for (int64_t row = own; row < p.n_rows; row += groups) {
-    TopKRow<S, Group, kParked> of_row(launch, group, state, place, own, row, fast);
+    TopKRow<S, Group> of_row(launch, group, state, place, own, row, fast);
     if (is_counted(p, row)) {
       loss += of_row.run(factors, place);
     } else {

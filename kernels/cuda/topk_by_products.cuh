@@ -12,7 +12,7 @@ struct Found {
   bool label, bad;
 };
 
-template <class S, bool kParked, class Row>
+template <class S, class Row>
 MFD_INLINE void write_by_products(const Row& r, const Found& found) {
   typedef typename S::T T;
   constexpr int N = VectorOf<S>::kColumns;
@@ -41,7 +41,7 @@ MFD_INLINE void write_by_products(const Row& r, const Found& found) {
   double at_max[3] = {-kInf, -kInf, 0};
   over_vectors<S>(r.group, r.span, [&](int64_t start) {
     T a[N];
-    load_logits<S, kParked>(r.x, start, r.p.classes, a);
+    load_logits<S, false>(r.x, start, r.p.classes, a);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const double column = static_cast<double>(start + k);

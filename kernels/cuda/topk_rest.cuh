@@ -44,7 +44,7 @@ struct RestWanted {
 };
 
 // One pass over this thread's columns.
-template <class S, bool kParked, class Group>
+template <class S, class Group>
 MFD_INLINE RestThread<S> rest_of_thread(const Group& group, const View& view, const Span& span,
                                         const uint32_t* bits, int64_t classes, const RestWanted& wanted,
                                         const Exponent<S>& by_ts, const HardExponent<S>& hard,
@@ -55,7 +55,7 @@ MFD_INLINE RestThread<S> rest_of_thread(const Group& group, const View& view, co
   const int64_t first = span.begin * N;
   over_vectors<S>(group, span, [&](int64_t start) {
     T x[N], e[N], term[N];
-    load_logits<S, kParked>(view, start, classes, x);
+    load_logits<S, false>(view, start, classes, x);
     const uint32_t listed = listed_bits<S>(bits, start - first);
 #pragma unroll
     for (int k = 0; k < N; ++k)

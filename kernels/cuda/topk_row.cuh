@@ -15,6 +15,7 @@ struct TopKLaunch : ForwardLaunch {
   PerRow grad_soft, grad_hard;                  // further factors of the two terms' gradients
   void* d_values;                               // [N, listed], the values' dtype; null when not wanted
   void *d_temperature, *d_teacher_temperature;  // [N]; null when not wanted
+  bool parked;                                  // whether the student's row is
   // Of a group's place: behind the parked row its lists and its bitmap, or that in device memory.
   int lists_at, bits_at;
   uint32_t* bits;
@@ -31,7 +32,7 @@ struct TopKState {
   double label, share;         // gradient of a label set apart; hard*share leaves that of another
 };
 
-template <class S, class Group, bool kParked>
+template <class S, class Group>
 struct TopKRow {
   typedef typename S::T T;
   static constexpr int N = VectorOf<S>::kColumns;
@@ -132,8 +133,7 @@ struct TopKRow {
     const bool dots = f.student_entropy || g.d_temperature, spread = use_hard && p.smoothing != 0;
     const RestWanted wanted = {use_hard || unit, dots, powers, spread};
     RestThread<S> own;
-    if (all_classes)
-      own = rest_of_thread<S, kParked>(group, x, span, bits, p.classes, wanted, by_ts, hard, by_power);
+    if (all_classes) own = rest_of_thread<S>(group, x, span, bits, p.classes, wanted, by_ts, hard, by_power);
     double most[4] = {static_cast<double>(own.max), static_cast<double>(S::kLowest),
                       static_cast<double>(S::kLowest), bad ? 1.0 : 0.0};
     double sums[9] = {};
@@ -354,7 +354,7 @@ struct TopKRow {
     over_vectors<S>(group, span, [&](int64_t start) {
       T a[N], gradient[N] = {};
       if (reads) {
-        load_logits<S, kParked>(x, start, p.classes, a);
+        load_logits<S, false>(x, start, p.classes, a);
         const uint32_t marked = listed_bits<S>(bits, start - first);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
@@ -412,14 +412,14 @@ struct TopKRow {
   }
 
   MFD_DEVICE double run(const Factors& factors, unsigned char* parking) {
-    if (kParked && reads) {
+    if (g.parked && reads) {
       park<S>(group, x, span, p.classes, parking);
       await_copies();
       group.sync();
     }
-    if (p.student.standardize) find_centre<S, kParked>(group, x, x_global, span, p.classes);
+    if (p.student.standardize) find_centre<S, false>(group, x, x_global, span, p.classes);
     const Found found = add_up(gather());
-    if (f.student_entropy) write_by_products<S, kParked>(*this, found);
+    if (f.student_entropy) write_by_products<S>(*this, found);
     const bool gradients = f.grad || g.d_values || g.d_temperature || g.d_teacher_temperature;
     const bool dotted = f.grad && p.student.standardize;
     double loss = 0, dot = 0;
