@@ -34,7 +34,7 @@ def main() -> None:
         device, classes = case.split(":")
         print(case)
         cuda.native().set_device(*map(int, device.split(",")))
-        calls += run(asked.backend, asked.dtype[:1], 2, int(classes), True)
+        calls += run(asked.backend, asked.dtype[:1], min(asked.rows, 2), int(classes), True)
     on_device.check_inputs()
     print(f"{calls} calls")
 
