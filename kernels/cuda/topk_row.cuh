@@ -216,8 +216,8 @@ struct TopKRow {
     s.sum_u = of_list[4] + (rest_y == -kInf ? 0.0 : exp(rest_y - max_t));
   }
 
-  // A pass over the listed classes; v: kDistance: the forward KL; kPoints: sums of f, g, h over them, and f, g, h of the rest; kSums:
-  // ListedSums, and sum gradient*x of a standardised row; kWrite: nothing.
+  // A pass over the listed classes; v: kDistance: the forward KL; kPoints: sums of f, g, h over them, and f,
+  // g, h of the rest; kSums: ListedSums, and sum gradient*x of a standardised row; kWrite: nothing.
   MFD_DEVICE void sweep(Sweep kind, double dot, double (&v)[7]) const {
     const SoftTerm& s = state->s;
     const TopKSlopes& slopes = state->slopes;

@@ -121,7 +121,6 @@ std::map<void*, size_t>& limits() {
 
 constexpr size_t kDefaultShared = 48 << 10;
 
-
 void run_cluster(const Grid& grid, unsigned first, const std::function<void()>& body,
                  std::vector<Thread>& threads) {
   const unsigned per_block = grid.threads.x * grid.threads.y * grid.threads.z;
