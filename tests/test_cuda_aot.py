@@ -55,10 +55,12 @@ def test_kernels_compile_without_spills(source: str, arch: int, tmp_path: Path) 
     seen = aot.inspect_cubin(cubin.read_bytes(), 0, "")
     assert seen.local_instructions == 0
     assert seen.load_widths["128"] > 0
-    assert seen.store_widths["128"] > 0
-    if source == "mfd_loss.cu":
-        assert re.search(r"\bHMMA\.16816\.F32\.BF16\b", aot.disassemble(cubin)), "the products miss the tensor cores"
+    if source == "mfd_loss.cu":  # its phases are functions, for which addresses are generic
+        sass = aot.disassemble(cubin)
+        assert re.search(r"\bHMMA\.16816\.F32\.BF16\b", sass), "the products miss the tensor cores"
+        assert re.search(r"\bST\.E\.128\b", sass)
         return
+    assert seen.store_widths["128"] > 0
     if source == "distill_backward.cu":
         return
     sass = aot.disassemble(cubin)
