@@ -50,7 +50,8 @@ def test_layers(tree, forbidden):
 
 def test_pybind11_is_included_by_the_bindings_alone():
     users = {p.stem for p in SOURCES if p.is_relative_to(ROOT / "csrc") and "pybind11" in p.read_text()}
-    assert users == {"bindings"}
+    assert "bindings" in users
+    assert all(name.endswith("bindings") for name in users)
 
 
 def modules():
