@@ -61,10 +61,10 @@ def test_kernels_compile_without_spills(source: str, arch: int, tmp_path: Path) 
         assert re.search(r"\bST\.E\.128\b", sass)
         return
     assert seen.store_widths["128"] > 0
-    if source == "distill_backward.cu":
-        return
-    sass = aot.disassemble(cubin)
-    assert re.search(r"\bLDGSTS\.E\.BYPASS\.128\b", sass), "rows are not parked by copies of 16 bytes"
+    # Disassembling takes as long as compiling: what no architecture changes is looked for on one.
+    if source != "distill_backward.cu" and (source == "distill.cu" or arch == 90):
+        sass = aot.disassemble(cubin)
+        assert re.search(r"\bLDGSTS\.E\.BYPASS\.128\b", sass), "rows are not parked by copies of 16 bytes"
     if source == "distill.cu":
         assert bool(re.search(r"\bUCGABAR_(ARV|WAIT)\b", sass)) == (arch >= 90), "barriers of clusters"
 

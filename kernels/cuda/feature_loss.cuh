@@ -33,6 +33,7 @@ struct FeatureLaunch {
   double* partial;
   unsigned* ticket;
 };
+static_assert(sizeof(FeatureLaunch) <= 4096, "kernels take 4 KB of parameters on every driver");
 
 // How many bytes are not 0, of a mask whose bytes are 0 or 1.
 MFD_INLINE double counted_rows(const Team& block, const unsigned char* mask, int64_t n) {

@@ -184,7 +184,7 @@ def feature_loss(
         reduction: "mean": weighted sum over taps of each tap's mean over the existing elements (mse,
             smooth_l1) or rows (cosine), 0 where there are none; "sum"; "none": weighted sum over taps per
             row ``[...]`` of the mean over D (mse, smooth_l1) or of 1 − cos, 0 on masked rows.
-        backend: "reference", "cpu", "triton" or None for the fastest that can run.
+        backend: "reference", "cpu", "triton", "cuda" or None for the fastest that can run.
 
     Returns:
         float32 tensor (float64 if a side is float64), differentiable to every floating tensor.

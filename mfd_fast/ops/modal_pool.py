@@ -100,7 +100,7 @@ def modal_pool(
         temperature: number > 0, 0-d tensor, or one per row ``[...]``; may require grad.
         present: bool ``[..., M]``; an absent modality has weight 0 and is not read (NaN there has no effect).
         scale: number; None uses ``D**-0.5``.
-        backend: "reference", "cpu", "triton" or None for the fastest that can run.
+        backend: "reference", "cpu", "triton", "cuda" or None for the fastest that can run.
 
     Returns:
         :class:`~mfd_fast.types.ModalPool`: ``pooled [..., D]`` in the features' dtype, ``weights [..., M]``
