@@ -32,5 +32,6 @@ void bind_problem(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);
 // Those of the fusion kernels, into that submodule.
 void bind_cuda_fusion(pybind11::module_& m);
+void bind_cuda_mfd(pybind11::module_& m);
 
 }  // namespace mfd

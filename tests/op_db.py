@@ -226,8 +226,7 @@ def _fields(result: Any) -> dict[str, Tensor]:
     return {k: v for k, v in result._asdict().items() if v is not None}
 
 
-_ALL_BACKENDS = ("triton", "cpu", "reference")
-_ROW_BACKENDS = ("cuda", *_ALL_BACKENDS)
+_ALL_BACKENDS = ("cuda", "triton", "cpu", "reference")
 _ROW_ARGUMENTS = ("student", "teacher", "temperature", "teacher_temperature", "teacher_weights")
 
 RECORDS = {
@@ -239,7 +238,7 @@ RECORDS = {
             samples=distill_loss_samples,
             differentiable=(*_ROW_ARGUMENTS, "weight", "soft_weight", "hard_weight", "normalizer"),
             outputs=_loss,
-            backends=_ROW_BACKENDS,
+            backends=_ALL_BACKENDS,
             errors=op_errors.distill_loss,
             registered=("distill_loss", "distill_rows", "distill_rows_backward"),
         ),
@@ -249,7 +248,7 @@ RECORDS = {
             samples=distill_terms_samples,
             differentiable=_ROW_ARGUMENTS,
             outputs=_fields,
-            backends=_ROW_BACKENDS,
+            backends=_ALL_BACKENDS,
             errors=op_errors.distill_terms,
             registered=("distill_rows", "distill_rows_backward"),
         ),
@@ -259,7 +258,7 @@ RECORDS = {
             samples=modal_pool_samples,
             differentiable=("features", "query", "scores", "bias", "temperature"),
             outputs=_fields,
-            backends=_ROW_BACKENDS,
+            backends=_ALL_BACKENDS,
             errors=op_errors.modal_pool,
             registered=("modal_pool", "modal_pool_backward"),
         ),
@@ -269,7 +268,7 @@ RECORDS = {
             samples=feature_loss_samples,
             differentiable=("student", "teacher", "projector", "weight"),
             outputs=_loss,
-            backends=_ROW_BACKENDS,
+            backends=_ALL_BACKENDS,
             errors=op_errors.feature_loss,
             registered=("feature_distances", "feature_distances_backward"),
         ),

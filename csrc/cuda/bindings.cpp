@@ -130,6 +130,7 @@ void bind_cuda(py::module_& parent) {
   using release = py::call_guard<py::gil_scoped_release>;
   py::module_ m = parent.def_submodule("cuda", "Launchers of the CUDA kernels.");
   bind_cuda_fusion(m);
+  bind_cuda_mfd(m);
   m.attr("scalar_workspace") = sizeof(cuda::ScalarWorkspace);
   m.attr("max_teachers") = cuda::kMaxTeachers;
   m.def("plan", &plan);

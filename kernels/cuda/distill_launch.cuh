@@ -63,9 +63,9 @@ MFD_DEVICE double over_block(double value, double* of_warp) {
   return value;
 }
 
-// The weights of the two terms, divided by the number of rows. Uses the shared memory of the states.
+// What the weights of the terms are divided by. Uses the shared memory of the states.
 template <class T>
-MFD_DEVICE Factors find_factors(const ForwardLaunch& launch) {
+MFD_DEVICE double find_divisor(const ForwardLaunch& launch) {
   const Problem& p = launch.forward.problem;
   double divisor = value_of<T>(launch.divisor);
   if (launch.count_rows) {
@@ -80,6 +80,13 @@ MFD_DEVICE Factors find_factors(const ForwardLaunch& launch) {
     divisor = over_block<Sum>(static_cast<double>(counted), scratch);
     if (divisor < 1) divisor = 1;
   }
+  return divisor;
+}
+
+// The weights of the two terms, divided.
+template <class T>
+MFD_DEVICE Factors find_factors(const ForwardLaunch& launch) {
+  const double divisor = find_divisor<T>(launch);
   return {value_of<T>(launch.soft_weight) / divisor, value_of<T>(launch.hard_weight) / divisor};
 }
 

@@ -24,7 +24,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "distill_loss": ("cuda", "triton", "cpu", "reference"),
     "modal_pool": ("cuda", "triton", "cpu", "reference"),
     "feature_loss": ("cuda", "triton", "cpu", "reference"),
-    "mfd_loss": ("triton", "cpu", "reference"),
+    "mfd_loss": ("cuda", "triton", "cpu", "reference"),
 }
 
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("mfd_fast_backend", default=None)

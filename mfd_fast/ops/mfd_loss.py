@@ -195,7 +195,7 @@ def mfd_loss(
         divergence, temperature, mask, weight, ignore_index, label_smoothing, scale_by_temperature,
             reduction, normalizer: as in :func:`mfd_fast.distill_loss`. A row that is masked or ignored
             contributes nothing to any term.
-        backend: "reference", "cpu", "triton" or None for the fastest that can run.
+        backend: "reference", "cpu", "triton", "cuda" or None for the fastest that can run.
 
     Returns:
         :class:`~mfd_fast.types.MFDOutput`. ``loss`` is differentiable to every floating input; ``soft``,

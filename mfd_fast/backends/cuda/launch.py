@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import emulating
 
-_workspaces: dict[tuple[int, int], Tensor] = {}
+_workspaces: dict[tuple[str, int, int], Tensor] = {}
 
 
 def where(device: torch.device) -> tuple[int, int]:
@@ -29,15 +29,15 @@ def number(value: float | Tensor, dtype: torch.dtype, device: torch.device, keep
     return value.data_ptr(), 0.0
 
 
-def workspace(device: torch.device, nbytes: int) -> Tensor:
-    """``nbytes`` of device memory for the launches of one stream, one after the other.
+def workspace(device: torch.device, nbytes: int, purpose: str = "scalar") -> Tensor:
+    """``nbytes`` of device memory for the launches of one stream, one after the other; apart for each ``purpose``.
 
     It begins as zeros; what must be 0 before a launch is 0 again after it. A graph that is being captured gets memory
     of its own: it may be replayed beside later launches of this stream.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    key = where(device)
+    key = (purpose, *where(device))
     found = _workspaces.get(key)
     if found is None or found.numel() < nbytes:
         found = _workspaces[key] = torch.zeros(nbytes, dtype=torch.uint8, device=device)
