@@ -16,6 +16,7 @@
 #include "common/target_math.h"
 #include "common/topk_math.h"
 #include "common/types.h"
+#include "common/unheard_teacher.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>

@@ -4,6 +4,7 @@
 //   sum to 1 do not notice.
 #pragma once
 
+#include "common/unheard_teacher.h"
 #include "distill_backward.cuh"
 #include "mixture.cuh"
 
@@ -34,6 +35,7 @@ struct TeacherGradients {
   const Group& group;
   const SavedRow& row;
   const MixedTeacher<S>& mixed;
+  View student;
   int64_t index;
   Span span;
   double temperature, inverse;
@@ -50,6 +52,21 @@ struct TeacherGradients {
     if (!g.d_teachers[k]) return;
     for (int64_t c = first + group.rank(); c < side.width; c += group.threads())
       store_one<T>(output(g, k, index) + c * size_of(side.dtype), side.dtype, T(0));
+  }
+
+  // The sum of the shares of a teacher of weight 0.
+  MFD_DEVICE double unheard(int k, const TeacherState& t) const {
+    const View view = teacher_view(g.teachers.sides[k], t);
+    const LinearSlopes linear = row_linear_slopes(row, p);
+    double sum[1] = {0.0};
+    for (int64_t c = group.rank(); c < p.classes; c += group.threads()) {
+      const double x = logit_at<S>(student, student.data, c), y = logit_at<S>(view, view.data, c);
+      const double log_p = load_one<double>(mixed.mixed + c * int64_t{sizeof(T)}, MixedTeacher<S>::kDtype);
+      const double log_pk = (y - t.max) * inverse - t.lse;
+      sum[0] += unheard_share(p, row, linear, x, log_pk, log_p, row.apart && c == row.label);
+    }
+    group.template reduce<Sum>(sum);
+    return sum[0];
   }
 
   // One pass over the row of one teacher. v: the sum of its shares; or sum gradient*y of a standardised one;
@@ -83,7 +100,7 @@ struct TeacherGradients {
           v[0] += static_cast<double>(part);
           continue;
         }
-        const T slope = weight * (part - exp_of(log_pk) * total);
+        const T slope = weight == T(0) ? T(0) : weight * (part - exp_of(log_pk) * total);
         T gradient = soft * slope;
         if (unit)
           gradient =
@@ -109,6 +126,10 @@ struct TeacherGradients {
       double share = 0, dot = 0;
       for (int j = 0; j < 3; ++j) {
         const Pass pass = static_cast<Pass>(j);
+        if (pass == Pass::kShare && t.weight == 0) {
+          if (g.d_weights) share = unheard(k, t);
+          continue;
+        }
         if (pass == Pass::kDot && !(g.d_teachers[k] && g.teachers.sides[k].standardize)) continue;
         if (pass == Pass::kGradient && !g.d_teachers[k] && !g.d_temperature) continue;
         double v[1] = {0.0};
@@ -167,7 +188,7 @@ __global__ void __launch_bounds__(256) mixture_backward(const __grid_constant__ 
     if (g.mixes) {
       group.sync();
       const double t = at<typename S::T>(g.teachers.temperature, index);
-      const TeacherGradients<S, Group> gradients{g, p, group, row.row, row, index, span, t, 1.0 / t};
+      const TeacherGradients<S, Group> gradients{g, p, group, row.row, row, row.x, index, span, t, 1.0 / t};
       gradients.run(states);
     }
     group.sync();
