@@ -3,7 +3,7 @@
 import pytest
 import torch
 from harness import assert_same, evaluate, map_tensors, named_tensors, on, requiring_grad, upstream
-from op_db import CASE_IDS, CASES, RECORDS, SAMPLE_CASES, crossed, samples_on
+from op_db import RECORDS, SAMPLE_CASES, crossed, samples_on
 
 import mfd_fast as mfd
 from mfd_fast.testing import LAYOUTS
@@ -47,20 +47,18 @@ def test_one_side_in_a_layout(backend, side, layout, dtype):
         assert_same(found, expected, f"{side} {layout}", **tolerance)
 
 
-@pytest.mark.parametrize("layout", ODD)
-@pytest.mark.parametrize(("record", "backend"), CASES, ids=CASE_IDS)
-def test_grad_output_in_a_layout(record, backend, layout):
-    for name in samples_on(record, backend):
-        sample = record.samples()[name]
+@pytest.mark.parametrize(("record", "backend", "name", "layout"), crossed(SAMPLE_CASES, ODD))
+def test_grad_output_in_a_layout(record, backend, name, layout):
+    sample = record.samples()[name]
 
-        def odd(output, seed):
-            return LAYOUTS[layout](upstream(output, seed))
+    def odd(output, seed):
+        return LAYOUTS[layout](upstream(output, seed))
 
-        def plain(output, seed):
-            return odd(output, seed).clone(memory_format=torch.contiguous_format)
+    def plain(output, seed):
+        return odd(output, seed).clone(memory_format=torch.contiguous_format)
 
-        found, expected = (evaluate(record, on(record, backend), sample, grad_outputs=g) for g in (odd, plain))
-        assert_same(found, expected, f"{name} {layout}", **CLOSE)
+    found, expected = (evaluate(record, on(record, backend), sample, grad_outputs=g) for g in (odd, plain))
+    assert_same(found, expected, f"{name} {layout}", **CLOSE)
 
 
 @pytest.mark.parametrize("backend", RECORDS["distill_loss"].backends)
