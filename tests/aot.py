@@ -23,7 +23,9 @@ from typing_extensions import Self
 
 @dataclass(frozen=True)
 class Report:
-    """Facts about one compiled kernel. Widths are bits per thread of global memory instructions."""
+    """Facts about one compiled kernel. Widths are bits per thread of the instructions for global memory, and for
+    memory of which the kernel learns at run time only whether it is global or shared.
+    """
 
     registers: int
     stack: int
@@ -129,8 +131,8 @@ def inspect_cubin(cubin: bytes, shared: int, ttir: str) -> Report:
         stack=int(found[2]),
         local_instructions=sum(op.split(".")[0] in ("LDL", "STL") for op in operations),
         shared=shared,
-        load_widths=_widths(operations, "LDG"),
-        store_widths=_widths(operations, "STG"),
+        load_widths=_widths(operations, "LDG", "LD"),
+        store_widths=_widths(operations, "STG", "ST"),
         double_instructions=sum(op.split(".")[0] in ("DADD", "DMUL", "DFMA", "DSETP") for op in operations),
         # mma.sync, wgmma and tcgen05.mma in machine code
         tensor_core_instructions=sum(bool(re.match(r"(HMMA|HGMMA|UTC\w*MMA)\b", op)) for op in operations),
@@ -153,11 +155,11 @@ def _output(*command: Any) -> str:
     return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True).stdout
 
 
-def _widths(operations: list[str], name: str) -> dict[str, int]:
+def _widths(operations: list[str], *names: str) -> dict[str, int]:
     counts: dict[str, int] = {}
     for op in operations:
         parts = op.split(".")
-        if parts[0] == name:
+        if parts[0] in names:
             small = [int(p[1:]) for p in parts if p in ("U8", "S8", "U16", "S16")]
             wide = [int(p) for p in parts if p in ("64", "128", "256")]
             width = str((small or wide or [32])[0])

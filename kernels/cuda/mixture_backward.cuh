@@ -162,7 +162,8 @@ struct TeacherGradients {
 };
 
 template <class S, class Group>
-__global__ void __launch_bounds__(256) mixture_backward(const __grid_constant__ MixtureBackward g) {
+__global__ void __launch_bounds__(256, sizeof(typename S::T) == 8 ? 1 : 0)
+    mixture_backward(const __grid_constant__ MixtureBackward g) {
   typedef BackwardRow<S, Group, MixedTeacher<S>> Row;
   unsigned char* shared = dynamic_shared();
   const Group group(reinterpret_cast<typename Group::Shared*>(shared));
