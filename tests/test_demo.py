@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 
 from mfd_fast import demo
+from mfd_fast.backends import cuda
 from mfd_fast.demo import data, report, statistics, timing
 from mfd_fast.demo.models import FusionNet
 from mfd_fast.demo.train import ARMS, Config, batches, run_seed
@@ -207,6 +208,7 @@ def test_missing_packages_are_named(monkeypatch, capsys):
 
 def test_training_that_fails_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MFD_FAST_BACKEND", "cuda")
+    monkeypatch.setattr(cuda, "available", lambda: "no GPU")
     monkeypatch.setattr(timing, "check_backend", lambda *_: None)
     assert demo.main(["--quick", "--workers", "1", "--output", str(tmp_path)]) == 1
     assert "backend 'cuda' cannot run" in capsys.readouterr().err
