@@ -2,9 +2,9 @@
 
     python tests/every_sample.py --backend cuda --dtype bfloat16 --dtype float32
 
-Values are checked elsewhere. Several dtypes take turns from sample to sample. With ``--emulated 90,4,8192:2100`` the first sample of each op also runs with 2100 classes
-on an emulated device of that capability, number of processors and shared memory per block. The last line is the number
-of calls.
+Values are checked elsewhere. Several dtypes take turns from sample to sample. With ``--emulated 90,4,8192:2100`` the
+first sample of each op also runs with 2100 classes on an emulated device of that capability, number of processors and
+shared memory per block. The last line is the number of calls.
 """
 
 from __future__ import annotations
