@@ -1,5 +1,6 @@
-// What a teacher of weight 0 contributes to dD/dw_k: its p_k/p has no bound, so that the product with dD/d(log p)
-// of which the others' shares are made would overflow or lose it. In double precision, class by class.
+// What a teacher of weight 0 contributes to dD/dw_k: its p_k/p has no bound, so that the product with
+// dD/d(log p) of which the others' shares are made would overflow or lose it. In double precision, class by
+// class.
 #pragma once
 
 #include "common/saved_row.h"
