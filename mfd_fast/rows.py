@@ -127,3 +127,8 @@ class Rows:
             not_ignored = self.labels != self.ignore_index
             keep = not_ignored if keep is None else keep & not_ignored
         return keep
+
+
+def is_used(weight: float | Tensor) -> bool:
+    """A term whose weight is the number 0 is not computed."""
+    return isinstance(weight, Tensor) or weight != 0

@@ -21,7 +21,7 @@ from ..backends import choose, implementation
 from ..divergences import Divergence, ForwardKL
 from ..reference.distill_loss import combine, combine_rows
 from ..reference.distill_loss import row_terms as reference_terms
-from ..rows import Rows
+from ..rows import Rows, is_used
 from ..types import DistillTerms, LogitTransform, TopK
 from . import distill_registered as registered
 
@@ -194,7 +194,7 @@ def check_loss(
     rows = contract.check_rows(op, student, teacher, labels, **options)
     contract.check_scalar(op, "soft_weight", soft_weight)
     contract.check_scalar(op, "hard_weight", hard_weight)
-    if labels is None and (isinstance(hard_weight, Tensor) or hard_weight != 0):
+    if labels is None and is_used(hard_weight):
         raise contract.value_error(op, "labels", labels, "given when hard_weight is not 0")
     contract.check_weight(op, weight, student.shape[:-1], student.device)
     contract.check_reduction(op, reduction, normalizer)

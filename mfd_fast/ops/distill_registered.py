@@ -18,7 +18,7 @@ from torch import Tensor
 from ..backends import choose, implementation
 from ..backends.layout import STATISTICS
 from ..divergences import divergence_from
-from ..rows import Rows, TopKRows
+from ..rows import Rows, TopKRows, is_used
 from ..types import LogitTransform
 
 # The problem as an op schema knows it: nine tensors (or lists of them), then its options.
@@ -278,8 +278,8 @@ def loss(rows: Rows, backend: str, options: dict[str, Any]) -> Tensor:
         options["hard_weight"],
         options["normalizer"],
     )
-    use_soft = isinstance(soft_weight, Tensor) or soft_weight != 0
-    use_hard = isinstance(hard_weight, Tensor) or hard_weight != 0
+    use_soft = is_used(soft_weight)
+    use_hard = is_used(hard_weight)
     needs_grad = torch.is_grad_enabled() and rows.student.requires_grad
     out: Tensor = torch.ops.mfd_fast.distill_loss(
         *_pack(rows, backend),

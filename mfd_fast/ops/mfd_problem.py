@@ -11,8 +11,7 @@ from torch import Tensor
 
 from .. import contract
 from ..reference.feature_loss import KINDS
-from ..reference.mfd_loss import is_used
-from ..rows import Rows
+from ..rows import Rows, is_used
 from .pool_problem import PoolProblem, check_pool, check_vector
 
 

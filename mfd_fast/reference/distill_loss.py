@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..contract import check_indices, check_labels_in_range
 from ..divergences import DKD, NKD
-from ..rows import Rows, TopKRows
+from ..rows import Rows, TopKRows, is_used
 from ..types import LogitTransform
 from .divergences import decoupled, label_entropy, log_sum_exp, other_entropy, pointwise
 
@@ -297,7 +297,7 @@ def combine(
     op: str = "distill_loss",
 ) -> Tensor:
     """The whole loss, differentiable to any order in everything that requires grad."""
-    soft, hard = _is_used(soft_weight), _is_used(hard_weight)
+    soft, hard = is_used(soft_weight), is_used(hard_weight)
     terms = row_terms(rows, op, soft=soft, hard=hard)
     return combine_rows(rows, terms.soft, terms.hard, weight, soft_weight, hard_weight, reduction, normalizer)
 
@@ -314,15 +314,11 @@ def combine_rows(
 ) -> Tensor:
     """The loss from the per-row terms ``[N]``; a term whose weight is the number 0 has no part in it."""
     per_row = torch.zeros_like(soft)
-    if _is_used(soft_weight):
+    if is_used(soft_weight):
         per_row = per_row + soft_weight * soft
-    if _is_used(hard_weight):
+    if is_used(hard_weight):
         per_row = per_row + hard_weight * hard
-    if not (_is_used(soft_weight) or _is_used(hard_weight)):
+    if not (is_used(soft_weight) or is_used(hard_weight)):
         # An empty slice of the student: a loss without terms can still be differentiated.
         per_row = per_row + rows.student[..., :0].sum()
     return reduce_rows(per_row, rows, weight, reduction, normalizer)
-
-
-def _is_used(weight: float | Tensor) -> bool:
-    return isinstance(weight, Tensor) or weight != 0

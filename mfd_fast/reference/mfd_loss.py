@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import Rows
+from ..rows import Rows, is_used
 from ..types import MFDOutput
 from .distill_loss import reduce_rows, row_terms
 from .feature_loss import row_distance
@@ -16,11 +16,6 @@ from .modal_pool import modal_pool
 
 Attention = Callable[[list[Tensor], "Tensor | None", "float | Tensor"], tuple[Tensor, Tensor]]
 Terms = Callable[[Rows, bool, bool], tuple[Tensor, Tensor]]
-
-
-def is_used(weight: float | Tensor) -> bool:
-    """A term whose weight is the number 0 is not computed."""
-    return isinstance(weight, Tensor) or weight != 0
 
 
 def pool_divergence(teacher_weights: Tensor, weights: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...contract import check_indices, label_error
-from ...rows import Rows
+from ...rows import Rows, is_used
 from ...types import LogitTransform
 from .. import allocate
 from ..layout import STATISTICS, row_layout
@@ -154,8 +154,8 @@ def scalar(
     """The scalar loss and, from the same pass, its gradient with respect to the student."""
     module = native()
     keep: list[Any] = []
-    use_soft = isinstance(soft_weight, Tensor) or soft_weight != 0
-    use_hard = rows.labels is not None and (isinstance(hard_weight, Tensor) or hard_weight != 0)
+    use_soft = is_used(soft_weight)
+    use_hard = rows.labels is not None and is_used(hard_weight)
     problem = native_problem(module, rows, rows.labels, keep)
     counted = count(module, rows, problem)
     topk = native_topk(module, rows)

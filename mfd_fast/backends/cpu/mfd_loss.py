@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...divergences import ForwardKL
 from ...reference.feature_loss import KINDS
+from ...rows import is_used
 from .. import allocate
 from . import distill_loss, native
 from .gemm import has_pair_product, linear, pair_product
@@ -30,10 +31,6 @@ def can_run(problem: Any) -> str | None:
     return pool_can_run(problem.pool) or distill_loss.can_run(problem.rows)
 
 
-def _is_used(weight: float | Tensor) -> bool:
-    return isinstance(weight, Tensor) or weight != 0
-
-
 def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
     """The fields of MFDOutput, and the gradients of query, bias, head weight, head bias and each of the features."""
     module = native()
@@ -41,8 +38,8 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
     threads = torch.get_num_threads()
     rows, pool, dtype, device = p.rows, p.pool, p.rows.dtype, p.device
     n, classes, width = rows.n_rows, rows.classes, pool.width
-    use_soft, use_hard = _is_used(p.soft_weight), rows.labels is not None and _is_used(p.hard_weight)
-    use_feature, use_pool = _is_used(p.feature_weight), _is_used(p.pool_weight)
+    use_soft, use_hard = is_used(p.soft_weight), rows.labels is not None and is_used(p.hard_weight)
+    use_feature, use_pool = is_used(p.feature_weight), is_used(p.pool_weight)
 
     problem = distill_loss.native_problem(module, rows, rows.labels, keep)
     counted = distill_loss.count(module, rows, problem)

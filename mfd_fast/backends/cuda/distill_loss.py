@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...contract import check_indices, check_labels_in_range
-from ...rows import Rows
+from ...rows import Rows, is_used
 from .. import allocate
 from ..cpu.distill_loss import DTYPES, native_problem, native_topk
 from ..layout import STATISTICS
@@ -74,8 +74,8 @@ def scalar(
     check_labels_in_range(rows.op, rows)
     check_indices(rows.op, rows)
     module, device, dtype = native(), rows.device, rows.dtype
-    soft = isinstance(soft_weight, Tensor) or soft_weight != 0
-    hard = rows.labels is not None and (isinstance(hard_weight, Tensor) or hard_weight != 0)
+    soft = is_used(soft_weight)
+    hard = rows.labels is not None and is_used(hard_weight)
     loss = allocate.empty((), dtype, device)
     gradient = allocate.empty_gradient(rows.student) if needs_grad else None
     if rows.n_rows == 0 or not (soft or hard):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...contract import check_labels_in_range
 from ...reference.feature_loss import KINDS
+from ...rows import is_used
 from .. import allocate
 from ..cpu.distill_loss import DTYPES
 from ..cpu.modal_pool import feature_gradients
@@ -33,16 +34,12 @@ def can_run(problem: Any) -> str | None:
     return pooling.can_run(problem.pool) or distill_loss.can_run(problem.rows)
 
 
-def _is_used(weight: float | Tensor) -> bool:
-    return isinstance(weight, Tensor) or weight != 0
-
-
 def has_one_pass(p: Any) -> bool:
     """Whether the single launch covers this call: a matter of shapes, dtypes, options and device, never of values."""
     rows = p.rows
     return (
         rows.dtype == torch.float32
-        and (_is_used(p.soft_weight) or _is_used(p.hard_weight))
+        and (is_used(p.soft_weight) or is_used(p.hard_weight))
         and rows.n_rows <= MAX_ROWS
         and bool(native().cuda.mfd_fits(p.pool.width, rows.classes, where(p.device)[0]))
     )
@@ -104,14 +101,14 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
         module.cuda.mfd_loss(
             distill_loss._problem(module, rows, keep),
             *pooling.native_pool(module, pool, keep),
-            _is_used(p.soft_weight),
-            rows.labels is not None and _is_used(p.hard_weight),
+            is_used(p.soft_weight),
+            rows.labels is not None and is_used(p.hard_weight),
             address(p.weight),
             [number(value, dtype, device, keep) for value in parts],
             count and not (rows.labels is None and rows.mask is None),
-            rows_argument(p.teacher_features, keep) if _is_used(p.feature_weight) else NO_ROWS,
+            rows_argument(p.teacher_features, keep) if is_used(p.feature_weight) else NO_ROWS,
             KINDS.index(p.feature_kind),
-            dense(p.teacher_pool_weights, dtype, keep) if _is_used(p.pool_weight) else 0,
+            dense(p.teacher_pool_weights, dtype, keep) if is_used(p.pool_weight) else 0,
             (head.data_ptr(), DTYPES[operand]),
             head.stride(0),
             (0, 0) if head_bias is None else (head_bias.data_ptr(), DTYPES[head_bias.dtype]),

@@ -34,7 +34,7 @@ from ...reference.distill_loss import (
     soften,
     sparse_teacher,
 )
-from ...rows import Rows
+from ...rows import Rows, is_used
 from ..layout import STATISTICS
 from .gradients import label_slopes, project, slopes, temperature_slope, through_transform
 
@@ -66,7 +66,7 @@ def scalar(
     elif mean:
         counted = rows.counted()
         factor = factor / (max(rows.n_rows, 1) if counted is None else counted.sum().clamp_min(1))
-    soft, hard = (factor * w if isinstance(w, Tensor) or w != 0 else None for w in (soft_weight, hard_weight))
+    soft, hard = (factor * w if is_used(w) else None for w in (soft_weight, hard_weight))
     return loss, _gradients(rows, soft, hard).student
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...contract import check_indices, check_labels_in_range
 from ...divergences import NKD
-from ...rows import Rows
+from ...rows import Rows, is_used
 from .. import allocate
 from ..layout import STATISTICS
 from ..limits import beyond_kernels
@@ -66,8 +66,8 @@ def scalar(
     """The scalar loss and, if asked, its gradient with respect to the student, in one pass over the rows."""
     check_labels_in_range(rows.op, rows)
     check_indices(rows.op, rows)
-    soft = isinstance(soft_weight, Tensor) or soft_weight != 0
-    hard = rows.labels is not None and (isinstance(hard_weight, Tensor) or hard_weight != 0)
+    soft = is_used(soft_weight)
+    hard = rows.labels is not None and is_used(hard_weight)
     loss = allocate.empty((), rows.dtype, rows.device)
     written, grad = gradient(rows.student) if needs_grad else (None, None)
     if rows.n_rows == 0 or not (soft or hard):

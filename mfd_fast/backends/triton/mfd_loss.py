@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...contract import check_labels_in_range
 from ...reference.feature_loss import KINDS
+from ...rows import is_used
 from .. import allocate
 from ..layout import row_layout
 from . import distill_loss
@@ -42,16 +43,12 @@ def can_run(problem: Any) -> str | None:
     return pooling.can_run(problem.pool) or distill_loss.can_run(problem.rows)
 
 
-def _is_used(weight: float | Tensor) -> bool:
-    return isinstance(weight, Tensor) or weight != 0
-
-
 def has_one_pass(p: Any) -> bool:
     """Whether the single launch covers this call: a matter of shapes, dtypes and options, never of values."""
     rows = p.rows
     return (
         rows.dtype == torch.float32
-        and (_is_used(p.soft_weight) or _is_used(p.hard_weight))
+        and (is_used(p.soft_weight) or is_used(p.hard_weight))
         and rows.classes <= MAX_CLASSES
         and p.pool.width <= MAX_WIDTH
         and rows.n_rows <= MAX_ROWS
@@ -151,13 +148,13 @@ def _row_arguments(p: Any) -> dict[str, Any]:
     flat = teacher.inner >= n
     outer = 0 if flat else teacher.outer_stride
     unit = common_unit(classes, outer, teacher.row_stride)
-    soft, hard = _is_used(p.soft_weight), rows.labels is not None and _is_used(p.hard_weight)
-    features = row_layout(p.teacher_features) if _is_used(p.feature_weight) else None
+    soft, hard = is_used(p.soft_weight), rows.labels is not None and is_used(p.hard_weight)
+    features = row_layout(p.teacher_features) if is_used(p.feature_weight) else None
     # Row counts must not reach the compiler as the inner counts of flat layouts.
     inner, features_outer = 1, 0
     if features is not None and features.inner < n:
         inner, features_outer = features.inner, features.outer_stride
-    target = p.teacher_pool_weights.contiguous() if _is_used(p.pool_weight) else None
+    target = p.teacher_pool_weights.contiguous() if is_used(p.pool_weight) else None
     numbers: dict[str, Any] = {}
     for name, value in (
         ("temperature", rows.temperature),
