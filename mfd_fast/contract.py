@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .divergences import DIVERGENCES, DKD, NKD, AlphaBeta, Divergence, ReverseKL
-from .rows import Rows, TopKRows
+from .rows import Rows, TopKRows, counted_rows
 from .types import LogitTransform, TopK
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -125,15 +125,18 @@ def flat(value: Tensor) -> Tensor:
     return value if value.dim() == 1 and value.is_contiguous() else value.reshape(-1).contiguous()
 
 
-def smallest(values: Tensor, mask: Tensor | None, labels: Tensor | None, ignore_index: int) -> float:
-    """NaN where a value is; of values per row ``[N, ...]`` not that of a row that does not exist."""
-    low = values.min().item()
-    if low == low or (mask is None and labels is None):
-        return low
-    if mask is not None:
-        values, labels = values[mask], None if labels is None else labels[mask]
-    counted = values if labels is None else values[labels != ignore_index]
-    return counted.min().item() if counted.numel() else math.inf
+def can_read(value: Tensor) -> bool:
+    """Values are checked on a CPU only: elsewhere, the check would wait for the device."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel() > 0
+
+
+def extremes(values: Tensor, exists: Tensor | None = None) -> tuple[float, float]:
+    """Smallest and largest value, NaN if one is; ``exists`` ``[N]`` leaves out rows of ``[N, ...]``."""
+    kept = values.detach() if exists is None else values.detach()[exists]
+    if not kept.numel():
+        return 1.0, 1.0
+    low, high = kept.aminmax()
+    return low.item(), high.item()
 
 
 def check_temperature(
@@ -149,8 +152,7 @@ def check_temperature(
 ) -> float | Tensor:
     """float, or a tensor (0-d or ``[N]``) of the compute dtype on the logits' device, still in the graph.
 
-    A tensor's values are checked on a CPU only: elsewhere the check would wait for the device. ``mask`` and ``labels``
-    ``[N]`` say which rows exist.
+    ``mask`` and ``labels`` ``[N]`` say which rows exist; the values of the others are not looked at.
     """
     if not isinstance(value, Tensor):
         check_scalar(op, argument, value, positive=True)
@@ -158,11 +160,14 @@ def check_temperature(
     check_floating(op, argument, value)
     if value.dim() != 0:
         value = flat(check_row_tensor(op, argument, value, leading, device, None))
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
-        low = smallest(value.detach(), *((mask, labels) if value.dim() else (None, None)), ignore_index)
-        if not low > 0:  # NaN too
-            raise ValueError(f"{op}: {argument} must be > 0, got a tensor whose smallest value is {low}")
-    return value.to(device=device, dtype=dtype)
+    value = value.to(device=device, dtype=dtype)
+    if can_read(value):
+        low, high = extremes(value)
+        if value.dim() and not 0 < low <= high < math.inf:
+            low, high = extremes(value, counted_rows(mask, labels, ignore_index))
+        if not 0 < low <= high < math.inf:  # NaN too
+            raise ValueError(f"{op}: {argument} must be finite and > 0, got values from {low} to {high}")
+    return value
 
 
 def check_transform(op: str, argument: str, value: object, columns: int) -> int:
@@ -222,7 +227,7 @@ def check_teacher_weights(
     labels: Tensor | None,
     ignore_index: int,
 ) -> Tensor | None:
-    """``[count]`` or ``[N, count]`` summing to 1 in each row, still in the graph. Values are checked on a CPU only."""
+    """``[count]`` or ``[N, count]`` summing to 1 in each row, still in the graph; equal in rows that do not exist."""
     if value is None:
         return None
     weights = check_floating(op, "teacher_weights", value)
@@ -231,16 +236,21 @@ def check_teacher_weights(
         raise value_error(op, "teacher_weights", weights, need)
     check_device(op, "teacher_weights", weights, device)
     weights = weights.to(dtype)
+    per_row = weights.dim() > 1 or not leading
+    weights = weights.reshape(-1, count) if per_row else weights
+    exists = counted_rows(mask, labels, ignore_index) if per_row else None
+    if exists is not None:
+        weights = torch.where(exists[:, None], weights, torch.ones_like(weights))
     total = weights.sum(-1, keepdim=True)
-    if device.type == "cpu" and not torch.compiler.is_compiling() and weights.numel():
-        rows = (mask, labels) if weights.dim() > 1 or not leading else (None, None)
-        low, least = (smallest(w.detach().reshape(-1, w.shape[-1]), *rows, ignore_index) for w in (weights, total))
-        if not (low >= 0 and least > 0):  # NaN too
+    if can_read(weights):
+        low, high = extremes(weights)
+        least, most = extremes(total)
+        if not (0 <= low <= high < math.inf and 0 < least <= most < math.inf):  # NaN too
             raise ValueError(
-                f"{op}: teacher_weights must be >= 0 with a sum > 0, got a smallest value of {low} and sum of {least}"
+                f"{op}: teacher_weights must be finite and >= 0 with a finite sum > 0, "
+                f"got values from {low} to {high} and sums from {least} to {most}"
             )
-    weights = weights / total
-    return weights.contiguous() if weights.dim() == 1 else weights.reshape(-1, count).contiguous()
+    return (weights / total).contiguous()
 
 
 def check_smoothing(op: str, value: object) -> None:

@@ -122,11 +122,15 @@ class Rows:
 
     def counted(self) -> Tensor | None:
         """Bool ``[N]``, True where a row exists; None when all do."""
-        keep = self.mask
-        if self.labels is not None:
-            not_ignored = self.labels != self.ignore_index
-            keep = not_ignored if keep is None else keep & not_ignored
-        return keep
+        return counted_rows(self.mask, self.labels, self.ignore_index)
+
+
+def counted_rows(mask: Tensor | None, labels: Tensor | None, ignore_index: int) -> Tensor | None:
+    """Bool ``[N]``, True where a row exists; None when all do."""
+    if labels is None:
+        return mask
+    not_ignored = labels != ignore_index
+    return not_ignored if mask is None else mask & not_ignored
 
 
 def is_used(weight: float | Tensor) -> bool:

@@ -85,6 +85,32 @@ def test_masked_row_has_no_effect(backend, road, value, reduction, why):
         assert_bitwise_equal(a, b, name)
 
 
+@pytest.mark.parametrize("value", [NAN, INF, 0.0])
+@pytest.mark.parametrize("why", ["mask", "ignore_index"])
+def test_temperatures_and_teacher_weights_of_a_masked_row_are_not_read(backend, value, why):
+    clean = {**sample(), "teacher_temperature": torch.tensor([1.0, 2.0, 0.5, 4.0])}
+    clean["teacher"] = [clean["teacher"], clean["teacher"].flip(0)]
+    if why == "mask":
+        clean["mask"] = torch.tensor([True, False, True, True])
+    else:
+        clean["labels"] = torch.tensor([1, -100, 0, 6])
+    clean["temperature"] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    clean["teacher_weights"] = torch.tensor([[0.3, 0.7], [0.5, 0.5], [1.0, 0.0], [2.0, 1.0]])
+    names = ("temperature", "teacher_temperature", "teacher_weights")
+    results = []
+    for dirty in (False, True):
+        leaves = {name: clean[name].clone() for name in names}
+        if dirty:
+            for leaf in leaves.values():
+                leaf[1] = value
+        leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+        loss = mfd.distill_loss(**{**clean, **leaves}, backend=backend)
+        results.append((loss, *torch.autograd.grad(loss, list(leaves.values()))))
+    for name, a, b in zip(("loss", *names), *results, strict=True):
+        assert_bitwise_equal(a, b, name)
+        assert not bool(a.dim() and a[1].any()), name
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_masked_row_has_no_effect_on_terms(backend, value):
     clean = {k: v for k, v in sample().items() if k != "hard_weight"}

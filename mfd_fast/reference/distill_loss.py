@@ -166,6 +166,18 @@ def raw_logits(rows: Rows) -> tuple[Tensor, list[Tensor]]:
     return used(rows.student, c, 0.0), [used(t, c, 0.0) for t in rows.teachers]
 
 
+def with_existing_temperatures(rows: Rows) -> Rows:
+    """Temperature 1 in rows that do not exist: whatever stands there would make NaN of its gradient."""
+    counted = rows.counted()
+
+    def existing(t: float | Tensor) -> float | Tensor:
+        return torch.where(counted, t, torch.ones_like(t)) if isinstance(t, Tensor) and t.dim() else t  # type: ignore[arg-type]
+
+    if counted is None:
+        return rows
+    return rows.replace(temperature=existing(rows.temperature), teacher_temperature=existing(rows.teacher_temperature))
+
+
 def both_sides(rows: Rows, op: str) -> Sides:
     """Checks labels and indices where that is free, and transforms; a row of a bad one is NaN elsewhere."""
     check_labels_in_range(op, rows)
@@ -230,6 +242,7 @@ def soft_value(rows: Rows, sides: Sides) -> Tensor:
 
 def row_terms(rows: Rows, op: str = "distill_loss", *, soft: bool = True, hard: bool = True) -> RowTerms:
     """All per-row terms; a term that is not wanted is zeros and costs nothing."""
+    rows = with_existing_temperatures(rows)
     sides = both_sides(rows, op)
     soft_term = hard_term = sides.x.new_zeros(rows.n_rows)
     if soft:
