@@ -11,9 +11,11 @@ if os.environ.get("MFD_FAST_TEST_DEVICE") == "cuda":
         os.environ.pop(name, None)
 else:
     import cuda_emulator
+    import triton_interpreter
 
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["MFD_FAST_CUDA_EMULATOR"] = str(cuda_emulator.module())
+    triton_interpreter.patch_once_a_launch()
 os.environ.pop("MFD_FAST_BACKEND", None)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
