@@ -231,3 +231,17 @@ def test_bad_lists_raise_before_any_work():
     labels = torch.tensor([0, 1, 5])
     with pytest.raises(ValueError, match=r"needs the label among teacher\.indices, got label 5 in row 2"):
         mfd.distill_loss(student, mfd.TopK(values, torch.tensor([[0, 1]] * 3)), labels, divergence="dkd", backend="cpu")
+
+
+def test_classes_listed_in_many_rows_are_not_repeated():
+    """More rows than a byte counts, for one worker, with lists that share their classes."""
+    rows, classes, listed = 1200, 40, 8
+    indices = torch.stack([(torch.arange(listed) * 3 + row % 5) % classes for row in range(rows)])
+    values = torch.full((rows, listed), -3.0)
+    student = torch.zeros(rows, classes)
+    assert bool(mfd.distill_loss(student, mfd.TopK(values, indices), backend="cpu").isfinite())
+    for row in (0, 255, 256, 257, rows - 1):
+        bad = indices.clone()
+        bad[row, -1] = bad[row, 2]
+        with pytest.raises(ValueError, match=f"twice in row {row}$"):
+            mfd.distill_loss(student, mfd.TopK(values, bad), backend="cpu")

@@ -210,20 +210,26 @@ bool lists_are_valid(const Problem& p, const TopK& teacher, int threads) {
 #pragma omp parallel num_threads(usable_threads(threads, p.n_rows* teacher.listed))
   try {
     const int64_t workers = omp_get_num_threads(), worker = omp_get_thread_num();
-    std::vector<bool> seen(static_cast<size_t>(p.classes));
+    // The last row that lists each class, modulo 255: nothing need be taken back after a row.
+    std::vector<unsigned char> last(static_cast<size_t>(p.classes));
+    unsigned char mark = 0;
     for (int64_t row = p.n_rows * worker / workers; row < p.n_rows * (worker + 1) / workers; ++row) {
       if (!is_counted(p, row)) continue;
+      if (mark == 255) std::fill(last.begin(), last.end(), static_cast<unsigned char>(mark = 0));
+      ++mark;
       const int64_t* indices = teacher.indices + row * teacher.listed;
-      bool has_label = !needs_label;
-      int64_t k = 0;
-      for (; k < teacher.listed; ++k) {
-        const int64_t column = indices[k];
-        if (column < 0 || column >= p.classes || seen[static_cast<size_t>(column)]) break;
-        seen[static_cast<size_t>(column)] = true;
-        has_label = has_label || column == p.labels[row];
+      bool good = true;
+      for (int64_t k = 0; k < teacher.listed; ++k) {
+        const uint64_t column = static_cast<uint64_t>(indices[k]);
+        if (column >= static_cast<uint64_t>(p.classes)) {
+          good = false;
+          break;
+        }
+        good = good && last[column] != mark;
+        last[column] = mark;
       }
-      if (k < teacher.listed || !has_label) valid = false;
-      while (k > 0) seen[static_cast<size_t>(indices[--k])] = false;
+      if (needs_label && good) good = last[static_cast<size_t>(p.labels[row])] == mark;
+      if (!good) valid = false;
     }
   } catch (const std::bad_alloc&) {
     failed = true;
