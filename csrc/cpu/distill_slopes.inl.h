@@ -43,10 +43,8 @@ static void probabilities(const typename S::T* x, int64_t n, double max, double 
                           const Exponent<S>& exponent, typename S::T* out) {
   typedef typename S::T T;
   const typename S::V m = S::splat(static_cast<T>(max)), factor = S::splat(static_cast<T>(inverse_mass(lse)));
-  for (int64_t i = 0; i < n; i += S::kWidth) {
-    const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
-    S::store(out + i, exponent(S::load_first(x + i, left, static_cast<T>(-kInf)) - m) * factor);
-  }
+  for (int64_t i = 0; i < n; i += S::kWidth)
+    S::store(out + i, exponent(load_or_pad<S>(x + i, n - i, static_cast<T>(-kInf)) - m) * factor);
 }
 
 // Logarithms of the softened probabilities from the logits of one block:

@@ -146,8 +146,7 @@ static double exponential_sum(const typename S::T* x, int64_t n, double max, con
   const V m = S::splat(static_cast<T>(max));
   V acc{};
   for (int64_t i = 0; i < n; i += S::kWidth) {
-    const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
-    const V e = exponent(S::load_first(x + i, left, static_cast<T>(-kInf)) - m);
+    const V e = exponent(load_or_pad<S>(x + i, n - i, static_cast<T>(-kInf)) - m);
     if (store) S::store(store + i, e);
     acc = acc + e;
   }
@@ -196,9 +195,8 @@ static double weighted_sum(const typename S::T* weights, const typename S::T* x,
   const V m = S::splat(static_cast<T>(max));
   V acc{};
   for (int64_t i = 0; i < n; i += S::kWidth) {
-    const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
-    const V w = left < S::kWidth ? S::load_first(weights + i, left, T(0)) : S::load(weights + i);
-    acc = acc + S::select(w == V{}, V{}, w * (S::load_first(x + i, left, T(0)) - m));
+    const V w = load_or_pad<S>(weights + i, n - i, T(0));
+    acc = acc + S::select(w == V{}, V{}, w * (load_or_pad<S>(x + i, n - i, T(0)) - m));
   }
   return S::sum(acc);
 }

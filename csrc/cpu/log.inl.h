@@ -42,27 +42,53 @@ MFD_INLINE double expm1_of(double z) {
   return ::expm1(z);
 }
 
-typedef double VecD __attribute__((vector_size(8 * MFD_LANES)));
-typedef int64_t VecL __attribute__((vector_size(8 * MFD_LANES)));
+// Half as many double lanes: one register again.
+constexpr int kDoubleLanes = MFD_LANES / 2;
+typedef double VecD __attribute__((vector_size(4 * MFD_LANES)));
+typedef int64_t VecL __attribute__((vector_size(4 * MFD_LANES)));
+typedef float VecHalf __attribute__((vector_size(2 * MFD_LANES)));
 
-// sum exp(z) in double precision, z <= 700: k = round(z/log 2), exp(z) = 2^k exp(g), |g| <= log(2)/2, by its
-// Taylor series, whose remainder is below 4e-18.
-static double wide_exponential_sum(const float* z, int64_t n) {
+// a*b + c, in one rounding where the hardware can.
+MFD_INLINE VecD wide_fma(VecD a, VecD b, VecD c) {
+#if MFD_AVX512
+  return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif MFD_AVX2
+  return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// exp(x) in double precision, -700 <= x <= 700: k = round(x/log 2), exp(x) = 2^k exp(g), |g| <= log(2)/2, by
+// its Taylor series, whose remainder is below 4e-18.
+MFD_INLINE VecD wide_exp(VecD x) {
   constexpr double kMagic = 6755399441055744.0 + 1023.0;  // 1.5*2^52, and the exponent bias
   constexpr double kLog2High = 0x1.62e42feep-1, kLog2Low = 0x1.a39ef35793c76p-33;
-  VecD sum{};
+  constexpr double kInverseFactorials[] = {
+      1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+      1.0 / 720,        1.0 / 120,       1.0 / 24,       1.0 / 6,       1.0 / 2,      1.0,         1.0};
+  const VecD shifted = x * kLog2E + kMagic, k = shifted - kMagic;
+  const VecD g = wide_fma(k, VecD{} - kLog2Low, wide_fma(k, VecD{} - kLog2High, x));
+  VecD series = VecD{} + kInverseFactorials[0];
+  for (int i = 1; i < 14; ++i) series = wide_fma(series, g, VecD{} + kInverseFactorials[i]);
+  return series * (VecD)((VecL)shifted << 52);
+}
+
+// sum exp(z) in double precision, z <= 700; -inf adds exp(-700), far below any double's rounding of 1.
+static double wide_exponential_sum(const float* z, int64_t n) {
+  VecD low{}, high{};
   for (int64_t i = 0; i < n; i += kLanes) {
     const int64_t left = n - i < kLanes ? n - i : kLanes;
-    const VecD x = __builtin_convertvector(F32::load_first(z + i, left, -__builtin_inff()), VecD);
-    const VecD shifted = x * kLog2E + kMagic, k = shifted - kMagic;
-    const VecD g = (x - k * kLog2High) - k * kLog2Low;
-    VecD series = g * (1.0 / 13) + 1.0;
-    for (int term = 12; term > 0; --term) series = series * (g * (1.0 / term)) + 1.0;
-    const VecD power = (VecD)((VecL)shifted << 52);
-    sum = sum + (x < -700.0 ? VecD{} : series * power);
+    const F32::V least = F32::splat(-700.0f);
+    const F32::V x = F32::max(least, load_or_pad<F32>(z + i, left, -700.0f));
+    VecHalf half[2];
+    __builtin_memcpy(half, &x, sizeof(x));
+    low = low + wide_exp(__builtin_convertvector(half[0], VecD));
+    high = high + wide_exp(__builtin_convertvector(half[1], VecD));
   }
+  low = low + high;
   double total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  for (int lane = 0; lane < kDoubleLanes; ++lane) total += low[lane];
   return total;
 }
 static double wide_exponential_sum(const double* z, int64_t n) {

@@ -196,16 +196,14 @@ static void stream_bytes(char* out, const char* in, int64_t bytes) {
   __builtin_memcpy(out + i, in + i, static_cast<size_t>(bytes - i));
 }
 
+static void write_bytes(char* out, const char* in, int64_t bytes, bool stream) {
+  if (stream) return stream_bytes(out, in, bytes);
+  __builtin_memcpy(out, in, static_cast<size_t>(bytes));
+}
+
 // Writes n <= kBlock values in a dtype of 16 bits or in the compute dtype.
 static void convert_out(const float* in, int64_t n, Dtype dtype, bool stream, char* out) {
-  if (dtype == Dtype::kFloat32) {
-    if (stream) {
-      stream_bytes(out, reinterpret_cast<const char*>(in), n * 4);
-    } else {
-      __builtin_memcpy(out, in, static_cast<size_t>(n) * 4);
-    }
-    return;
-  }
+  if (dtype == Dtype::kFloat32) return write_bytes(out, reinterpret_cast<const char*>(in), n * 4, stream);
   alignas(64) uint16_t buffer[kBlock];
   uint16_t* p = stream ? buffer : reinterpret_cast<uint16_t*>(out);
   int64_t i = 0;

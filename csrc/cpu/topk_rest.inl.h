@@ -28,6 +28,7 @@ struct TopKRow {
   int hard;          // where its exponentials at temperature 1 come from
   View x;
   Listed<S> listed;
+  const int64_t *columns, *slots, *first;  // the listed classes by block; see group_by_block
 
   TopKRow(const TopKPass& topk, int64_t r, const Scratch& s)
       : pass(topk), f(topk.forward), p(f.problem), scratch(s), row(r) {
@@ -60,6 +61,9 @@ struct TopKRow {
               -1};
     for (int64_t k = 0; label >= 0 && k < listed.count; ++k)
       if (listed.indices[k] == label) listed.label = k;
+    columns = blocks == 1 ? listed.indices : scratch.columns;
+    slots = scratch.slots;
+    first = scratch.first;
   }
 
   double degree() const { return p.first + p.second; }
@@ -70,10 +74,18 @@ struct TopKRow {
   }
 };
 
+// Where a row has one block, its classes are in order as they are: the same for all rows.
+static void list_one_block(const Scratch& scratch, int64_t listed) {
+  for (int64_t k = 0; k < listed; ++k) scratch.slots[k] = k;
+  scratch.first[0] = 0;
+  scratch.first[1] = listed;
+}
+
 // Sorts the listed classes by block: those of block b are [first[b], first[b + 1]) of `columns`, with their
 // positions in `slots`.
 template <class S>
 static void group_by_block(const TopKRow<S>& c) {
+  if (c.blocks == 1) return;
   int64_t* first = c.scratch.first;
   for (int64_t b = 0; b < c.blocks + 2; ++b) first[b] = 0;
   for (int64_t k = 0; k < c.listed.count; ++k) ++first[c.listed.indices[k] / kBlock + 2];
@@ -85,6 +97,30 @@ static void group_by_block(const TopKRow<S>& c) {
   }
 }
 
+MFD_INLINE void copy_element(const char* from, int64_t size, char* to) {
+  __builtin_memcpy(to, from, size == 2 ? 2 : size == 4 ? 4 : 8);
+}
+
+// Transformed logits [0, n) of a row, n <= kBlock, in `out` whatever their dtype.
+template <class S>
+static void copy_block(const View& view, int64_t n, typename S::T* out) {
+  const typename S::T* x = load_block<S>(view, 0, n, out).x;
+  if (x != out) __builtin_memcpy(out, x, static_cast<size_t>(n) * sizeof(typename S::T));
+}
+
+// The listed logits where no others matter.
+template <class S>
+static void gather_listed(const TopKRow<S>& c) {
+  const Listed<S>& l = c.listed;
+  Side gathered = c.p.student;
+  const int64_t size = dtype_size(gathered.dtype);
+  const char* row = static_cast<const char*>(gathered.data) + c.x.offset * size;
+  char* raw = static_cast<char*>(c.scratch.block_y);
+  for (int64_t k = 0; k < l.count; ++k) copy_element(row + l.indices[k] * size, size, raw + k * size);
+  gathered.data = raw;
+  copy_block<S>({&gathered, 0, -1, c.x.centre}, l.count, l.x);
+}
+
 // Exponentials that add up to less are taken again relative to their own maximum.
 constexpr double kTinySum = 0x1p-60;
 
@@ -92,7 +128,26 @@ constexpr double kTinySum = 0x1p-60;
 template <class S>
 MFD_INLINE void clear_listed(const TopKRow<S>& c, int64_t begin, int64_t end, int64_t start,
                              typename S::T* out) {
-  for (int64_t m = begin; m < end; ++m) out[c.scratch.columns[m] - start] = typename S::T(0);
+  for (int64_t m = begin; m < end; ++m) out[c.columns[m] - start] = typename S::T(0);
+}
+
+// Copies the listed logits [begin, end) out of a block and leaves zeros for their exponentials, whose sum it
+// returns.
+template <class S>
+MFD_INLINE double take_listed(const TopKRow<S>& c, int64_t begin, int64_t end, int64_t start,
+                              const typename S::T* x, typename S::T* es) {
+  typedef typename S::T T;
+  T* taken = c.listed.q;  // not needed yet
+  for (int64_t m = begin; m < end; ++m) {
+    const int64_t column = c.columns[m] - start;
+    c.listed.x[c.slots[m]] = x[column];
+    taken[m - begin] = es[column];
+    es[column] = T(0);
+  }
+  const int64_t n = end - begin;
+  typename S::V sum{};
+  for (int64_t i = 0; i < n; i += S::kWidth) sum = sum + load_or_pad<S>(taken + i, n - i, T(0));
+  return S::sum(sum);
 }
 
 // The one pass over a block: takes the listed logits out and leaves the exponentials of the others.
@@ -101,7 +156,7 @@ static void rest_block(const TopKRow<S>& c, const Scales<S>& scales, int64_t b) 
   typedef typename S::T T;
   const Scratch& scratch = c.scratch;
   const Problem& p = c.p;
-  const int64_t start = b * kBlock, n = c.block_size(b), begin = scratch.first[b], end = scratch.first[b + 1];
+  const int64_t start = b * kBlock, n = c.block_size(b), begin = c.first[b], end = c.first[b + 1];
   T* buffer = scratch.capped ? static_cast<T*>(scratch.capped) + start : static_cast<T*>(scratch.block_x);
   const Block<S> block = load_block<S>(c.x, start, n, buffer);
   const T* x = block.x;
@@ -118,16 +173,13 @@ static void rest_block(const TopKRow<S>& c, const Scales<S>& scales, int64_t b) 
   if (c.use_hard && p.smoothing != 0)
     out.sum_x = block_shifted_sum<S>(x, n, out.max_s) + static_cast<double>(n) * out.max_s;
   if (begin < end) {
-    for (int64_t m = begin; m < end; ++m) c.listed.x[scratch.slots[m]] = x[scratch.columns[m] - start];
-    double listed = 0;
-    for (int64_t m = begin; m < end; ++m) listed += es[scratch.columns[m] - start];
-    clear_listed<S>(c, begin, end, start, es);
+    const double listed = take_listed<S>(c, begin, end, start, x, es);
     // A small share may be subtracted: nothing cancels.
     out.sum_s = listed < 0.25 * out.sum_s ? out.sum_s - listed : plain_sum<S>(es, n);
     if (out.sum_s < kTinySum) {
       T* others = static_cast<T*>(scratch.block_out);
       __builtin_memcpy(others, x, static_cast<size_t>(n) * sizeof(T));
-      for (int64_t m = begin; m < end; ++m) others[scratch.columns[m] - start] = static_cast<T>(-kInf);
+      for (int64_t m = begin; m < end; ++m) others[c.columns[m] - start] = static_cast<T>(-kInf);
       out.max_s = block_max<S>(others, n);
       block_sums_of<S, kNoSoft>(c.hard, others, others, n, scales, ahead, kept, &out);
     } else if (c.hard == kOwnExp) {

@@ -125,8 +125,7 @@ static void topk_block(const TopKRow<S>& c, const AllClasses& all, const TopKSlo
   } else {
     block_gradient_of<S, true>(c.hard, es, et, eh, n, factors, false, own, out);
   }
-  for (int64_t m = scratch.first[b]; m < scratch.first[b + 1]; ++m)
-    out[scratch.columns[m] - start] = c.listed.out[scratch.slots[m]];
+  for (int64_t m = c.first[b]; m < c.first[b + 1]; ++m) out[c.columns[m] - start] = c.listed.out[c.slots[m]];
 }
 
 template <class S>
@@ -170,18 +169,28 @@ static void scatter_gradient(const TopKRow<S>& c, double label) {
       const int64_t start = b * kBlock, n = c.block_size(b);
       const T* x = load_block<S>(c.x, start, n, x_buffer).x;
       for (int64_t i = 0; i < kBlock; ++i) buffer[i] = T(0);
-      for (int64_t m = c.scratch.first[b]; m < c.scratch.first[b + 1]; ++m)
-        buffer[c.scratch.columns[m] - start] = l.out[c.scratch.slots[m]];
+      for (int64_t m = c.first[b]; m < c.first[b + 1]; ++m) buffer[c.columns[m] - start] = l.out[c.slots[m]];
       transform_backward<S>(c.x, x, n, dot, buffer);
       convert_out(buffer, n, p.student.dtype, c.f.stream, out + start * size);
     }
     write_zeros(out + p.classes * size, (p.student.width - p.classes) * size, c.f.stream);
     return;
   }
-  write_zeros(out, p.student.width * size, c.f.stream);
   if (changes_gradient(p.student)) transform_backward<S>(c.x, l.x, l.count, 0.0, l.out);
-  for (int64_t k = 0; k < l.count; ++k)
-    convert_out(l.out + k, 1, p.student.dtype, false, out + l.indices[k] * size);
+  char* listed = static_cast<char*>(c.scratch.block_y);
+  convert_out(l.out, l.count, p.student.dtype, false, listed);
+  // Whole blocks: a line that has been streamed is far away.
+  char* buffer = static_cast<char*>(c.scratch.block_out);
+  const char zero[8] = {};
+  __builtin_memset(buffer, 0, static_cast<size_t>(kBlock * size));
+  for (int64_t b = 0; b < c.blocks; ++b) {
+    const int64_t start = b * kBlock, begin = c.first[b], end = c.first[b + 1];
+    for (int64_t m = begin; m < end; ++m)
+      copy_element(listed + c.slots[m] * size, size, buffer + (c.columns[m] - start) * size);
+    write_bytes(out + start * size, buffer, c.block_size(b) * size, c.f.stream);
+    for (int64_t m = begin; m < end; ++m) copy_element(zero, size, buffer + (c.columns[m] - start) * size);
+  }
+  write_zeros(out + p.classes * size, (p.student.width - p.classes) * size, c.f.stream);
 }
 
 template <class S>
@@ -231,12 +240,12 @@ static void topk_row(const TopKPass& pass, int64_t row, const Scratch& scratch) 
   const TopKRow<S> c(pass, row, scratch);
   const Forward& f = pass.forward;
   const Listed<S>& l = c.listed;
-  if (c.all_classes || c.p.student.standardize) group_by_block<S>(c);
+  if (c.all_classes || f.grad) group_by_block<S>(c);
   if (c.all_classes) {
     const Scales<S> scales(c.pass_t, 1.0, false);
     for (int64_t b = 0; b < c.blocks; ++b) rest_block<S>(c, scales, b);
   } else {
-    for (int64_t k = 0; k < l.count; ++k) l.x[k] = static_cast<T>(logit_at<S>(c.x, l.indices[k], scratch));
+    gather_listed<S>(c);
   }
   if (c.entropies) write_topk_by_products<S>(c);
   const double label = c.label >= 0 ? logit_at<S>(c.x, c.label, scratch) : 0.0;
@@ -280,6 +289,7 @@ static void skip_topk_row(const TopKPass& pass, int64_t row) {
 
 template <class S>
 static void topk_rows_of(const TopKPass& pass, int64_t begin, int64_t end, const Scratch& scratch) {
+  if (block_count(pass.forward.problem.classes) == 1) list_one_block(scratch, pass.teacher.listed);
   for (int64_t row = begin; row < end; ++row) {
     if (is_counted(pass.forward.problem, row)) {
       topk_row<S>(pass, row, scratch);

@@ -12,10 +12,7 @@ static double log_of_rest(const typename S::T* y, int64_t n) {
 // Copies the teacher's values; returns the value of the rest.
 template <class S>
 static double load_values(const TopKRow<S>& c) {
-  typedef typename S::T T;
-  const View view = {&c.p.teacher, row_offset(c.p.teacher, c.row), -1, {}};
-  const T* y = load_block<S>(view, 0, c.listed.count, c.listed.y).x;
-  if (y != c.listed.y) __builtin_memcpy(c.listed.y, y, static_cast<size_t>(c.listed.count) * sizeof(T));
+  copy_block<S>({&c.p.teacher, row_offset(c.p.teacher, c.row), -1, {}}, c.listed.count, c.listed.y);
   return c.pass.teacher.logprobs && !c.renormalized ? log_of_rest<S>(c.listed.y, c.listed.count) : -kInf;
 }
 
@@ -28,9 +25,17 @@ static double max_with(const typename S::T* x, int64_t n, double other) {
 
 // sum exp((y - max)/T) over the listed values and the rest.
 template <class S>
-static double teacher_sum(const TopKRow<S>& c, double max, double rest, double temperature) {
-  const double listed = exponential_sum<S>(c.listed.y, c.listed.count, max, Exponent<S>(temperature));
+static double teacher_sum(const TopKRow<S>& c, double max, double rest, double temperature,
+                          typename S::T* store = nullptr) {
+  const double listed = exponential_sum<S>(c.listed.y, c.listed.count, max, Exponent<S>(temperature), store);
   return rest == -kInf ? listed : listed + exp((rest - max) / temperature);
+}
+
+// Makes probabilities of exponentials whose sum is exp(lse); see `probabilities`.
+template <class S>
+static void divide_by_mass(double lse, int64_t n, typename S::T* e) {
+  const typename S::V factor = S::splat(static_cast<typename S::T>(inverse_mass(lse)));
+  for (int64_t i = 0; i < n; i += S::kWidth) S::store(e + i, S::load(e + i) * factor);
 }
 
 // Calls act with the listed logarithms, and whether those of both sides are near: a constant to the compiler.
@@ -124,14 +129,13 @@ static SoftTerm soft_term(const TopKRow<S>& c, double max, const RestSums& rest,
   s.max_t = max_with<S>(l.y, l.count, s.rest);
   s.rest_x = rest.max - s.max_s;
   const double beside = c.renormalized ? 0.0 : rest.sum_s * exp(s.rest_x / c.ts);
-  const Exponent<S> by_ts(c.ts), by_tt(c.tt);
-  s.sum_s = beside + exponential_sum<S>(l.x, l.count, s.max_s, by_ts);
-  s.sum_t = teacher_sum<S>(c, s.max_t, s.rest, c.tt);
+  s.sum_s = beside + exponential_sum<S>(l.x, l.count, s.max_s, Exponent<S>(c.ts), l.q);
+  s.sum_t = teacher_sum<S>(c, s.max_t, s.rest, c.tt, l.p);
   s.label_y -= s.max_t;
   settle_sums(c.p, c.ts, c.tt, beside, c.renormalized ? 0.0 : rest.sum_s, s);
   s.p = static_cast<T>(s.p);
-  probabilities<S>(l.x, l.count, s.max_s, s.lse_s, by_ts, l.q);
-  probabilities<S>(l.y, l.count, s.max_t, s.lse_t, by_tt, l.p);
+  divide_by_mass<S>(s.lse_s, l.count, l.q);
+  divide_by_mass<S>(s.lse_t, l.count, l.p);
   if (!c.apart) {
     pointwise_value<S>(c, c.powers ? rest_powers(rest.powers, c.degree(), c.ts, s) : 0.0, s);
     return s;

@@ -308,3 +308,10 @@ struct F64 {
   MFD_INLINE T sum(V v) { return v; }
   MFD_INLINE T largest(V v) { return v; }
 };
+
+// The vector at p of which `left` >= 1 elements exist; the others are `pad`. The branch is cheaper than a
+// mask.
+template <class S>
+MFD_INLINE typename S::V load_or_pad(const typename S::T* p, int64_t left, typename S::T pad) {
+  return left >= S::kWidth ? S::load(p) : S::load_first(p, left, pad);
+}
