@@ -39,13 +39,15 @@ struct Exception {
   T value;
 };
 
-template <class S, bool kSoft, int kHard>
+// Streams only elements of the compute dtype.
+template <class S, bool kSoft, int kHard, class E>
 static void block_gradient(const typename S::T* es, const typename S::T* et, const typename S::T* eh,
                            int64_t n, const Factors<typename S::T>& factors, bool stream,
-                           const Exception<typename S::T>& label, typename S::T* out) {
+                           const Exception<typename S::T>& label, E* out) {
   typedef typename S::T T;
   typedef typename S::V V;
   constexpr int64_t W = S::kWidth;
+  constexpr bool kConverts = !std::is_same<E, T>::value;
   const Factors<V> f = {S::splat(factors.a), S::splat(factors.b), S::splat(factors.h),
                         S::splat(factors.shift)};
   const auto step = [&](int64_t i) { return gradient_step<S, kSoft, kHard>(es + i, et + i, eh + i, f); };
@@ -59,9 +61,15 @@ static void block_gradient(const typename S::T* es, const typename S::T* et, con
     lanes[lane] = label.value;
     return S::load(lanes);
   };
-  const auto write = [&](int64_t i, V g) { stream ? S::stream(out + i, g) : S::store(out + i, g); };
+  const auto write = [&](int64_t i, V g) {
+    if constexpr (kConverts) {
+      S::store(out + i, g);
+    } else {
+      stream ? S::stream(out + i, g) : S::store(out + i, g);
+    }
+  };
   int64_t i = 0;
-  if (stream) {
+  if (stream && !kConverts) {
     // Elements before the first aligned vector.
     const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) / sizeof(T)) & (W - 1);
     if (misaligned) {

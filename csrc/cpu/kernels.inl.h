@@ -54,6 +54,7 @@ namespace {
 #include "cpu/product.inl.h"
 #include "cpu/topk_rest.inl.h"
 #include "cpu/topk_soft.inl.h"
+#include "cpu/topk_gradient.inl.h"
 #include "cpu/topk_rows.inl.h"
 // clang-format on
 

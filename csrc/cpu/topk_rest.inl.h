@@ -66,6 +66,9 @@ struct TopKRow {
     first = scratch.first;
   }
 
+  // The classes that are not listed have gradients proportional to one exponential.
+  bool has_one_factor() const { return !powers && hard <= 1; }
+
   double degree() const { return p.first + p.second; }
 
   int64_t block_size(int64_t b) const {
