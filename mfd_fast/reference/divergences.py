@@ -93,11 +93,15 @@ def _teacher_share(divergence: Divergence) -> float:
     return 1 - divergence.lam
 
 
+def _expm1(z: Tensor) -> Tensor:
+    """expm1 of a finite exponential, with the derivative exp: PyTorch's expm1 + 1 has lost its digits far below 1."""
+    e = z.exp()
+    return torch.expm1(z).detach() + (e - e.detach())
+
+
 def _log_mean(r: Tensor, share: float) -> Tensor:
     """log((1 − share) + share·e^r): by log1p and expm1 where that is near 0, as written where those would cancel."""
-    # The derivative of expm1 is exp, of which expm1 + 1 has lost the digits far below 1.
-    e = r.exp()
-    zero, rise = torch.zeros_like(r), share * (torch.expm1(r).detach() + (e - e.detach()))
+    zero, rise = torch.zeros_like(r), share * _expm1(r)
     low = rise < -0.5
     near = torch.log1p(torch.where(low, zero, rise))
     return torch.where(low, ((1 - share) + share * torch.where(low, r, zero).exp()).log(), near)
@@ -162,8 +166,8 @@ def difference(high: Tensor, low: Tensor, s: float, r: Tensor) -> Tensor:
     if s == 0:
         return low.exp() * r
     rising, zero = s * r > 0, torch.zeros_like(r)
-    falling_part = torch.where(rising, zero, low).exp() * torch.expm1(torch.where(rising, zero, s * r))
-    rising_part = torch.where(rising, high, zero).exp() * -torch.expm1(-torch.where(rising, s * r, zero))
+    falling_part = torch.where(rising, zero, low).exp() * _expm1(torch.where(rising, zero, s * r))
+    rising_part = torch.where(rising, high, zero).exp() * -_expm1(-torch.where(rising, s * r, zero))
     return torch.where(rising, rising_part, falling_part) / s
 
 
