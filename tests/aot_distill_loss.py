@@ -17,6 +17,7 @@ CLASSES = (1000, 32000, 128256)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KERNELS = ("distill_scalar", "distill_rows", "distill_rows_backward")
 SPARSE_KERNELS = ("topk_scalar", "topk_rows")
+OF_EXPONENTS = ("distill_rows_backward", "mixture_backward")
 STANDARDIZE = mfd.LogitTransform(standardize=True)
 DIVERGENCES: dict[str, dict[str, Any]] = {
     "forward": {"divergence": mfd.ForwardKL()},
@@ -35,6 +36,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "teachers": {"teachers": 3},
     "teachersnkd": {"teachers": 3, "divergence": mfd.NKD()},
     "standardized": {"student_transform": STANDARDIZE, "teacher_transform": STANDARDIZE},
+}
+#: Several teachers, and a gradient of their mixture with exponents.
+EXPONENTS: dict[str, dict[str, Any]] = {
+    "teachersdkd": {"teachers": 3, "divergence": mfd.DKD()},
+    "teachersreverse": {"teachers": 3, "divergence": mfd.ReverseKL()},
+    "teachersalphabeta": {"teachers": 3, "divergence": mfd.AlphaBeta(0.5, 0.25)},
 }
 #: The same with other numbers, which must not compile anything new.
 OTHER_NUMBERS: dict[str, dict[str, Any]] = {
@@ -67,6 +74,7 @@ def _names() -> list[str]:
     names += [f"topk_scalar-{next(lengths)}-{next(dtypes)}-90-{option}" for option in SPARSE]
     names += [f"topk_rows-{next(lengths)}-{next(dtypes)}-90-{option}" for option in SPARSE]
     names += [f"mixture_backward-{c}-fp32-90-teachersnkd" for c in CLASSES]
+    names += [f"{kernel}-128256-fp32-90-teachersalphabeta" for kernel in OF_EXPONENTS]
     for capability in (80, 100):
         names += [
             f"{kernel}-{next(lengths)}-{next(dtypes)}-{capability}-{option}"
@@ -82,6 +90,7 @@ def _complete() -> list[str]:
     shapes = list(itertools.product(CLASSES, DTYPES, CAPABILITIES))
     names = [f"{k}-{c}-{d}-{cc}-{o}" for k, o in itertools.product(KERNELS, OPTIONS) for c, d, cc in shapes]
     names += [f"{k}-{c}-{d}-{cc}-{o}" for k, o in itertools.product(SPARSE_KERNELS, SPARSE) for c, d, cc in shapes]
+    names += [f"{k}-{c}-{d}-{cc}-{o}" for k, o in itertools.product(OF_EXPONENTS, EXPONENTS) for c, d, cc in shapes]
     return names + [f"mixture_backward-{c}-{d}-{cc}-{o}" for o in OPTIONS if "teachers" in o for c, d, cc in shapes]
 
 
@@ -114,7 +123,7 @@ def _recorded(name: str, changes: dict[str, Any]) -> Launch:
 def _problem(name: str, changes: dict[str, Any]) -> tuple[Any, torch.Tensor]:
     """Rows with labels and a mask, and the weights."""
     _, columns, dtype, _, option = name.split("-")
-    options = {"n": 2, "temperature": 2.0, "label_smoothing": 0.1, **(OPTIONS | SPARSE)[option], **changes}
+    options = {"n": 2, "temperature": 2.0, "label_smoothing": 0.1, **(OPTIONS | EXPONENTS | SPARSE)[option], **changes}
     n, classes = options.pop("n"), int(columns)
     student = torch.zeros(n, classes, dtype=DTYPES[dtype])
     teacher: Any = [student.clone() for _ in range(options.pop("teachers", 1))]

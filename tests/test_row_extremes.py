@@ -123,6 +123,47 @@ def test_the_gradient_of_a_weight_of_zero(backend, divergence):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
+# A divergence, the label, its class or the classes beside it with a logit of the first teacher's and the second's.
+BEYOND = [
+    (mfd.ReverseKL(), 1, 2, -150.0, -140.0),
+    (mfd.ReverseKL(), 1, 2, -300.0, -295.0),
+    (mfd.AlphaBeta(0.5, 0.5), 1, 2, -200.0, -85.0),
+    (mfd.AlphaBeta(0.3, 0.2), 1, 2, -150.0, -100.0),
+    (mfd.AlphaBeta(0.7, 0.0), 1, 2, -400.0, -110.0),
+    (mfd.AlphaBeta(0.0, 0.8), 1, 2, -150.0, -145.0),
+    (mfd.AlphaBeta(1.5, 0.7), 1, 2, -150.0, 50.0),
+    (mfd.AlphaBeta(-0.2, 0.9), 1, 2, -150.0, -170.0),
+    (mfd.DKD(0.5, 2.0), 1, 1, 200.0, 190.0),
+    (mfd.DKD(1.5, 0.0), 1, 1, 200.0, 20.0),
+    (mfd.DKD(1.5, 2.0), 1, 1, -150.0, 50.0),
+    (mfd.NKD(), 1, 1, 200.0, 190.0),
+    (mfd.NKD(), 1, 1, 90.0, 80.0),
+]
+
+
+@pytest.mark.parametrize(("divergence", "label", "where", "logit", "other"), BEYOND, ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.25])
+@pytest.mark.parametrize("backend", [b for b, has in BACKEND_FEATURES.items() if "teachers" in has])
+def test_teachers_whose_mixture_underflows(backend, share, divergence, label, where, logit, other):
+    """dD/dp overflows there, what it comes to for a teacher does not, with a say (``share``) or without."""
+    sample = distill_inputs((1, 5), spread=1.0)
+    first = torch.tensor([[0.0, 1.0, -2.0, 0.5, -1.0]])
+    second = torch.tensor([[1.0, 0.0, 1.5, -2.5, 0.0]])
+    first[0, where], second[0, where] = logit, logit if share else other
+    found = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        weights = torch.tensor([1 - share, share], dtype=dtype, requires_grad=True)
+        student, *teachers = (x.to(dtype) for x in (sample.student, first, second))
+        leaves = [weights, *(t.requires_grad_() for t in teachers)]
+        loss = mfd.distill_loss(
+            student, teachers, torch.tensor([label]), teacher_weights=weights, divergence=divergence, backend=name
+        )
+        found.append([g.double() for g in torch.autograd.grad(loss, leaves)])
+    assert bool(share or found[1][0].any())
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
 def test_an_alpha_beta_divergence_that_overflows_is_infinite(backend):
     student, teacher = (

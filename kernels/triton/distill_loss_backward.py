@@ -45,6 +45,7 @@ def distill_rows_backward(
     teacher_ptr,
     d_student_ptr,
     d_teacher_ptr,
+    d_exponent_ptr,
     d_temperature_ptr,
     d_teacher_temperature_ptr,
     stats_ptr,
@@ -108,8 +109,8 @@ def distill_rows_backward(
 ):
     """Any of d_student, d_teacher [N, width] and d_temperature, d_teacher_temperature [N]; None: not wanted.
 
-    With several teachers d_teacher and, of NKD, at_one [N] are what `mixture_backward` needs: the gradients of the
-    logits T log p, over p, and of the label's p at temperature 1.
+    With several teachers d_teacher, d_exponent [N, width] and, of NKD, at_one [N] are what `mixture_backward` needs:
+    the gradients of the logits T log p, over p, and of the label's p at temperature 1.
     """
     pid = tl.program_id(0).to(tl.int64)
     row = pid * ROWS + tl.arange(0, ROWS)
@@ -276,7 +277,11 @@ def distill_rows_backward(
                 grad = teacher_gradient(x, y, here, label, s, t, k, means, t_slope, t_targets, KIND)
                 grad = through_transform(grad, y, t, t_middle, t_drift, classes)
             else:
-                grad = teacher_over_p(x, y, here, label, s, t, k, means, KIND) * t_slope[:, None, None]
+                grad, exponent = teacher_over_p(x, y, here, label, s, t, k, x_label, y_label, means, KIND)
+                grad = grad * t_slope[:, None, None]
+                if d_exponent_ptr is not None:
+                    to = d_exponent_ptr + (row * t_width)[:, None, None] + here
+                    tl.store(to, tl.where(keep, exponent, 0.0), mask=exists[:, None, None] & (here < t_width))
             to = d_teacher_ptr + (row * t_width)[:, None, None] + here
             tl.store(to, tl.where(keep, grad, 0.0), mask=exists[:, None, None] & (here < t_width))
         if d_teacher_temperature_ptr is not None:

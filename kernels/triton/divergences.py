@@ -28,6 +28,8 @@ FORWARD_POINT = tl.constexpr(9)  # FORWARD where p need not sum to 1
 
 # |r| of a class that one side rules out: exp(-FAR) is 0 in every dtype.
 FAR = tl.constexpr(1000.0)
+# A number goes with an exponent of its own from here on: far from overflow in every dtype.
+WIDE = tl.constexpr(60.0)
 
 
 @triton.jit
@@ -187,7 +189,9 @@ def pointwise(q, p, qs, ps, r, no_q, no_p, a, b, KIND: tl.constexpr):
 
 @triton.jit
 def slope_of_p(r, a, b, KIND: tl.constexpr):
-    """h of `pointwise`, also where p has no representation; not of REVERSE and ALPHA_BETA, whose h overflows there."""
+    """h of `pointwise`, also where p has no representation; REVERSE and ALPHA_BETA, whose h overflows there, have
+    `far_slope_of_p`.
+    """
     if KIND == FORWARD_POINT:
         h = r
     elif KIND == TVD:
@@ -201,6 +205,24 @@ def slope_of_p(r, a, b, KIND: tl.constexpr):
         else:
             h = -a * expm1(over_q)
     return h
+
+
+@triton.jit
+def far_slope_of_p(r, log_p, no_q, a, b, KIND: tl.constexpr):
+    """h of REVERSE and ALPHA_BETA as (factor, exponent), h = factor*exp(exponent), from logarithms alone; the exponent
+    is 0 where h has a representation.
+    """
+    if KIND == REVERSE:
+        a, b = tl.zeros_like(a), tl.zeros_like(b) + 1.0
+    # p^(a+b-1) (1 - exp(z))/b; q = 0 leaves 1/b.
+    z = tl.where(no_q, 0.0, -b * r)
+    large = z > 1.0
+    over_b = divide(tl.full([1], 1.0, r.dtype), tl.where(b == 0, 1.0, b))
+    factor = over_b * tl.where(large, expm1(-tl.abs(z)), -expm1(tl.where(large, 0.0, z)))
+    factor = tl.where(no_q, over_b, tl.where(b == 0, r, factor))
+    exponent = (a + b - 1.0) * log_p + tl.where(large, z, 0.0)
+    beyond = exponent > WIDE
+    return tl.where(beyond, factor, factor * tl.exp(tl.where(beyond, 0.0, exponent))), tl.where(beyond, exponent, 0.0)
 
 
 @triton.jit

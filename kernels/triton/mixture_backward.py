@@ -4,12 +4,15 @@ p = sum_k w_k p_k with p_k = softmax(y_k/T). With g = dL/dy, r = g/p and A_k = E
     dL/dy_k = w_k p_k (r - A_k),  dL/dw_k = T A_k (up to the same constant for all k),  dL/dT = -sum dL/dy_k y_k/T.
 NKD reads the label's probability at temperature 1 as well, P = sum_k w_k P_k: with G = dL/dP
     dL/dy_k += G w_k P_k,label (e_label - P_k),  dL/dw_k += G P_k,label.
+A p that underflows does not bound a p_k that it holds nothing or little of: r comes as ratio*exp(exponent), without
+exponents of the divergences whose r grows like a logarithm.
 """
 
 import triton
 import triton.language as tl
 
-from .rows import columns, divide, finite_max, row_labels
+from .row_gradients import scaled_mean
+from .rows import INF, columns, divide, finite_max, row_labels
 from .sides import (
     label_logit,
     part_log_prob,
@@ -22,10 +25,22 @@ from .sides import (
 
 
 @triton.jit
-def part_gradient(of, y, here, keep, ratio, mean, rest, label, of_label, AT_ONE: tl.constexpr):
-    """dL/dy_k of a tile; mean + rest: A_k; of_label: G w_k P_k,label. 0 where keep is false."""
+def load_ratio(ratio_ptr, exponent_ptr, at, keep):
+    """ratio and exponent of a tile."""
+    ratio = tl.load(ratio_ptr + at, mask=keep, other=0.0)
+    exponent = tl.zeros_like(ratio)
+    if exponent_ptr is not None:
+        exponent = tl.load(exponent_ptr + at, mask=keep, other=0.0)
+    return ratio, exponent
+
+
+@triton.jit
+def part_gradient(of, y, here, keep, ratio, exponent, mean, rest, label, of_label, AT_ONE: tl.constexpr):
+    """dL/dy_k of a tile; mean + rest: A_k; of_label: G w_k P_k,label. 0 where keep is false or w_k is 0."""
     log_p = divide(y - finite_max(of.top)[:, None, None], of.side.T[:, None, None]) - of.log_sum[:, None, None]
-    grad = tl.exp(log_p + of.log_weight[:, None, None]) * ((ratio - mean[:, None, None]) - rest[:, None, None])
+    mean, rest = scaled_mean(mean[:, None, None], exponent), scaled_mean(rest[:, None, None], exponent)
+    grad = tl.exp((log_p + of.log_weight[:, None, None]) + exponent) * ((ratio - mean) - rest)
+    grad = tl.where(of.log_weight[:, None, None] == -INF, 0.0, grad)
     if AT_ONE:
         target = tl.where(here == label[:, None, None], 1.0, 0.0)
         grad = grad + of_label[:, None, None] * (target - part_prob_at_one(of, y))
@@ -33,8 +48,20 @@ def part_gradient(of, y, here, keep, ratio, mean, rest, label, of_label, AT_ONE:
 
 
 @triton.jit
-def mean_ratios(t, ratio_row, less, col, counted, classes, ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
-    """E_{p_k}[r - less_k] for every teacher k."""
+def mean_ratios(
+    t,
+    ratio_ptr,
+    exponent_ptr,
+    at,
+    less,
+    col,
+    counted,
+    classes,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """E_{p_k}[r - less_k] for every teacher k; an infinite less_k is none."""
     N: tl.constexpr = len(t.parts)
     sums = ()
     for _k in tl.static_range(N):
@@ -42,11 +69,12 @@ def mean_ratios(t, ratio_row, less, col, counted, classes, ROWS: tl.constexpr, L
     for first in range(0, classes, LANES * VEC):
         here = col + first
         keep = counted[:, None, None] & (here < classes)
-        ratio = tl.load(ratio_row + here, mask=keep, other=0.0)
+        ratio, exponent = load_ratio(ratio_ptr, exponent_ptr, at + here, keep)
         more = ()
         for k in tl.static_range(N):
-            p_k = tl.exp(part_log_prob(t.parts[k], here, keep, "evict_last"))
-            more = more + (sums[k] + tl.sum((ratio - less[k][:, None, None]) * p_k, 2),)
+            p_k = tl.exp(part_log_prob(t.parts[k], here, keep, "evict_last") + exponent)
+            off = tl.where(tl.abs(less[k]) == INF, 0.0, less[k])[:, None, None]
+            more = more + (sums[k] + tl.sum((ratio - scaled_mean(off, exponent)) * p_k, 2),)
         sums = more
     found = ()
     for k in tl.static_range(N):
@@ -57,6 +85,7 @@ def mean_ratios(t, ratio_row, less, col, counted, classes, ROWS: tl.constexpr, L
 @triton.jit(do_not_specialize=["n_rows", "ignore_index", "classes", "width", "t_inner", "t_outer", "t_row"])
 def mixture_backward(
     ratio_ptr,
+    exponent_ptr,
     at_one_ptr,
     teacher_ptr,
     d_ptrs,
@@ -95,7 +124,9 @@ def mixture_backward(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """ratio [N, classes] of DTYPE: r; d_ptrs, d_widths: a gradient per teacher; d_weights [N, K], d_temperature [N]."""
+    """ratio, exponent [N, classes] of DTYPE: r. d_ptrs, d_widths: a gradient per teacher; d_weights [N, K],
+    d_temperature [N].
+    """
     pid = tl.program_id(0).to(tl.int64)
     row = pid * ROWS + tl.arange(0, ROWS)
     exists = row < n_rows
@@ -145,14 +176,15 @@ def mixture_backward(
     )
     N: tl.constexpr = len(more_ptrs) + 1
     BLOCK: tl.constexpr = LANES * VEC
-    ratio_row = ratio_ptr + (row * classes)[:, None, None]
+    AT_ONE: tl.constexpr = at_one_ptr is not None
+    at = (row * classes)[:, None, None]
     zero = tl.zeros([ROWS, LANES], DTYPE)
     nothing = ()
     for _k in tl.static_range(N):
         nothing = nothing + (tl.zeros([ROWS], DTYPE),)
-    means = mean_ratios(t, ratio_row, nothing, col, counted, classes, ROWS, LANES, VEC)
+    means = mean_ratios(t, ratio_ptr, exponent_ptr, at, nothing, col, counted, classes, ROWS, LANES, VEC)
     # Where p_k is nearly all on one class r - A_k is far smaller than r: what rounding left of the mean counts.
-    rests = mean_ratios(t, ratio_row, means, col, counted, classes, ROWS, LANES, VEC)
+    rests = mean_ratios(t, ratio_ptr, exponent_ptr, at, means, col, counted, classes, ROWS, LANES, VEC)
 
     up = tl.zeros([ROWS], DTYPE)
     if at_one_ptr is not None:
@@ -173,23 +205,23 @@ def mixture_backward(
             for first in range(0, classes, BLOCK):
                 here = col + first
                 keep = counted[:, None, None] & (here < classes)
-                ratio = tl.load(ratio_row + here, mask=keep, other=0.0)
+                ratio, exponent = load_ratio(ratio_ptr, exponent_ptr, at + here, keep)
                 y = read_one(of.side, here, keep, "evict_last")
-                grad = part_gradient(of, y, here, keep, ratio, mean, rest, label, of_label, at_one_ptr is not None)
+                grad = part_gradient(of, y, here, keep, ratio, exponent, mean, rest, label, of_label, AT_ONE)
                 drift += tl.sum(tl.where(grad == 0.0, 0.0, grad * y), 2)
         for first in range(0, width, BLOCK):
             here = col + first
             keep = counted[:, None, None] & (here < classes)
-            ratio = tl.load(ratio_row + here, mask=keep, other=0.0)
+            ratio, exponent = load_ratio(ratio_ptr, exponent_ptr, at + here, keep)
             y = read_one(of.side, here, keep, "evict_last")
             if d_temperature_ptr is not None:
-                grad = part_gradient(of, y, here, keep, ratio, mean, rest, label, of_label, False)
+                grad = part_gradient(of, y, here, keep, ratio, exponent, mean, rest, label, of_label, False)
                 from_top = y - finite_max(of.top)[:, None, None]
                 moment += tl.sum(tl.where(grad == 0.0, 0.0, grad * from_top), 2)
             if d_ptrs is not None:
-                grad = part_gradient(of, y, here, keep, ratio, mean, rest, label, of_label, at_one_ptr is not None)
+                grad = part_gradient(of, y, here, keep, ratio, exponent, mean, rest, label, of_label, AT_ONE)
                 # Its mean over the row is 0.
-                grad = through_transform(grad, y, of.side, mean * 0.0, tl.sum(drift, 1) * of.back, classes)
+                grad = through_transform(grad, y, of.side, tl.zeros([ROWS], DTYPE), tl.sum(drift, 1) * of.back, classes)
                 d_width = d_widths[k] * UNIT
                 to = d_ptrs[k] + (row * d_width)[:, None, None] + here
                 tl.store(to, tl.where(keep, grad, 0.0), mask=exists[:, None, None] & (here < d_width))

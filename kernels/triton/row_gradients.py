@@ -15,7 +15,9 @@ from .divergences import (
     REVERSE,
     SKEW,
     SKEW_REVERSE,
+    WIDE,
     centred,
+    far_slope_of_p,
     kl_term,
     log1p,
     mixture_logs,
@@ -25,6 +27,9 @@ from .divergences import (
 from .row_statistics import but_label
 from .rows import INF, LOG2E, divide, finite_max, log_ratio, power, soft_gap
 from .sides import read
+
+# log of a p below which quotients of p are not to be had from p itself.
+SMALL_LOG = tl.constexpr(-20.0)
 
 
 class Known(NamedTuple):
@@ -147,6 +152,16 @@ def know(ms, ss, mt, st, s, t, x_label, y_label, a, b, KIND: tl.constexpr):
         b,
     )
     return known, pair
+
+
+@triton.jit
+def pair_slopes(k, s, t, x_label, y_label):
+    """t_other over the rest of p and t_label over p_label of `Known`, also where the two underflow."""
+    zq, zp = pair_logit(x_label, k.ms, k.ss, s.T), pair_logit(y_label, k.mt, k.st, t.T)
+    p, p_rest, _log_p, _log_p_rest = log_pair(zp)
+    none = (p == 0.0) | (k.st == 0.0)
+    other = tl.where(none, 0.0, -k.a * (p * (zp - zq)))
+    return other, tl.where(p_rest == 0.0, 0.0, k.a * (p_rest * (zp - zq)))
 
 
 @triton.jit
@@ -297,11 +312,30 @@ def teacher_soft(x, y, here, label, s, t, k, means, KIND: tl.constexpr):
 
 
 @triton.jit
-def teacher_over_p(x, y, here, label, s, t, k, means, KIND: tl.constexpr):
-    """dD/dv over p where y = T log p of several teachers, also of a p that underflows; 0 where y is -inf."""
+def scaled_mean(mean, exponent):
+    """``mean`` over exp(exponent), which is 1 nearly everywhere."""
+    return tl.where(exponent == 0.0, mean, mean * tl.exp(-exponent))
+
+
+@triton.jit
+def teacher_over_p(x, y, here, label, s, t, k, x_label, y_label, means, KIND: tl.constexpr):
+    """dD/dv over p where y = T log p of several teachers, also of a p that underflows; 0 where y is -inf.
+
+    It is over*exp(exponent) of the pair (over, exponent); the exponents of a bounded or logarithmic dD/dp are 0.
+    """
+    exponent = tl.zeros_like(y)
     if (KIND == REVERSE) or (KIND == ALPHA_BETA):
         _f, _qg, ph, _overlap, _q, p = pointwise_tile(x, y, s, t, k, KIND)
-        over = tl.where(p == 0.0, 0.0, divide(ph, tl.where(p == 0.0, 1.0, p))) - means.h[:, None, None]
+        dx = x - finite_max(k.ms)[:, None, None]
+        dy = y - finite_max(k.mt)[:, None, None]
+        no_q = x == -INF
+        log_p = divide(dy, t.T[:, None, None]) - tl.log(k.st)[:, None, None]
+        far = log_p < SMALL_LOG
+        r = log_quotient(dx, dy, no_q | (y == -INF), s, t, k)
+        over, exponent = far_slope_of_p(r, log_p, no_q, k.a, k.b, KIND)
+        over = tl.where(far, over, divide(ph, tl.where(far, 1.0, p)))
+        exponent = tl.where(far & (y > -INF), exponent, 0.0)
+        over = over - scaled_mean(means.h[:, None, None], exponent)
     elif KIND >= REVERSE:
         dx = x - finite_max(k.ms)[:, None, None]
         dy = y - finite_max(k.mt)[:, None, None]
@@ -317,16 +351,21 @@ def teacher_over_p(x, y, here, label, s, t, k, means, KIND: tl.constexpr):
         gap, _et = gap_from_mean(x, y, s, t, k, means.h, KIND)
         over = divide(gap - means.rest[:, None, None], t.T[:, None, None])
         if KIND != FORWARD:
-            over = tl.where(k.weight[:, None, None] == 0.0, 0.0, over * k.weight[:, None, None])
+            log_rest = divide(finite_max(k.mt), t.T) + tl.log(k.st)
+            up = tl.where(k.weight == 0.0, 0.0, -log_rest)
+            beyond = up > WIDE
+            factor = tl.where(beyond, k.weight, k.weight * tl.exp(tl.where(beyond, 0.0, up)))
+            over = tl.where(k.weight[:, None, None] == 0.0, 0.0, over * factor[:, None, None])
+            row_exponent = tl.where(beyond, up, 0.0)
+            own = tl.zeros_like(k.weight)
             if KIND == DKD:
-                over = over + k.t_other[:, None, None]
-            rest = tl.exp(divide(finite_max(k.mt), t.T)) * k.st
-            over = over * tl.where(rest == 0.0, 0.0, divide(1.0 + 0.0 * rest, rest))[:, None, None]
-            p = tl.exp(divide(of_label, t.T[:, None, None]))
-            own = tl.where(p == 0.0, 0.0, divide(k.t_label[:, None, None], tl.where(p == 0.0, 1.0, p)))
-            over = tl.where(here == label[:, None, None], own, over)
+                pull, own = pair_slopes(k, s, t, x_label, y_label)
+                over = over + scaled_mean(pull, row_exponent)[:, None, None]
+            at_label = here == label[:, None, None]
+            over = tl.where(at_label, own[:, None, None], over)
+            exponent = tl.where(at_label, 0.0, row_exponent[:, None, None])
             y = of_label
-    return tl.where(y == -INF, 0.0, over)
+    return tl.where(y == -INF, 0.0, over), exponent
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from .blocks import Blocks
 from .launch import finish, gradient, kernels, launch, number, taken
 from .row_arguments import kind_of, row_arguments
 from .scale import scale_gradient_
-from .teachers import mixture_backward
+from .teachers import has_exponents, mixture_backward
 
 __all__ = ["can_run", "per_row", "per_row_backward", "scalar", "scale_gradient_"]
 
@@ -190,9 +190,11 @@ def per_row_backward(
     of_teachers = (needs[1], *needs[5:])
     student, d_student = gradient(rows.student) if needs[0] else (None, None)
     teacher, d_teacher = gradient(rows.teacher) if needs[1] and not several else (None, None)
-    mixed = None
+    mixed = exponents = None
     if several and (any(of_teachers) or any(needs[3:5])):
         mixed = allocate.empty((n, rows.classes), rows.dtype, rows.device)
+        if has_exponents(rows.divergence):
+            exponents = allocate.empty((n, rows.classes), rows.dtype, rows.device)
     at_one = allocate.empty((n,), rows.dtype, rows.device) if several and isinstance(rows.divergence, NKD) else None
     wanted = (needs[2], needs[3] and not several)
     per_side = [allocate.empty((n,), rows.dtype, rows.device) if need else None for need in wanted]
@@ -204,6 +206,7 @@ def per_row_backward(
         arguments = common | {
             "d_student_ptr": student,
             "d_teacher_ptr": teacher if mixed is None else mixed,
+            "d_exponent_ptr": exponents,
             "d_temperature_ptr": per_side[0],
             "d_teacher_temperature_ptr": per_side[1],
             "at_one_ptr": at_one,
@@ -226,7 +229,7 @@ def per_row_backward(
         launch(kernel, -(-n // blocks.rows), rows.device, blocks.warps, arguments)
     first = None if student is None or d_student is None else finish(student, d_student)
     if several:
-        found = mixture_backward(rows, common, blocks, mixed, at_one, (*needs[3:5], *of_teachers))
+        found = mixture_backward(rows, common, blocks, mixed, exponents, at_one, (*needs[3:5], *of_teachers))
         return first, found.teachers[0], per_side[0], found.temperature, found.weights, *found.teachers[1:]
     return (
         first,

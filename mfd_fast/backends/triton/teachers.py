@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ...divergences import DKD, NKD, AlphaBeta, Divergence, ReverseKL
 from ...rows import Rows
 from .. import allocate
 from .blocks import Blocks
@@ -20,15 +21,22 @@ class TeacherGradients(NamedTuple):
     teachers: list[Tensor | None]
 
 
+def has_exponents(divergence: Divergence) -> bool:
+    """Whether dD/dp may be beyond the arithmetic's range where p is not in it."""
+    return isinstance(divergence, (ReverseKL, AlphaBeta, DKD, NKD))
+
+
 def mixture_backward(
     rows: Rows,
     common: dict[str, Any],
     blocks: Blocks | None,
     mixed: Tensor | None,
+    exponents: Tensor | None,
     at_one: Tensor | None,
     needs: tuple[bool, ...],
 ) -> TeacherGradients:
     """``mixed`` [N, classes]: the gradient with respect to the mixture's logits T log p, over p; None if not needed.
+    ``exponents``: None, or logarithms of what to multiply it by.
 
     ``at_one`` [N]: of NKD, that with respect to the mixture's probability of the label at temperature 1.
     ``needs``: whether the temperature, the weights and each of the teachers wants a gradient.
@@ -42,6 +50,7 @@ def mixture_backward(
         kernel = kernels("mixture_backward").mixture_backward
         arguments = taken(kernel, common) | {
             "ratio_ptr": mixed,
+            "exponent_ptr": exponents,
             "at_one_ptr": at_one,
             "d_ptrs": tuple(written for written, _ in pairs) or None,
             "d_widths": tuple(width // common["UNIT"] for width in widths) if pairs else None,
