@@ -53,6 +53,19 @@ def test_absent_modality_has_no_effect(backend, value, mode):
         assert_bitwise_equal(a, b, name)
 
 
+@pytest.mark.parametrize("backend", MFD.backends)
+def test_an_absent_modality_weighs_nothing_in_a_row_of_nan(backend):
+    features, query, _, _ = modal_inputs(1, 3, 5)
+    features[1][0, 0] = math.nan
+    present = torch.tensor([[True, True, False]])
+    head, logits = torch.ones(2, 5), torch.zeros(1, 2)
+    pool = mfd.modal_pool(features, query, present=present, backend=backend)
+    whole = mfd.mfd_loss(features, query, head, None, logits, present=present, backend=backend)
+    for weights in (pool.weights, whole.weights):
+        assert weights[0, :2].isnan().any()
+        assert weights[0, 2].item() == 0.0
+
+
 @pytest.mark.parametrize("backend", POOL.backends)
 def test_nan_in_a_present_modality_surfaces_in_its_row_only(backend):
     features, query, _, _ = modal_inputs(3, 2, 5)

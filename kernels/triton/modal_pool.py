@@ -86,7 +86,8 @@ def attention(scores, on, c, M: tl.constexpr):
         parts = parts + (part,)
     weights = ()
     for m in tl.static_range(M):
-        weights = weights + (divide(parts[m], total),)
+        # Of a NaN row what is absent is still 0.
+        weights = weights + (tl.where(on[m], divide(parts[m], total), 0.0),)
     return weights
 
 
