@@ -12,26 +12,39 @@ MFD_ROW_FN double log_over_mean(double r, double share) {
   return r < 0 ? r - log1p(share * expm1(r)) : -log1p((1 - share) * expm1(-r));
 }
 
+// factor*exp(exponent).
+struct Scaled {
+  double factor, exponent;
+};
+
+// p^(degree - 1)*(1 - exp(-beta*r))/beta
+MFD_ROW_FN Scaled power_slope(double degree, double beta, double r, double log_p) {
+  const double power = degree == 1 ? 0.0 : (degree - 1) * log_p, rise = -beta * r;
+  if (beta == 0) return {r, power};
+  if (rise > 1) return {expm1(-rise) / beta, power + rise};
+  return {-expm1(rise) / beta, power};
+}
+
 // dD/dp of a pointwise divergence at r = log p - log q, of which neither need be representable.
-MFD_ROW_FN double slope_of_p(const Problem& problem, bool far, double r, double log_p) {
+MFD_ROW_FN Scaled slope_of_p(const Problem& problem, bool far, double r, double log_p) {
   const double first = problem.first, second = problem.second;
   switch (problem.divergence) {
     case Divergence::kReverseKL:
-      return -expm1(-r);
+      return power_slope(1.0, 1.0, r, log_p);
     case Divergence::kJSD:
-      return first * log_over_mean(r, first);
+      return {first * log_over_mean(r, first), 0.0};
     case Divergence::kSkewKL:
-      return log_over_mean(r, first) - first * expm1(log_over_mean(r, first));
+      return {log_over_mean(r, first) - first * expm1(log_over_mean(r, first)), 0.0};
     case Divergence::kSkewReverseKL: {
       const double log_qm = log_over_mean(r, 1 - first) - r;
-      return (first - 1) * (far ? exp(log_qm) : expm1(log_qm));
+      return {(first - 1) * (far ? exp(log_qm) : expm1(log_qm)), 0.0};
     }
     case Divergence::kTVD:
-      return r > 0 ? 0.5 : r < 0 ? -0.5 : r;
+      return {r > 0 ? 0.5 : r < 0 ? -0.5 : r, 0.0};
     case Divergence::kAlphaBeta:
-      return exp((first + second - 1) * log_p) * (second == 0 ? r : -expm1(-second * r) / second);
+      return power_slope(first + second, second, r, log_p);
     default:
-      return r;
+      return {r, 0.0};
   }
 }
 
@@ -47,13 +60,13 @@ MFD_ROW_FN double unheard_share(const Problem& problem, const SavedRow& row, con
   }
   const double of_rest = row.max_t + row.lse_t;  // log of what the classes compared hold of p
   const double log_q = (x - row.max_s) / row.ts - row.lse_s, r = log_p - of_rest - log_q;
-  double slope;
+  const double log_share = log_pk - of_rest;
   if (is_pointwise(problem.divergence)) {
-    slope = slope_of_p(problem, row.far, r, log_p - of_rest) - row.mean_h;
-  } else {
-    slope = times(linear.relation, (linear.of_student ? -log_q : r) - linear.mean) + linear.pull;
+    const Scaled slope = slope_of_p(problem, row.far, r, log_p - of_rest);
+    return times(slope.factor, exp(log_share + slope.exponent)) - times(exp(log_share), row.mean_h);
   }
-  return times(exp(log_pk - of_rest), slope);
+  const double slope = times(linear.relation, (linear.of_student ? -log_q : r) - linear.mean) + linear.pull;
+  return times(exp(log_share), slope);
 }
 
 }  // namespace mfd
