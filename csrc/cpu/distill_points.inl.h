@@ -23,7 +23,7 @@ static void block_points(const D& divergence, const LogScale& student, const Log
       logit_x = log_q(S::load_first(x + i, left, T(0)));
       logit_y = log_p(S::load_first(y + i, left, T(0)));
     }
-    const V r = S::fma(S::load(kept.difference + i), inverse, shift);
+    const V r = S::fused(S::load(kept.difference + i), inverse, shift);
     const Point<S> point =
         divergence(S::load(kept.es + i) * cq, S::load(kept.et + i) * cp, r, logit_x, logit_y);
     value = value + point.value;

@@ -73,11 +73,11 @@ struct Logs {
 
   template <bool kClose>
   __attribute__((always_inline)) inline V r(V x, V y) const {
-    const V d = kClose ? y - x - gap : S::fma(y - my, ratio, mx - x);
-    return S::fma(d, inverse_s, shift);
+    const V d = kClose ? y - x - gap : S::fused(y - my, ratio, mx - x);
+    return S::fused(d, inverse_s, shift);
   }
-  __attribute__((always_inline)) inline V log_q(V x) const { return S::fma(x - mx, inverse_s, shift_s); }
-  __attribute__((always_inline)) inline V log_p(V y) const { return S::fma(y - my, inverse_t, shift_t); }
+  __attribute__((always_inline)) inline V log_q(V x) const { return S::fused(x - mx, inverse_s, shift_s); }
+  __attribute__((always_inline)) inline V log_p(V y) const { return S::fused(y - my, inverse_t, shift_t); }
 };
 
 // The divergence at one vector of logits and probabilities.

@@ -86,7 +86,7 @@ MFD_INLINE void sums_step(typename S::V x, typename S::V y, typename S::V mx, ty
   S::store(kept.et, p);
   acc.t = acc.t + p;
   // The one rounding is exact where x is close to y and Ts = Tt.
-  const V d = kSoft == kNear ? y - x - (my - mx) : S::fma(ty, scales.ratio, -tx);
+  const V d = kSoft == kNear ? y - x - (my - mx) : S::fused(ty, scales.ratio, -tx);
   if (kSoft != kCross) S::store(kept.difference, d);
   // 0*log 0 = 0
   acc.cross = acc.cross + S::select(scales.teacher.vanishes(ty), V{}, p * d);

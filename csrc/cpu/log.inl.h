@@ -12,10 +12,15 @@ constexpr float kExpLow = -87.0f, kExpHigh = 88.0f;
 MFD_INLINE PowerOfTwo power_of_two(F32::V z) {
   typedef F32::V V;
   const V magic = F32::splat(12582912.0f + 127.0f);
-  const V c_hi = F32::splat(1.44269502f), c_lo = F32::splat(1.92596303e-8f);
+  const V c_hi = F32::splat(1.44269502f);
   const V shifted = F32::fma(z, c_hi, magic);
   const V k = shifted - magic;
-  const V f = F32::fma(z, c_lo, F32::fma(z, c_hi, -k));
+#if MFD_AVX512 || MFD_AVX2
+  const V f = F32::fma(z, F32::splat(1.92596303e-8f), F32::fma(z, c_hi, -k));
+#else
+  // Without a fused multiply-add: log 2 in two parts, of which k times the first is exact (Cody, Waite).
+  const V f = ((z - k * 0.693359375f) + k * 2.12194440e-4f) * c_hi;
+#endif
   constexpr float kPolynomial[] = {1.540351235e-4f, 1.339073548e-3f, 9.618237495e-3f,
                                    5.550357434e-2f, 2.402264979e-1f, 6.931471879e-1f};
   V p = F32::splat(kPolynomial[0]);

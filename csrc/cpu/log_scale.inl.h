@@ -16,5 +16,5 @@ struct LogOf {
       : max(S::splat(static_cast<typename S::T>(scale.block_max))),
         inverse(S::splat(static_cast<typename S::T>(scale.inverse))),
         shift(S::splat(static_cast<typename S::T>(scale.shift))) {}
-  __attribute__((always_inline)) inline V operator()(V x) const { return S::fma(x - max, inverse, shift); }
+  __attribute__((always_inline)) inline V operator()(V x) const { return S::fused(x - max, inverse, shift); }
 };

@@ -31,10 +31,10 @@ static LogSumExp row_lse(const View& view, int64_t classes, double temperature, 
   return {max, log(sum == 0 && view.apart < 0 ? kNan : sum)};
 }
 
-// log(w_k p_k) of a vector of one teacher's logits.
+// log p_k of a vector of one teacher's logits, or log(w*p_k) without a rounding more.
 template <class S>
-MFD_INLINE LogOf<S> log_of_teacher(const TeacherRow& t, double temperature) {
-  return LogOf<S>(LogScale(t.max, t.max, temperature, t.lse));
+MFD_INLINE LogOf<S> log_of_teacher(const TeacherRow& t, double temperature, double log_weight = 0) {
+  return LogOf<S>(LogScale(t.max, t.max, temperature, t.lse - log_weight));
 }
 
 template <class S>
@@ -79,12 +79,11 @@ static void mix_teachers(const Problem& p, int64_t row, double temperature, cons
     const auto over_teachers = [&](const auto& act) {
       for (int64_t k = 0; k < p.mixture->count; ++k) {
         const TeacherRow& t = scratch.teachers[k];
-        const LogOf<S> log_p = log_of_teacher<S>(t, temperature);
-        const V log_weight = S::splat(static_cast<T>(log(t.weight)));
+        const LogOf<S> log_share = log_of_teacher<S>(t, temperature, log(t.weight));
         const T* y = load_block<S>(teacher_view<S>(p, k, row, t.centre), start, n, buffer).x;
         for (int64_t i = 0; i < n; i += S::kWidth) {
           const int64_t left = n - i < S::kWidth ? n - i : S::kWidth;
-          act(k == 0, i, log_p(S::load_first(y + i, left, T(0))) + log_weight);
+          act(k == 0, i, log_share(S::load_first(y + i, left, T(0))));
         }
       }
     };

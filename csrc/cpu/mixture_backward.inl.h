@@ -49,8 +49,8 @@ static void teacher_slopes(const TeacherRow& t, double temperature, const typena
     for (int64_t i = 0; i < n; i += S::kWidth) S::store(out + i, V{});
     return;
   }
-  const V weight = S::splat(static_cast<T>(t.weight)), total = S::splat(static_cast<T>(t.share));
+  const V weight = S::splat(static_cast<T>(t.weight)), minus_total = S::splat(static_cast<T>(-t.share));
   over_shares<S>(t, temperature, y, log_p, b, n, [&](V log_pk, V share, int64_t i) {
-    S::store(out + i, weight * (share - exp_of(log_pk) * total));
+    S::store(out + i, weight * S::fused(exp_of(log_pk), minus_total, share));
   });
 }

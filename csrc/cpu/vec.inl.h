@@ -177,6 +177,17 @@ struct F32 {
     return a * b + c;
 #endif
   }
+  // a*b + c in one rounding everywhere, which an instruction set without it does in double precision.
+  MFD_INLINE V fused(V a, V b, V c) {
+#if MFD_AVX512 || MFD_AVX2
+    return fma(a, b, c);
+#else
+    typedef double Wide __attribute__((vector_size(8 * MFD_LANES)));
+    const Wide sum = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide) +
+                     __builtin_convertvector(c, Wide);
+    return __builtin_convertvector(sum, V);
+#endif
+  }
   // Lane i and lane i + width meet, width = kLanes/2 .. 1: the same tree with shuffles and without.
   // In double precision: a row with one dominating class would lose what the others add to it.
   MFD_INLINE double sum(V v) {
@@ -305,6 +316,7 @@ struct F64 {
   MFD_INLINE V max(V a, V b) { return a > b ? a : b; }
   MFD_INLINE V min(V a, V b) { return a < b ? a : b; }
   MFD_INLINE V fma(V a, V b, V c) { return a * b + c; }
+  MFD_INLINE V fused(V a, V b, V c) { return a * b + c; }
   MFD_INLINE T sum(V v) { return v; }
   MFD_INLINE T largest(V v) { return v; }
 };
