@@ -73,7 +73,10 @@ def row_arguments(rows: Rows, widths: tuple[int, ...], heavy: bool = False) -> t
     if sparse:
         blocks = choose_row_blocks(columns, student.element_size(), aligned, slots(rows))
     else:
-        blocks = choose_blocks(columns, max(logits.element_size() for logits in every), aligned, heavy, heaviest)
+        widest = max(logits.element_size() for logits in every)
+        # JSD of 16-bit logits, twice as many to a vector, does not fit into the registers of 16 warps on sm_100.
+        heaviest |= isinstance(rows.divergence, JSD) and widest == 2
+        blocks = choose_blocks(columns, widest, aligned, heavy, heaviest)
     tl = kernels("distill_loss").tl
     temperature, temperature_ptr = number(rows.temperature, student)
     teacher_temperature, teacher_temperature_ptr = number(rows.teacher_temperature, student)
