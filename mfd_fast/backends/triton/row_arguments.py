@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...divergences import DKD, JSD, AlphaBeta, Divergence, ForwardKL, SkewKL, SkewReverseKL
+from ...divergences import DKD, JSD, NKD, AlphaBeta, Divergence, ForwardKL, SkewKL, SkewReverseKL
 from ...rows import Rows, TopKRows
 from ...types import LogitTransform
 from .. import allocate
@@ -67,7 +67,7 @@ def row_arguments(rows: Rows, widths: tuple[int, ...], heavy: bool = False) -> t
     standardized = is_standardized(rows.student_transform), is_standardized(rows.teacher_transform)
     heaviest = isinstance(rows.divergence, AlphaBeta)
     heavy |= heaviest or bool(more)
-    pair = isinstance(rows.divergence, DKD)
+    pair = isinstance(rows.divergence, (DKD, NKD))
     heavy |= rows.classes > LONG and (pair or kind >= constant("divergences", "REVERSE") or any(standardized))
     columns = max((rows.classes, *widths))
     if sparse:
