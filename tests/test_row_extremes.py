@@ -190,3 +190,30 @@ def test_an_alpha_beta_divergence_that_overflows_is_infinite(backend):
     loss = mfd.distill_loss(student, teacher, divergence=mfd.AlphaBeta(2.0, -0.5), reduction="none", backend=backend)
     assert loss[0].item() == INF
     assert bool(loss[1].isfinite())
+
+
+@pytest.mark.parametrize("divergence", [mfd.AlphaBeta(2.0, -0.5), mfd.AlphaBeta(-0.5, 2.0)], ids=repr)
+@pytest.mark.parametrize("backend", BACKEND_FEATURES)
+def test_a_power_that_overflows_beside_one_that_vanishes(backend, divergence):
+    """q^β alone is infinite where p^α q^β, and the loss, are not."""
+    rows = 40
+    sample = distill_inputs((rows, 6), spread=120.0)
+    found, exact = (
+        gradients(
+            sample.student,
+            sample.teacher,
+            divergence=divergence,
+            dtype=dtype,
+            backend=name,
+            temperature=torch.full((rows,), 1.5, dtype=dtype, requires_grad=True),
+            teacher_temperature=torch.full((rows,), 1.2, dtype=dtype, requires_grad=True),
+            more=("temperature", "teacher_temperature"),
+        )
+        for name, dtype in ((backend, torch.float32), ("reference", torch.float64))
+    )
+    finite = torch.stack([x.float().reshape(rows, -1).isfinite().all(-1) for x in exact]).all(0)
+    assert int(finite.sum()) > rows / 2
+    scale = exact[0][finite].clamp(min=1.0)[:, None]
+    for a, b, size in zip(found, exact, (1, 1, 1, 120, 120), strict=True):
+        error = (a.double() - b).reshape(rows, -1)[finite].abs() / scale
+        assert float(error.max()) <= 1e-4 * size

@@ -126,63 +126,87 @@ struct TVD {
 
 // f = -(p^a q^b - a/s p^s - b/s q^s)/(a*b), s = a + b: homogeneous of degree s, so that s*f = g + h, with
 //   g = (q^s - p^a q^b)/a,  h = (p^s - p^a q^b)/b.
-// With the greater side's power B = max(p, q)^s and n_a = expm1(-a*|r|)/a (its limit -|r| for a = 0), which
-// do not overflow for a, b > 0:
-//   p above: h = -B*n_b, g = B*e^(-b*|r|)*n_a;  q above: g = -B*n_a, h = B*e^(-a*|r|)*n_b.
+// With n_x = expm1(-|x*r|)/|x| (its limit -|r| for x = 0) and the greater power of each difference:
+//   p above: h = -max(p^s, p^a q^b)*n_b, g = max(p^a q^b, q^s)*n_a;  q above: the same with p and q
+//   exchanged.
 // s = 0: f = (expm1(a*r) - a*r)/a^2, and r^2/2 for a = b = 0. Cichocki, Cruces, Amari: Generalized Alpha-Beta
 // Divergences, Entropy 13 (2011) 134.
-// Degree 1 needs no powers; with positive exponents no infinities come of finite logits.
-template <class S, bool kDegreeOne, bool kPositive>
+// Degree 1 needs no powers. Without an exponent below 0 p above makes p^s the greatest power, and p^a q^b =
+// p^s*e^(-b*r); with positive ones no infinities come of finite logits.
+enum class Signs { kPositive, kNotNegative, kAny };  // of the exponents; a positive degree but of kAny
+
+template <class S, bool kDegreeOne, Signs kSigns>
 struct AlphaBeta {
   typedef typename S::V V;
   typedef typename S::T T;
-  static constexpr bool kTakesLogs = !kDegreeOne;
+  static constexpr bool kTakesLogs = !kDegreeOne, kPositive = kSigns == Signs::kPositive;
   double alpha, beta;
   MFD_MEMBER AlphaBeta(double a, double b) : alpha(a), beta(b) {}
 
-  // expm1(-x*|r|)
+  static MFD_MEMBER double size(double x) { return x < 0 ? -x : x; }
+  // expm1(-|x*r|)
   static MFD_MEMBER V fall(double x, V magnitude) {
-    const V z = magnitude * S::splat(static_cast<T>(-x));
-    return kPositive ? expm1_below(z) : expm1_of(z);
+    return expm1_below(magnitude * S::splat(static_cast<T>(-size(x))));
   }
-  // fall/x
+  // n_x
   static MFD_MEMBER V quotient(double x, V magnitude, V fallen) {
-    return x == 0 ? -magnitude : fallen * S::splat(static_cast<T>(1 / x));
+    return !kPositive && x == 0 ? -magnitude : fallen * S::splat(static_cast<T>(1 / size(x)));
+  }
+
+  // What n_a and n_b are multiplied with: on the side that is above, and on the other.
+  struct Powers {
+    V above, below;
+  };
+
+  // With an exponent below 0 another power may be the greatest, and e^(-b*r) may overflow where p^a q^b does
+  // not: each is the exponential of its whole exponent. Close ones share a rounding: g + h would show two.
+  template <class Mask>
+  MFD_MEMBER Powers powers(Mask teacher_above, V magnitude, V log_q, V log_p) const {
+    const double degree = alpha + beta;
+    const V a = S::splat(static_cast<T>(alpha)), b = S::splat(static_cast<T>(beta));
+    const V one = S::splat(T(1)), s = S::splat(static_cast<T>(degree));
+    const bool both = alpha < 0 && beta < 0;
+    const V exponent = both ? S::fma(a, log_p, b * log_q) : S::max(log_p, log_q) * s;
+    const V power = degree == 0 ? one : exp_of(exponent);
+    const V change = magnitude * (both ? S::select(teacher_above, -a, -b)
+                                       : S::select(teacher_above, alpha < 0 ? -s : -b, beta < 0 ? -s : -a));
+    const auto close = S::max(change, -change) < one;
+    const V e = alpha == 0 && beta == 0 ? one : exp_of(S::select(close, change, exponent + change));
+    const V below = S::select(close, power * e, e);
+    const V teachers = both || beta >= 0 ? power : below, students = both || alpha >= 0 ? power : below;
+    return {S::select(teacher_above, teachers, students), below};
   }
 
   MFD_MEMBER Point<S> operator()(V q, V p, V r, V log_q, V log_p) const {
     const double degree = alpha + beta;
     const auto teacher_above = r > V{};
-    const V magnitude = S::select(teacher_above, r, -r), one = S::splat(T(1));
-    V power = S::max(p, q);
-    if (!kDegreeOne)
-      power = degree == 0 ? one : exp_of(S::max(log_p, log_q) * S::splat(static_cast<T>(degree)));
-    const V fall_a = alpha == 0 ? V{} : fall(alpha, magnitude);
-    const V fall_b = beta == 0 ? V{} : beta == alpha ? fall_a : fall(beta, magnitude);
+    const V magnitude = S::select(teacher_above, r, -r), infinity = S::splat(static_cast<T>(kInf));
+    const V fall_a = !kPositive && alpha == 0 ? V{} : fall(alpha, magnitude);
+    const V fall_b = !kPositive && beta == 0     ? V{}
+                     : size(beta) == size(alpha) ? fall_a
+                                                 : fall(beta, magnitude);
     const V n_a = quotient(alpha, magnitude, fall_a), n_b = quotient(beta, magnitude, fall_b);
-    const V fallen = S::select(teacher_above, fall_b, fall_a);
-    const V greater = -power * S::select(teacher_above, n_b, n_a);
-    V lesser = weighed<S>(power * (one + fallen), S::select(teacher_above, n_a, n_b));
-    if (!kPositive && alpha != 0 && beta != 0) {
-      // A fallen power times a risen one: far from p = q as the difference of powers that it is.
-      const V inverse_a = S::splat(static_cast<T>(1 / alpha)), inverse_b = S::splat(static_cast<T>(1 / beta));
-      const V change = exp_of(magnitude * S::splat(static_cast<T>(-degree))) - (one + fallen);
-      const V far = power * change * S::select(teacher_above, inverse_a, inverse_b);
-      lesser = S::select(magnitude < one, lesser, far);
+    Powers power;
+    if (kSigns != Signs::kAny) {
+      const V greatest = S::max(p, q), log = S::max(log_p, log_q);
+      power.above = kDegreeOne ? greatest : exp_of(log * S::splat(static_cast<T>(degree)));
+      power.below = power.above * (S::splat(T(1)) + S::select(teacher_above, fall_b, fall_a));
+    } else {
+      power = powers(teacher_above, magnitude, log_q, log_p);
     }
+    const V greater = -power.above * S::select(teacher_above, n_b, n_a);
+    const V lesser = weighed<S>(power.below, S::select(teacher_above, n_a, n_b));
     const V g = S::select(teacher_above, lesser, greater), h = S::select(teacher_above, greater, lesser);
     V value;
-    if (degree != 0) {
+    if (kSigns != Signs::kAny || degree != 0) {
       value = (g + h) * S::splat(static_cast<T>(1 / degree));
     } else if (alpha != 0) {
       value = (h - r) * S::splat(static_cast<T>(1 / alpha));
     } else {
       value = r * r * S::splat(T(0.5));
     }
-    if (!kPositive) {
-      // p^a q^b overflows, of exponents of opposite signs; one logit -inf.
-      const V infinity = S::splat(static_cast<T>(kInf));
-      value = S::select(fallen == infinity, infinity, value);
+    if (kSigns == Signs::kAny) value = S::select(power.below == infinity, infinity, value);
+    if (!kPositive) {  // one logit -inf
       value = S::select(r == -infinity, alpha > 0 && degree > 0 ? value : infinity, value);
       value = S::select(r == infinity, beta > 0 && degree > 0 ? value : infinity, value);
     }
@@ -194,13 +218,11 @@ struct AlphaBeta {
 
 template <class S, class Act>
 MFD_INLINE void with_alpha_beta(double alpha, double beta, const Act& act) {
-  const bool degree_one = alpha + beta == 1.0;
-  if (alpha > 0 && beta > 0) {
-    if (degree_one) return act(AlphaBeta<S, true, true>(alpha, beta));
-    return act(AlphaBeta<S, false, true>(alpha, beta));
-  }
-  if (degree_one) return act(AlphaBeta<S, true, false>(alpha, beta));
-  return act(AlphaBeta<S, false, false>(alpha, beta));
+  const double degree = alpha + beta;
+  if (!(alpha >= 0 && beta >= 0 && degree > 0)) return act(AlphaBeta<S, false, Signs::kAny>(alpha, beta));
+  if (alpha == 0 || beta == 0) return act(AlphaBeta<S, false, Signs::kNotNegative>(alpha, beta));
+  if (degree == 1.0) return act(AlphaBeta<S, true, Signs::kPositive>(alpha, beta));
+  return act(AlphaBeta<S, false, Signs::kPositive>(alpha, beta));
 }
 
 // Calls act with the functor of a pointwise divergence; `far`: see above.

@@ -36,8 +36,9 @@ struct BackwardRow : Teacher {
         index(i),
         row(saved_row<T>(backward, i)),
         by_ts(row.ts, fast),
-        by_tt(row.tt, fast),
+        by_tt(Teacher::kMixed ? 1.0 : row.tt, fast),
         by_one(1.0, fast) {
+    if (Teacher::kMixed) row.tt = 1.0;  // known here, it takes no registers
     bad = p.labels && (row.label < 0 || row.label >= p.classes);
     if (bad) row.label = 0;
     x = view_of<S>(p.student, i, row.apart ? row.label : -1);
@@ -103,7 +104,8 @@ struct BackwardRow : Teacher {
     const bool unit = p.divergence == Divergence::kNKD;
     const T u_scale = static_cast<T>(unit ? inverse_mass(row.lse_u) : 0.0);
     unsigned char* d_student = kind == Sweep::kMeans ? nullptr : output(g.d_student, p.student);
-    unsigned char* d_teacher = kind == Sweep::kMeans ? nullptr : output(g.d_teacher, p.teacher);
+    unsigned char* d_teacher =
+        kind == Sweep::kMeans || Teacher::kMixed ? nullptr : output(g.d_teacher, p.teacher);
     if (kind == Sweep::kDots && !p.student.standardize) d_student = nullptr;
     if (kind == Sweep::kDots && !p.teacher.standardize) d_teacher = nullptr;
     over_vectors<S>(group, span, [&](int64_t start) {

@@ -60,9 +60,11 @@ struct ForwardRow : Teacher {
         label(p.labels ? p.labels[r] : -1),
         bad(p.labels && (label < 0 || label >= p.classes)),
         ts(soft_term() ? at<T>(p.student_temperature, r) : 1.0),
-        tt(soft_term() ? at<T>(p.teacher_temperature, r) : 1.0),
+        tt(soft_term() && !Teacher::kMixed ? at<T>(p.teacher_temperature, r) : 1.0),
         wanted(kLean ? Wanted{true, f.use_hard, false, false, false, false} : wanted_sums(forward)),
-        exponents(ts, tt, wanted.unit, size_of(p.student.dtype) == 2 && size_of(p.teacher.dtype) == 2) {
+        // A mixture has no 16 bits; known here, that takes no registers.
+        exponents(ts, tt, wanted.unit,
+                  !Teacher::kMixed && size_of(p.student.dtype) == 2 && size_of(p.teacher.dtype) == 2) {
     if (bad) label = 0;
     x = view_of<S>(p.student, row, wanted.apart ? label : -1);
     y = soft_term() ? view_of<S>(p.teacher, row, x.apart) : x;

@@ -91,12 +91,14 @@ def mixture_logs(r, share_p, share_q):
 
 
 @triton.jit
-def alpha_beta(qs, ps, r, no_q, no_p, a, b):
+def alpha_beta(qs, ps, log_q, log_p, r, no_q, no_p, a, b):
     """f, q g and p h of -1/(ab) (p^a q^b - a/s p^s - b/s q^s), s = a + b, with its limits; qs = q^s, ps = p^s.
 
     f is homogeneous of degree s, so that
         s f = q g + p h,  q g = (q^s - p^a q^b)/a,  p h = (p^s - p^a q^b)/b,
-    with p^a q^b from the greater of p and q: of a, b > 0 nothing overflows. Near p = q
+    each by the greater of its two powers: of a, b > 0 nothing overflows. Where p^a q^b is greater than the power of
+    the greater of p and q, it is the exponential of its whole exponent, as the factor between them may overflow. Near
+    p = q
         f = q^s r^2 sum_k r^k H_k/(k+2)!,  H_k = sum_i s^i a^(k-i),
     which has no limits to take.
     """
@@ -105,14 +107,16 @@ def alpha_beta(qs, ps, r, no_q, no_p, a, b):
     r = tl.where(either, 0.0, r)
     above = r > 0
     greater, lesser = tl.where(above, ps, qs), tl.where(above, qs, ps)
-    down = expm1(tl.where(above, -b * r, a * r))  # p^a q^b = greater (1 + down)
-    up = expm1(tl.where(above, a * r, -b * r))  # = lesser (1 + up)
-    from_greater = -greater * down
-    from_lesser = tl.where(tl.abs(r) < 1.0, -lesser * up, lesser - (greater + greater * down))
-    qg = divide(tl.where(above, from_lesser, from_greater), tl.where(a == 0, 1.0, a))
-    ph = divide(tl.where(above, from_greater, from_lesser), tl.where(b == 0, 1.0, b))
-    qg = tl.where(a == 0, -qs * r, qg)
-    ph = tl.where(b == 0, ps * r, ph)
+    fall_a, fall_b = expm1(-tl.abs(a * r)), expm1(-tl.abs(b * r))
+    change = tl.where(above, -b * r, a * r)
+    exponent = tl.where(either, 0.0, a * log_p + b * log_q)
+    e = tl.exp(tl.where(change < 1.0, tl.maximum(change, 0.0), exponent))
+    risen = tl.where(change < 1.0, greater * e, e)
+    mixed = tl.where(change > 0, risen, greater + greater * tl.where(above, fall_b, fall_a))  # p^a q^b
+    of_q = divide(tl.where(above, fall_a, -fall_a), tl.where(a == 0, 1.0, tl.abs(a)))
+    of_p = divide(tl.where(above, -fall_b, fall_b), tl.where(b == 0, 1.0, tl.abs(b)))
+    qg = tl.maximum(qs, mixed) * tl.where(a == 0, -r, of_q)
+    ph = tl.maximum(ps, mixed) * tl.where(b == 0, r, of_p)
     coefficient = tl.full([1], 1.0, r.dtype)
     s_power = coefficient
     term = tl.zeros_like(r) + 0.5
@@ -126,7 +130,7 @@ def alpha_beta(qs, ps, r, no_q, no_p, a, b):
     apart = divide(tl.where(s == 0, ph - r, qg + ph), tl.where(s == 0, tl.where(a == 0, 1.0, a), s))
     f = tl.where(near, qs * (r * r) * series, apart)
     # Exponents of opposite signs, or a negative sum of them.
-    f = tl.where((down == INF) | (greater == INF) | (lesser == INF), INF, f)
+    f = tl.where((mixed == INF) | (greater == INF) | (lesser == INF), INF, f)
     f = tl.where(r == 0, 0.0, f)
     # One of the two is 0: the other, to the power s, over s and over the exponent of the one that is 0.
     alone = tl.where(no_q, ps, qs)
@@ -140,16 +144,16 @@ def alpha_beta(qs, ps, r, no_q, no_p, a, b):
 
 
 @triton.jit
-def pointwise(q, p, qs, ps, r, no_q, no_p, a, b, KIND: tl.constexpr):
-    """f, q g, p h and p q/m of every class; the last is 0 but for SKEW and SKEW_REVERSE, see `centred`. qs, ps: q and p
-    to the power a + b, of ALPHA_BETA.
+def pointwise(q, p, qs, ps, log_q, log_p, r, no_q, no_p, a, b, KIND: tl.constexpr):
+    """f, q g, p h and p q/m of every class; the last is 0 but for SKEW and SKEW_REVERSE, see `centred`. Of ALPHA_BETA
+    alone: q and p to the power a + b, qs and ps, and the logarithms.
 
     a, b: beta and 1-beta of JSD, lambda and 1-lambda of SKEW, 1-lambda and lambda of SKEW_REVERSE (the shares of p
     and q in the mixture m), the exponents of ALPHA_BETA. no_q, no_p: where the logit is -inf.
     """
     overlap = tl.zeros_like(q)
     if KIND == ALPHA_BETA:
-        f, qg, ph = alpha_beta(qs, ps, r, no_q, no_p, a, b)
+        f, qg, ph = alpha_beta(qs, ps, log_q, log_p, r, no_q, no_p, a, b)
     else:
         r = tl.where(no_q, FAR, tl.where(no_p, -FAR, r))
         r = tl.where(no_q & no_p, 0.0, r)

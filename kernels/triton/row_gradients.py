@@ -25,7 +25,7 @@ from .divergences import (
     slope_of_p,
 )
 from .row_statistics import but_label
-from .rows import INF, LOG2E, divide, finite_max, log_ratio, power, soft_gap
+from .rows import INF, LN2, LOG2E, divide, finite_max, log_ratio, power, soft_gap
 from .sides import read
 
 # log of a p below which quotients of p are not to be had from p itself.
@@ -190,6 +190,12 @@ def raised(d, c, total, degree):
 
 
 @triton.jit
+def log_probability(d, c, total):
+    """Logarithm of 2**(d*c)/total."""
+    return d * (c * LN2).to(d.dtype) - tl.log(total)
+
+
+@triton.jit
 def log_quotient(dx, dy, either, s, t, k):
     """log p - log q of logits minus their maxima, meaningless where ``either`` is -inf."""
     gap = tl.where(either, 0.0, dy - dx * divide(t.T, s.T)[:, None, None])
@@ -205,11 +211,14 @@ def pointwise_tile(x, y, s, t, k, KIND: tl.constexpr):
     p = power(dy, t.c[:, None, None]) * k.inv_t[:, None, None]
     no_q, no_p = x == -INF, y == -INF
     r = log_quotient(dx, dy, no_q | no_p, s, t, k)
-    qs, ps = q, p
+    qs, ps, log_q, log_p = q, p, q, p
     if KIND == ALPHA_BETA:
-        qs = raised(tl.where(no_q, 0.0, dx), s.c[:, None, None], k.ss[:, None, None], k.a + k.b)
-        ps = raised(tl.where(no_p, 0.0, dy), t.c[:, None, None], k.st[:, None, None], k.a + k.b)
-    f, qg, ph, overlap = pointwise(q, p, qs, ps, r, no_q, no_p, k.a, k.b, KIND)
+        dx, dy = tl.where(no_q, 0.0, dx), tl.where(no_p, 0.0, dy)
+        qs = raised(dx, s.c[:, None, None], k.ss[:, None, None], k.a + k.b)
+        ps = raised(dy, t.c[:, None, None], k.st[:, None, None], k.a + k.b)
+        log_q = log_probability(dx, s.c[:, None, None], k.ss[:, None, None])
+        log_p = log_probability(dy, t.c[:, None, None], k.st[:, None, None])
+    f, qg, ph, overlap = pointwise(q, p, qs, ps, log_q, log_p, r, no_q, no_p, k.a, k.b, KIND)
     return f, qg, ph, overlap, q, p
 
 
