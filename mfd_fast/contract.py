@@ -236,7 +236,7 @@ def check_teacher_weights(
         raise value_error(op, "teacher_weights", weights, need)
     check_device(op, "teacher_weights", weights, device)
     weights = weights.to(dtype)
-    per_row = weights.dim() > 1 or not leading
+    per_row = weights.dim() > 1 or len(leading) == 0
     weights = weights.reshape(-1, count) if per_row else weights
     exists = counted_rows(mask, labels, ignore_index) if per_row else None
     if exists is not None:
