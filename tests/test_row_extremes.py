@@ -37,6 +37,18 @@ def test_the_slope_towards_a_far_distribution_keeps_its_digits(backend, shape, d
         assert_close_to_float64(a, b, c, f"{backend} {divergence} {name}")
 
 
+@pytest.mark.parametrize("divergence", [mfd.JSD(0.01), mfd.JSD(0.9), mfd.SkewKL(0.9)], ids=repr)
+@pytest.mark.parametrize(("backend", "rows"), [("cpu", 512), ("cuda", 128)])
+def test_the_value_of_near_distributions_keeps_its_digits(backend, rows, divergence):
+    """A rounding that all classes of a row share does not average out."""
+    sample = distill_inputs((rows, 1000), distance="near")
+    student, teacher = sample.student / 2, sample.teacher / 2
+    found = gradients(student, teacher, divergence=divergence, backend=backend)[0]
+    exact = gradients(student, teacher, divergence=divergence, dtype=torch.float64)[0]
+    report = assert_close_to_float64(found, exact, eager_gradients(student, teacher, divergence)[0])
+    assert report.rms_error < 0.6 * report.eager_rms_error
+
+
 @pytest.mark.parametrize("divergence", [mfd.SkewKL(0.1), mfd.SkewReverseKL(0.3), mfd.JSD(0.2)], ids=repr)
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
 def test_equal_distributions_have_no_slope(backend, divergence):

@@ -43,6 +43,19 @@ MFD_ROW_FN bool is_pointwise(Divergence d) {
   return d != Divergence::kForwardKL && !sets_label_apart(d);
 }
 
+// Divergences from a mean of p and q, whose log(p/m) and log(q/m) come from p and q and differ by r: an r
+// that does not fit p and q as they are rounded would not cancel in the value near p = q.
+MFD_ROW_FN bool is_of_mean(Divergence d) {
+  return d == Divergence::kJSD || d == Divergence::kSkewKL || d == Divergence::kSkewReverseKL;
+}
+
+// What rounding adds to the logarithm of the factor that makes probabilities of exponentials.
+template <class T>
+MFD_ROW_FN double rounding(double factor) {
+  const double rounded = static_cast<T>(factor);
+  return rounded == 0 ? 0.0 : log1p((rounded - factor) / factor);
+}
+
 // One row's sums relative to the row's maxima.
 struct RowSums {
   double max_s, max_t;

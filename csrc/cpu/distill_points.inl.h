@@ -2,17 +2,17 @@
 // differences of the logits that the first pass has left in scratch.
 
 // Sums of f, g and h over a block of exponentials e_s, e_t (times q_scale, p_scale the probabilities) and
-// differences d: r = d/Ts + shift. With kKeep g takes the place of e_t, for the gradient, and the sum of h is
+// differences d: r = d/Ts + moved. With kKeep g takes the place of e_t, for the gradient, and the sum of h is
 // left out.
 template <class S, bool kKeep, class D>
 static void block_points(const D& divergence, const LogScale& student, const LogScale& teacher,
                          const typename S::T* x, const typename S::T* y, const Kept<typename S::T>& kept,
-                         int64_t n, double q_scale, double p_scale, BlockSums* out) {
+                         int64_t n, double q_scale, double p_scale, double moved, BlockSums* out) {
   typedef typename S::T T;
   typedef typename S::V V;
   const V cq = S::splat(static_cast<T>(q_scale)), cp = S::splat(static_cast<T>(p_scale));
   const V inverse = S::splat(static_cast<T>(student.inverse));
-  const V shift = S::splat(static_cast<T>(teacher.shift - student.shift));
+  const V shift = S::splat(static_cast<T>(moved));
   const LogOf<S> log_q(student), log_p(teacher);
   V value{}, g{}, h{};
   // Lanes past the end hold q = p = 0 and r = NaN: nothing comes of them.
@@ -55,13 +55,15 @@ static void row_points(const RowContext<S>& c, const RowSums& row, int64_t begin
                           nullptr, static_cast<T*>(scratch.difference) + start};
     const double q_scale = block_weight(sums.max_s, row.max_s, c.ts) / row.sum_s;
     const double p_scale = block_weight(sums.max_t, row.max_t, c.tt) / row.sum_t;
+    double moved = teacher.shift - student.shift;
+    if (is_of_mean(p.divergence)) moved += rounding<T>(p_scale) - rounding<T>(q_scale);
     with_divergence<S>(p, far, [&](const auto& divergence) {
       const T *x = nullptr, *y = nullptr;
       if (divergence.kTakesLogs) {
         x = c.student_block(start, n, scratch);
         y = load_block<S>(c.y, start, n, static_cast<T*>(scratch.block_y)).x;
       }
-      block_points<S, kKeep>(divergence, student, teacher, x, y, kept, n, q_scale, p_scale, &sums);
+      block_points<S, kKeep>(divergence, student, teacher, x, y, kept, n, q_scale, p_scale, moved, &sums);
     });
   }
 }

@@ -121,7 +121,11 @@ struct ForwardRow : Teacher {
     const T q_scale = static_cast<T>(1.0 / r.sum_s), p_scale = static_cast<T>(1.0 / r.sum_t);
     const T inverse_s = static_cast<T>(1.0 / ts), inverse_t = static_cast<T>(1.0 / tt);
     const double of_s = pointwise ? log(r.sum_s) : 0.0, of_t = pointwise ? log(r.sum_t) : 0.0;
-    const T lse_s = static_cast<T>(of_s), lse_t = static_cast<T>(of_t), moved = static_cast<T>(of_s - of_t);
+    const T lse_s = static_cast<T>(of_s), lse_t = static_cast<T>(of_t);
+    double difference = of_s - of_t;
+    if (sizeof(T) == 4 && pointwise && is_of_mean(p.divergence))
+      difference += rounding<T>(1.0 / r.sum_t) - rounding<T>(1.0 / r.sum_s);
+    const T moved = static_cast<T>(difference);
     const T student = static_cast<T>(slopes.student), teacher = static_cast<T>(slopes.teacher);
     const T hard = static_cast<T>(slopes.hard), shift = static_cast<T>(slopes.shift);
     const T label_shift = static_cast<T>(slopes.label_shift);
