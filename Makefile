@@ -12,7 +12,7 @@ CPP_FILES := $(shell find csrc kernels/cuda tests -name '*.h' -o -name '*.cpp' -
 # A spinning OpenMP thread would take the core of another test worker.
 export OMP_WAIT_POLICY ?= passive
 
-# One architecture for the tests: tests/test_cuda_aot.py compiles the others.
+# One architecture for the tests: tests/test_cuda_aot.py compiles others.
 $(VENV)/native: export MFD_FAST_CUDA_ARCHS ?= 90
 
 .SILENT:
@@ -30,9 +30,9 @@ test: lint mypy
 	echo "tests: pytest -n $(WORKERS)"
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
-# Every Triton kernel with every option for every GPU: half an hour.
+# Every Triton kernel with every option and every CUDA source for every GPU: an hour and a half on two cores.
 aot: $(VENV)/packages-test $(VENV)/native
-	MFD_FAST_AOT=complete $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests/test_triton_aot.py
+	MFD_FAST_AOT=complete $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests/test_triton_aot.py tests/test_cuda_aot.py
 
 # On a machine with a GPU, with the packages of $(PYTHON) and no environment of our own; `make gpu ARGS=--help`.
 # DEVICE=cpu rehearses it; PART=build names one part.

@@ -116,19 +116,20 @@ def specialization_key(kernel: Any, arguments: dict[str, Any], capability: int) 
 
 
 def inspect_cubin(cubin: bytes, shared: int, ttir: str) -> Report:
-    """Reads a cubin with the cuobjdump and nvdisasm that the triton wheel carries."""
+    """Facts about the cubin of one kernel."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _output(_tools() / "cuobjdump", "-res-usage", path)
-        sass = disassemble(path)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
+        return inspect(resources(path), disassemble(path), shared, ttir)
+
+
+def inspect(kernels: dict[str, tuple[int, int]], sass: str, shared: int = 0, ttir: str = "") -> Report:
+    """The same of :func:`resources` and machine code; of several kernels, the most registers and stack of any."""
     operations = re.findall(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", sass, re.MULTILINE)
     assert any(op == "EXIT" for op in operations), "no instructions recognised"
     return Report(
-        registers=int(found[1]),
-        stack=int(found[2]),
+        registers=max(registers for registers, _ in kernels.values()),
+        stack=max(stack for _, stack in kernels.values()),
         local_instructions=sum(op.split(".")[0] in ("LDL", "STL") for op in operations),
         shared=shared,
         load_widths=_widths(operations, "LDG", "LD"),
@@ -140,10 +141,25 @@ def inspect_cubin(cubin: bytes, shared: int, ttir: str) -> Report:
     )
 
 
+# The triton wheel carries cuobjdump and nvdisasm.
 def _tools() -> Path:
     import triton
 
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def resources(cubin: Path) -> dict[str, tuple[int, int]]:
+    """Registers and bytes of stack of each kernel, by its mangled name."""
+    usage = _output(_tools() / "cuobjdump", "-res-usage", cubin)
+    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return {name: (int(registers), int(stack)) for name, registers, stack in found}
+
+
+def cubins_of(module: Path, folder: Path) -> list[Path]:
+    """Those inside a shared library, written to ``folder``; their names end in ``.sm_90.cubin``."""
+    subprocess.run([_tools() / "cuobjdump", "-xelf", "all", module], check=True, capture_output=True, cwd=folder)
+    return sorted(folder.glob("*.cubin"))
 
 
 def disassemble(cubin: Path) -> str:

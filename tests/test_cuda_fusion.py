@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from harness import assert_obeys_rule, assert_same, evaluate, named_tensors, on, reference64, requiring_grad, stacked
+from draws import assert_draws_obey_rule
+from harness import assert_same, evaluate, named_tensors, on, reference64, requiring_grad
 from op_db import RECORDS
-from test_values import eager_outputs, narrowed
+from test_values import narrowed
 
 from mfd_fast.backends import cuda
 from mfd_fast.backends.cuda import feature_loss, modal_pool, scale
@@ -22,13 +23,6 @@ def emulate():
     """Sets the emulated device: capability, processors, bytes of shared memory per block."""
     yield cuda.native().set_device
     cuda.native().set_device(*H100)
-
-
-def assert_rule(record, calls, context, names=None):
-    actual = stacked([evaluate(record, on(record, "cuda"), call, names=names) for call in calls])
-    exact = stacked([reference64(record, call, names=names) for call in calls])
-    eager = stacked([evaluate(record, lambda **a: eager_outputs(record, a), call, names=names) for call in calls])
-    assert_obeys_rule(actual, exact, eager, context)
 
 
 def launches(action):
@@ -51,11 +45,14 @@ def test_every_rung_of_modal_pool_obeys_the_rule(emulate, rung, dtype):
     device, width, parked, whole = RUNGS[rung]
     emulate(*device)
     for name in POOL.samples():
-        calls = [POOL.samples(dtype=DTYPES[dtype], rows=4, classes=width, seed=seed)[name] for seed in range(3)]
-        problem = check_pool("modal_pool", calls[0]["features"], calls[0].get("query"))
+
+        def call_of(seed, name=name):
+            return POOL.samples(dtype=DTYPES[dtype], rows=4, classes=width, seed=seed)[name]
+
+        problem = check_pool("modal_pool", call_of(0)["features"], call_of(0).get("query"))
         for backward in (False, True):
             assert modal_pool.plan(problem, backward)[:2] == (parked, whole)
-        assert_rule(POOL, calls, f"{rung} {name}")
+        assert_draws_obey_rule(POOL, "cuda", call_of, 3, f"{rung} {name}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,27 +62,27 @@ def test_every_rung_of_feature_loss_obeys_the_rule(emulate, rung, kind, dtype):
     """The second tap is narrow: a warp works on its rows where a block does on those of the first."""
     device, width, *_ = RUNGS[rung]
     emulate(*device)
+
+    def call_of(seed):
+        return {**FEATURE.samples(dtype=DTYPES[dtype], rows=5, classes=2 * width, seed=seed)["taps"], "kind": kind}
+
     for names in (("student",), FEATURE.differentiable):
-        calls = [
-            {**FEATURE.samples(dtype=DTYPES[dtype], rows=5, classes=2 * width, seed=seed)["taps"], "kind": kind}
-            for seed in range(2)
-        ]
-        assert_rule(FEATURE, calls, f"{rung} {kind}", names)
+        assert_draws_obey_rule(FEATURE, "cuda", call_of, 2, f"{rung} {kind}", names=names)
 
 
 @pytest.mark.parametrize("modalities", [1, 2, 4, 5, 32])
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float64], ids=str)
 def test_any_number_of_modalities(modalities, dtype):
-    calls = []
-    for seed in range(6):
+    def call_of(seed):
         features, query, bias, present = modal_inputs(5, modalities, 19, dtype=dtype, seed=seed)
-        calls.append({"features": features, "query": query, "bias": bias, "present": present})
+        return {"features": features, "query": query, "bias": bias, "present": present}
+
     if dtype == torch.float64:
-        for call in calls[:2]:
-            found = evaluate(POOL, on(POOL, "cuda"), call)
-            assert_same(found, reference64(POOL, call), "modalities", rtol=1e-12, atol=1e-13)
+        for seed in range(2):
+            found = evaluate(POOL, on(POOL, "cuda"), call_of(seed))
+            assert_same(found, reference64(POOL, call_of(seed)), "modalities", rtol=1e-12, atol=1e-13)
     else:
-        assert_rule(POOL, calls, f"{modalities} modalities")
+        assert_draws_obey_rule(POOL, "cuda", call_of, 6, f"{modalities} modalities")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (517, 1), (131, 7), (2, 8), (3, 9), (1, 4097)], ids=str)

@@ -2,18 +2,17 @@
 
 import pytest
 import torch
-from harness import assert_obeys_rule, assert_same, evaluate, on, reference64, stacked
+from draws import assert_draws_obey_rule
+from harness import assert_same, evaluate, on
 from op_db import RECORDS
 from op_db_divergences import DIVERGENCES
-from test_triton_fusion import single_pass_call
-from test_values import eager_outputs
+from test_triton_fusion import LEAVES, single_pass_call
 
 import mfd_fast as mfd
 from mfd_fast.backends import cuda
 from mfd_fast.backends.cuda import mfd_loss as backend
 
 MFD = RECORDS["mfd_loss"]
-LEAVES = ("features", "query", "bias", "head_weight", "head_bias")
 H100, RTX = (90, 4, 232448), (120, 4, 101376)
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -31,41 +30,40 @@ def one_pass(monkeypatch):
     return answers
 
 
-def assert_rule(calls):
-    actual = stacked([evaluate(MFD, on(MFD, "cuda"), call, names=LEAVES) for call in calls])
-    exact = stacked([reference64(MFD, call, names=LEAVES) for call in calls])
-    eager = stacked([evaluate(MFD, lambda **a: eager_outputs(MFD, a), call, names=LEAVES) for call in calls])
-    for result in (actual, exact):
-        result.outputs.pop("predictions")  # the argmax of rounded logits
-    assert_obeys_rule(actual, exact, eager, "mfd_loss")
+def assert_rule(call_of, few):
+    without = ("predictions",)  # the argmax of rounded logits
+    assert_draws_obey_rule(MFD, "cuda", call_of, few, "mfd_loss", without=without, names=LEAVES)
 
 
 @pytest.mark.parametrize("kind", ["mse", "smooth_l1", "cosine"])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_several_tiles_with_odd_remainders(one_pass, dtype, kind):
     """Two blocks, two tiles of the width and three of the classes, whose depth several warps share."""
-    assert_rule([{**single_pass_call(dtype, seed), "feature_kind": kind} for seed in range(2)])
-    assert one_pass == [True, True]
+    assert_rule(lambda seed: {**single_pass_call(dtype, seed), "feature_kind": kind}, 2)
+    assert set(one_pass) == {True}
 
 
 @pytest.mark.parametrize(("width", "classes"), [(1, 1), (8, 2), (129, 31), (200, 600), (560, 24)])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_sizes(one_pass, dtype, width, classes):
     """Fewer and more tiles than warps, one of either product; widths that are and are not multiples of a load."""
-    calls = [single_pass_call(dtype, seed, 5, width, classes) for seed in range(4)]
-    for call in calls:
-        call["teacher_features"] = call["teacher_features"] + 1.0
-    assert_rule(calls)
-    assert one_pass == [True] * len(calls)
+
+    def call_of(seed):
+        call = single_pass_call(dtype, seed, 5, width, classes)
+        return {**call, "teacher_features": call["teacher_features"] + 1.0}
+
+    assert_rule(call_of, 4)
+    assert set(one_pass) == {True}
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=str)
 def test_every_divergence(one_pass, divergence):
-    calls = [{**single_pass_call(FP32, seed, 5, 9, 70), "divergence": divergence} for seed in range(12)]
-    for call in calls:
-        call["labels"] = call["labels"].clamp(min=0)
-    assert_rule(calls)
-    assert one_pass == [True] * len(calls)
+    def call_of(seed):
+        call = single_pass_call(FP32, seed, 5, 9, 70)
+        return {**call, "divergence": divergence, "labels": call["labels"].clamp(min=0)}
+
+    assert_rule(call_of, 12)
+    assert set(one_pass) == {True}
 
 
 def test_dtypes_may_differ():

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from harness import assert_obeys_rule, assert_same, evaluate, on, reference64, stacked
+from draws import assert_draws_obey_rule
+from harness import assert_same, evaluate, on
 from op_db import RECORDS
 
 import mfd_fast as mfd
@@ -69,14 +70,11 @@ def test_every_rung_obeys_the_rule(emulate, rung, name, dtype):
     device, classes = RUNGS[rung]
     emulate(*device)
     assert plan(classes, dtype)[0] == rung
-    actual, exact, eager = [], [], []
-    for seed in range(3):
-        arguments = LOSS.samples(dtype=dtype, rows=5, classes=classes, seed=seed)[name]
-        one = {"names": ("student",)}
-        actual.append(evaluate(LOSS, on(LOSS, "cuda"), arguments, **one))
-        exact.append(reference64(LOSS, arguments, **one))
-        eager.append(evaluate(LOSS, lambda **a: {"loss": LOSS.eager(**a)}, arguments, **one))
-    assert_obeys_rule(*(stacked(r) for r in (actual, exact, eager)), f"{rung} {name}")
+
+    def arguments_of(seed):
+        return LOSS.samples(dtype=dtype, rows=5, classes=classes, seed=seed)[name]
+
+    assert_draws_obey_rule(LOSS, "cuda", arguments_of, 3, f"{rung} {name}", names=("student",))
 
 
 @pytest.mark.parametrize("rung", RUNGS)

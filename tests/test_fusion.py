@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from harness import Result, assert_obeys_rule, assert_same, evaluate, on, reference64, requiring_grad, stacked
+from draws import assert_draws_obey_rule
+from harness import Result, assert_same, evaluate, on, reference64, requiring_grad, stacked
 from op_db import RECORDS
 from test_determinism import assert_repeats
-from test_values import eager_outputs
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import mfd_fast as mfd
@@ -19,17 +19,16 @@ SIZES = [1, 2, 3, 7, 8, 15, 16, 17, 63, 64, 65, 127, 129, 257, 1000, 1025]
 @pytest.mark.parametrize("modalities", [1, 2, 3, 4, 5, 17, 32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_any_number_of_modalities(modalities, dtype):
-    actual, exact, eager = [], [], []
-    for seed in range(8):
+    def call_of(seed):
         features, query, bias, present = modal_inputs(5, modalities, 19, dtype=dtype, seed=seed)
-        call = {"features": features, "query": query, "bias": bias, "present": present}
-        actual.append(evaluate(POOL, on(POOL, "cpu"), call))
-        exact.append(reference64(POOL, call))
-        eager.append(evaluate(POOL, lambda **a: eager_outputs(POOL, a), call))
+        return {"features": features, "query": query, "bias": bias, "present": present}
+
     if dtype == torch.float64:
-        assert_same(stacked(actual), stacked(exact), "modalities", rtol=1e-12, atol=1e-13)
+        found = stacked([evaluate(POOL, on(POOL, "cpu"), call_of(seed)) for seed in range(8)])
+        exact = stacked([reference64(POOL, call_of(seed)) for seed in range(8)])
+        assert_same(found, exact, "modalities", rtol=1e-12, atol=1e-13)
     else:
-        assert_obeys_rule(*(stacked(r) for r in (actual, exact, eager)), f"{modalities} modalities")
+        assert_draws_obey_rule(POOL, "cpu", call_of, 8, f"{modalities} modalities")
 
 
 def test_more_modalities_than_the_kernel_has_room_for():
@@ -172,20 +171,18 @@ def test_mfd_loss_at_sizes_where_the_products_matter(dtype, shape):
     """Large enough for the gradients' products to run in bfloat16, and for several chunks of rows."""
     rows, classes, width = shape
     names = ("features", "query", "bias", "head_weight", "head_bias")
-    actual, exact, eager = [], [], []
-    for seed in range(4):
+
+    def arguments_of(seed):
         arguments = dict(MFD.samples(dtype=dtype, rows=rows, classes=classes, seed=seed)["everything"])
         features, query, bias, _ = modal_inputs(rows, 3, width, dtype=dtype, seed=seed)
         rng = torch.Generator().manual_seed(seed)
         arguments["features"], arguments["query"], arguments["bias"] = features, query, bias
         arguments["head_weight"] = (torch.randn(classes, width, generator=rng) * width**-0.5).to(dtype)
         arguments["teacher_features"] = torch.randn(rows, width, generator=rng).to(dtype)
-        actual.append(evaluate(MFD, on(MFD, "cpu"), arguments, names=names))
-        exact.append(reference64(MFD, arguments, names=names))
-        eager.append(evaluate(MFD, lambda **a: eager_outputs(MFD, a), arguments, names=names))
-        for result in (actual[-1], exact[-1]):
-            result.outputs.pop("predictions")  # the argmax of rounded logits
-    assert_obeys_rule(*(stacked(r) for r in (actual, exact, eager)), f"mfd_loss {shape}")
+        return arguments
+
+    without = ("predictions",)  # the argmax of rounded logits
+    assert_draws_obey_rule(MFD, "cpu", arguments_of, 4, f"mfd_loss {shape}", without=without, names=names)
 
 
 def test_predictions_are_the_first_argmax():

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from harness import Result, assert_obeys_rule, assert_same, evaluate, on, reference64, stacked
+from draws import assert_draws_obey_rule
+from harness import Result, assert_same, evaluate, on, reference64
 from op_db import KERNEL_CASES, RECORDS, SAMPLE_CASES, crossed
 
 from mfd_fast.testing import DISTANCES
@@ -16,30 +17,6 @@ DRAWS = {"reference": 24, "cpu": 24, "triton": 4, "cuda": 24}
 ROWS = {"reference": 24, "cpu": 24, "triton": 6, "cuda": 6}
 
 
-#: How many times as many draws judge a case that few draws fail: whose maximum of a few numbers is the smaller by luck
-#: depends on the processor.
-MORE = 32
-
-
-def assert_draws_obey_rule(record, backend, arguments_of, context, **options):
-    """``arguments_of(seed)`` of many draws, pooled."""
-    actual, exact, eager = [], [], []
-
-    def draw(seeds):
-        for seed in seeds:
-            arguments = arguments_of(seed)
-            eager.append(evaluate(record, lambda **a: eager_outputs(record, a), arguments, **options))
-            exact.append(reference64(record, arguments, **options))
-            actual.append(evaluate(record, on(record, backend), arguments, **options))
-        assert_obeys_rule(*(stacked(r) for r in (actual, exact, eager)), context)
-
-    few = DRAWS[backend]
-    try:
-        draw(range(few))
-    except AssertionError:
-        draw(range(few, MORE * few))
-
-
 @pytest.mark.parametrize(("record", "backend", "name", "distance", "dtype"), crossed(SAMPLE_CASES, DISTANCES, DTYPES))
 def test_values_and_all_gradients(record, backend, name, distance, dtype):
     size = {"rows": ROWS[backend]} if record.name.startswith("distill") else {}
@@ -47,12 +24,7 @@ def test_values_and_all_gradients(record, backend, name, distance, dtype):
     def arguments_of(seed):
         return record.samples(dtype=DTYPES[dtype], distance=distance, seed=seed, **size)[name]
 
-    assert_draws_obey_rule(record, backend, arguments_of, f"{record.name} {backend} {name}")
-
-
-def eager_outputs(record, arguments):
-    found = record.eager(**arguments)
-    return found if isinstance(found, dict) else {"loss": found}
+    assert_draws_obey_rule(record, backend, arguments_of, DRAWS[backend], f"{record.name} {backend} {name}")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +38,7 @@ def test_gradient_of_the_student_alone(backend, name, distance, dtype):
     def arguments_of(seed):
         return record.samples(dtype=DTYPES[dtype], distance=distance, seed=seed, rows=ROWS[backend])[name]
 
-    assert_draws_obey_rule(record, backend, arguments_of, f"{backend} {name}", names=("student",))
+    assert_draws_obey_rule(record, backend, arguments_of, DRAWS[backend], f"{backend} {name}", names=("student",))
 
 
 SIZES = [1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 31, 32, 33, 61, 63, 64, 65, 127, 128, 129, 255, 256, 257]
@@ -87,23 +59,22 @@ def test_sizes(backend, shape, dtype):
     record = RECORDS["distill_loss"]
     roads = (("none", ("student", "teacher")), ("mean", ("student",)))
     for reduction, names in roads if dtype != torch.bfloat16 else roads[:1]:
-        actual, exact, eager = [], [], []
-        # The errors of a few numbers are luck: pooled over draws they are a statistic.
-        many = dtype == torch.float32 and backend == "cpu"
-        draws = range((8 if shape in LONG else 96) if many else 1)
-        for seed in draws:
+
+        def arguments_of(seed, reduction=reduction):
             arguments = record.samples(dtype=dtype, rows=shape[0], classes=shape[1], seed=seed)["labels"]
-            arguments["reduction"] = reduction
-            actual.append(evaluate(record, on(record, backend), arguments, names=names))
-            exact.append(reference64(record, arguments, names=names))
-            eager.append(evaluate(record, lambda **a: eager_outputs(record, a), arguments, names=names))
+            return {**arguments, "reduction": reduction}
+
         context = f"{backend} {shape} {reduction}"
+        if dtype == torch.bfloat16 or (dtype == torch.float32 and backend == "cpu"):
+            few = 1 if dtype == torch.bfloat16 else 8 if shape in LONG else 32
+            assert_draws_obey_rule(record, backend, arguments_of, few, context, names=names)
+            continue
+        found = evaluate(record, on(record, backend), arguments_of(0), names=names)
+        exact = reference64(record, arguments_of(0), names=names)
         if dtype == torch.float64:
-            assert_same(actual[0], exact[0], context, rtol=1e-11, atol=1e-12)
-        elif dtype == torch.float32 and len(draws) == 1:
-            assert_same(actual[0], narrowed(exact[0]), context, rtol=2e-6, atol=2e-6)
+            assert_same(found, exact, context, rtol=1e-11, atol=1e-12)
         else:
-            assert_obeys_rule(stacked(actual), stacked(exact), stacked(eager), context)
+            assert_same(found, narrowed(exact), context, rtol=2e-6, atol=2e-6)
 
 
 def narrowed(result):
