@@ -3,21 +3,17 @@
 import pytest
 import torch
 from harness import named_tensors, on, requiring_grad, upstream
-from op_db import KERNEL_CASES, RECORDS, SAMPLE_CASES, SAMPLE_IDS
-from test_gradients import function_of_leaves, tiny
-
-# Interpreted kernels are slow: instead of finite differences, the second derivatives of the reference.
-CHECKED = [(case, i) for case, i in zip(SAMPLE_CASES, SAMPLE_IDS, strict=True) if case[1] != "triton"]
-INTERPRETED = [(record, name) for record, backend, name in SAMPLE_CASES if backend == "triton"]
+from op_db import RECORDS
+from test_gradients import CHECKED, INTERPRETED, STUDENT_ALONE, function_of_leaves, tiny
 
 
-@pytest.mark.parametrize(("record", "backend", "name"), [c for c, _ in CHECKED], ids=[i for _, i in CHECKED])
+@pytest.mark.parametrize(("record", "backend", "name"), CHECKED.values(), ids=CHECKED)
 def test_gradgradcheck(record, backend, name):
     call, leaves = function_of_leaves(record, backend, tiny(record, name))
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize(("backend", "name"), [case for case in KERNEL_CASES if case[0] != "triton"])
+@pytest.mark.parametrize(("backend", "name"), STUDENT_ALONE)
 def test_gradgradcheck_of_the_student_alone(backend, name):
     record = RECORDS["distill_loss"]
     call, leaves = function_of_leaves(record, backend, tiny(record, name), ("student",))
@@ -25,7 +21,7 @@ def test_gradgradcheck_of_the_student_alone(backend, name):
 
 
 @pytest.mark.parametrize("wrt", ["first", "all"])
-@pytest.mark.parametrize(("record", "name"), INTERPRETED, ids=[f"{record.name}-{name}" for record, name in INTERPRETED])
+@pytest.mark.parametrize(("record", "name"), INTERPRETED.values(), ids=INTERPRETED)
 def test_second_derivatives_are_those_of_the_reference(record, name, wrt):
     names = record.differentiable[:1] if wrt == "first" else record.differentiable
     unused = {"allow_unused": True, "materialize_grads": True}
