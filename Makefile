@@ -30,7 +30,7 @@ test: lint mypy
 	echo "tests: pytest -n $(WORKERS)"
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
-# Every Triton kernel with every option and every CUDA source for every GPU: an hour and a half on two cores.
+# Every Triton kernel with every option and every CUDA source for every GPU: it takes long.
 aot: $(VENV)/packages-test $(VENV)/native
 	MFD_FAST_AOT=complete $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests/test_triton_aot.py tests/test_cuda_aot.py
 

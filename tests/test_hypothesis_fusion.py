@@ -234,7 +234,7 @@ def check_mfd_loss(backend, call, names):
         agree(found, evaluate(MFD, composed("reference", operand=dtype), to_float64(call), names=names))
     else:
         agree(found, exact)
-    # The composition rounds the pooled features to the inputs' dtype, mfd_loss does not.
+    # The composition rounds the pooled features to the inputs' dtype for every term, mfd_loss at most for the head.
     agree(evaluate(MFD, composed(backend), call, names=names), exact, coarse=20 * ROOM[dtype])
 
 

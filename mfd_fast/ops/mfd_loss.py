@@ -186,7 +186,7 @@ def mfd_loss(
         features, query, bias, present, pool_temperature, pool_scale: as in :func:`mfd_fast.modal_pool`
             (``query`` None: a weighted average by ``bias``).
         head_weight, head_bias: ``[C, D]`` and ``[C]`` or None. On "triton" and "cuda" the product of bfloat16 inputs
-            reads the pooled features as bfloat16, sums in float32 and never rounds the logits.
+            reads the pooled features as bfloat16 and sums in float32.
         teacher_logits: ``[..., C]``; labels: int64 ``[...]``.
         teacher_features: ``[..., D]``, matched to the pooled features by ``feature_kind``.
         teacher_pool_weights: ``[..., M]``, each row a distribution over the modalities; adds

@@ -135,8 +135,7 @@ class Runner {
     libc_swapcontext()(&from.context, &next.context);
     arrived(fake);
   }
-  // AddressSanitizer's own clears the shadow of the whole stack at every switch, for fibres it is not told
-  // of.
+  // AddressSanitizer's own clears the shadow of the whole stack at every switch.
   static decltype(&swapcontext) libc_swapcontext() {
     static const auto found =
         reinterpret_cast<decltype(&swapcontext)>(dlsym(dlopen("libc.so.6", RTLD_LAZY), "swapcontext"));
