@@ -24,9 +24,10 @@ MFD_ROW_FN FeatureRow feature_row_of_sums(FeatureKind kind, double first, double
   return {1.0 - cosine, -1.0 / norms, cosine / ss, cosine / tt};
 }
 
-// One modality's term of KL(target || weights); 0 log 0 = 0, +inf where an absent modality has a target.
-MFD_ROW_FN double pool_kl_term(double target, double weight) {
-  return target == 0 ? 0.0 : target * (log(target) - log(weight));
+// One modality's term of KL(target || weights); 0 log 0 = 0, +inf where an absent modality has a target. It
+// takes the weight's logarithm, -inf where absent: that is finite where the weight itself is 0.
+MFD_ROW_FN double pool_kl_term(double target, double log_weight) {
+  return target == 0 ? 0.0 : target * (log(target) - log_weight);
 }
 
 // Its gradient to the score, times the temperature; mass = sum_m target_m.

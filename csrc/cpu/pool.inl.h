@@ -77,8 +77,9 @@ static void weighted_rows_of(int count, const E* const* x, const typename S::T* 
 }
 
 // a[k], the softmax over the present modalities, in double precision. A NaN score makes all of them NaN.
+// log_a: their logarithms, finite where a[k] is 0; null: not wanted.
 template <class S, class E>
-static void pool_softmax(const Pool& p, int64_t row, const Present<E>& in, double* a) {
+static void pool_softmax(const Pool& p, int64_t row, const Present<E>& in, double* a, double* log_a) {
   typedef typename S::T T;
   const T* bias = static_cast<const T*>(p.bias);
   const double temperature = at<T>(p.temperature, row);
@@ -96,17 +97,25 @@ static void pool_softmax(const Pool& p, int64_t row, const Present<E>& in, doubl
     if (score > largest) largest = score;
   }
   for (int k = 0; k < in.count; ++k) {
-    a[k] = exp((a[k] - largest) / temperature);
+    const double exponent = (a[k] - largest) / temperature;
+    if (log_a) log_a[k] = exponent;
+    a[k] = exp(exponent);
     sum += a[k];
   }
   for (int k = 0; k < in.count; ++k) a[k] /= sum;
+  if (!log_a) return;
+  const double log_sum = log(sum);
+  for (int k = 0; k < in.count; ++k) log_a[k] -= log_sum;
 }
 
-// KL(target || weights) over the modalities.
-template <class T>
-static double pool_divergence(const T* target, const T* weights, int modalities) {
+// KL(target || a) over the modalities.
+template <class T, class E>
+static double pool_divergence(const T* target, const Present<E>& in, const double* log_a, int modalities) {
   double kl = 0;
-  for (int m = 0; m < modalities; ++m) kl += pool_kl_term(target[m], weights[m]);
+  for (int m = 0, k = 0; m < modalities; ++m) {
+    const bool on = k < in.count && in.index[k] == m;
+    kl += pool_kl_term(target[m], on ? log_a[k++] : -kInf);
+  }
   return kl < 0 ? 0.0 : kl;
 }
 
@@ -117,9 +126,9 @@ static void pool_forward_of(const PoolForward& f, int64_t begin, int64_t end, co
   const int64_t bytes = p.width * dtype_size(f.pooled_dtype);
   for (int64_t row = begin; row < end; ++row) {
     const Present<E> in(p, row, end, scratch);
-    double exact[kMaxModalities];
+    double exact[kMaxModalities], log_a[kMaxModalities];
     T a[kMaxModalities];
-    pool_softmax<S>(p, row, in, exact);
+    pool_softmax<S>(p, row, in, exact, f.pool_kl ? log_a : nullptr);
     T* weights = static_cast<T*>(f.weights) + row * p.modalities;
     for (int m = 0; m < p.modalities; ++m) weights[m] = T(0);
     for (int k = 0; k < in.count; ++k) weights[in.index[k]] = a[k] = static_cast<T>(exact[k]);
@@ -136,7 +145,7 @@ static void pool_forward_of(const PoolForward& f, int64_t begin, int64_t end, co
     }
     if (f.pool_kl) {
       const T* target = static_cast<const T*>(f.pool_target) + row * p.modalities;
-      f.pool_kl[row] = counted ? pool_divergence(target, weights, p.modalities) : 0.0;
+      f.pool_kl[row] = counted ? pool_divergence(target, in, log_a, p.modalities) : 0.0;
     }
     row_out(y, p.width, f.pooled_dtype, f.stream, pooled);
   }

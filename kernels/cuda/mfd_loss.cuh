@@ -171,7 +171,8 @@ struct MfdBlock {
     if (k >= members) return write_zeros(of_y, 0, y.stride);
     const int m = lane_of();
     const PoolRow<F32, false> x(p.pool, row, counted, nullptr, 0);
-    const float a = pool_weight(warp, x, p.types, launch.fast);
+    double log_a = 0;
+    const float a = pool_weight(warp, x, p.types, launch.fast, p.pool_target != nullptr, &log_a);
     own.pool.a[m] = a;
     if (m < p.pool.modalities) p.weights[row * p.pool.modalities + m] = a;
     warp.sync();
@@ -186,10 +187,10 @@ struct MfdBlock {
                                              source_of<F32>(p.target, row), width);
     double kl = 0;
     if (p.pool_target && counted) {
-      const double term = m < p.pool.modalities
-                              ? pool_kl_term(static_cast<double>(p.pool_target[row * p.pool.modalities + m]),
-                                             static_cast<double>(a))
-                              : 0.0;
+      const double term =
+          m < p.pool.modalities
+              ? pool_kl_term(static_cast<double>(p.pool_target[row * p.pool.modalities + m]), log_a)
+              : 0.0;
       kl = over_warp<Sum>(term);
       if (kl < 0) kl = 0;
     }

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(256, 2) pool_forward(const __grid_constant__ P
       await_copies();
       team.sync();
     }
-    const T weight = pool_weight(team, x, launch.common.types, launch.common.fast);
+    const T weight = pool_weight(team, x, launch.common.types, launch.common.fast, false, nullptr);
     if (team.rank() < p.modalities) {
       static_cast<T*>(launch.weights)[row * p.modalities + lane] = weight;
       place.scratch->a[lane] = weight;

@@ -89,10 +89,11 @@ MFD_INLINE double pool_dots(const Group& group, const PoolRow<S, kParked>& x, co
 }
 
 // In lane m: softmax_m(s_m/temperature) over the present modalities, 0 where absent. A NaN score makes all of
-// them NaN. fast: as Exponent has it.
+// them NaN. fast: as Exponent has it. log_weight, where wants_log: its logarithm, finite where it underflows,
+// -inf where absent.
 template <class S, bool kParked, class Group>
 MFD_INLINE typename S::T pool_weight(const Group& group, const PoolRow<S, kParked>& x, const PoolTypes& types,
-                                     bool fast) {
+                                     bool fast, bool wants_log, double* log_weight) {
   typedef typename S::T T;
   const Pool& p = x.pool;
   const int m = lane_of();
@@ -107,9 +108,11 @@ MFD_INLINE typename S::T pool_weight(const Group& group, const PoolRow<S, kParke
     score +=
         load_one<double>(static_cast<const unsigned char*>(p.bias) + m * size_of(types.bias), types.bias);
   const double top = over_warp<Max>(on ? score : -kInf);
-  const Exponent<S> exponent(at<T>(p.temperature, x.row), fast);
+  const double temperature = at<T>(p.temperature, x.row);
+  const Exponent<S> exponent(temperature, fast);
   const T part = on ? exponent(static_cast<T>(score - top)) : T(0);
   const double total = over_warp<Sum>(static_cast<double>(part));
+  if (wants_log) *log_weight = on ? (score - top) / temperature - log(total) : -kInf;
   return on ? part / static_cast<T>(total) : T(0);
 }
 

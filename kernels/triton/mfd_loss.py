@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .feature_rows import distance_terms, distance_value, gradient_factors, student_part
-from .mfd_rows import logit_rows, multiply_add, operand, pool_divergence, reciprocal
+from .mfd_rows import logit_rows, multiply_add, operand, pool_divergence, pool_targets, reciprocal
 from .modal_pool import (
     attention,
     feature_start,
@@ -31,7 +31,7 @@ from .modal_pool import (
 )
 from .reduce import counted_rows
 from .rows import LAST, divide, row_labels, row_scalar
-from .sides import per_temperature, row_start
+from .sides import row_start
 
 
 @triton.jit(do_not_specialize=["n_rows", "ignore_index"])
@@ -152,7 +152,10 @@ def mfd_single_pass(
         starts = starts + (start,)
         active = active + (on,)
         scores = scores + (score(s, None, bias_ptr, row, on, m, M, DTYPE),)
-    weights = attention(scores, active, per_temperature(tau, POOL_EXACT), M)
+    weights, logs = attention(scores, active, tau, POOL_EXACT, M)
+    pool_kl = tl.zeros([ROWS], DTYPE)
+    if pool_target_ptr is not None:
+        pool_kl = pool_divergence(pool_target_ptr, row, counted, logs, M, DTYPE)
     store_packed(weights_ptr, packed(weights, M, M_TILE), row, exists, M, M_TILE)
 
     features_start = row_start(row, features_inner, features_outer, features_stride, F_FLAT, 1)
@@ -274,10 +277,9 @@ def mfd_single_pass(
         feature = tl.where(counted, share64 * distance_value(sum_a, sum_b, sum_c, width, KIND), 0.0)
         extra += feature_w * feature
         of_y, of_t, _of_tt = gradient_factors(sum_a, sum_b, sum_c, feature_w.to(DTYPE) * share, width, KIND)
-    pool_share, target, target_sum = none, weights, none
+    pool_share = none
     if pool_target_ptr is not None:
         pool_w = row_scalar(pool_weight, pool_weight_ptr, row, exists, 0, ROWS, tl.float64)
-        pool_kl, target, target_sum = pool_divergence(pool_target_ptr, row, counted, weights, M, DTYPE)
         extra += pool_w * tl.where(counted, share64 * pool_kl, 0.0)
         pool_share = pool_w.to(DTYPE) * share
     tl.store(terms_ptrs[0] + pid, tl.sum(loss_total, 0) + tl.sum(extra, 0))
@@ -317,6 +319,10 @@ def mfd_single_pass(
             dots = dots + (dot,)
         ds = score_gradients(weights, active, dots, tau, M)
         if pool_target_ptr is not None:
+            target = pool_targets(pool_target_ptr, row, active, M, DTYPE)
+            target_sum = none
+            for m in tl.static_range(M):
+                target_sum += target[m]
             both = ()
             for m in tl.static_range(M):
                 extra = divide(pool_share * (weights[m] * target_sum - target[m]), tau)

@@ -37,17 +37,22 @@ def reciprocal(x):
 
 
 @triton.jit
-def pool_divergence(target_ptr, row, counted, weights, M: tl.constexpr, DTYPE: tl.constexpr):
-    """KL(teacher's pool weights || weights) with 0*log 0 = 0, at least 0; the teacher's weights and their sum."""
-    kl, total = tl.zeros(row.shape, DTYPE), tl.zeros(row.shape, DTYPE)
+def pool_targets(target_ptr, row, on, M: tl.constexpr, DTYPE: tl.constexpr):
+    """Tuple of the teacher's pool weights, 0 where `on` is not."""
     target = ()
     for m in tl.static_range(M):
+        target = target + (tl.load(target_ptr + row * M + m, mask=on[m], other=0.0).to(DTYPE),)
+    return target
+
+
+@triton.jit
+def pool_divergence(target_ptr, row, counted, logs, M: tl.constexpr, DTYPE: tl.constexpr):
+    """KL(teacher's pool weights || weights) with 0*log 0 = 0, at least 0; logs: of the weights."""
+    kl = tl.zeros(row.shape, DTYPE)
+    for m in tl.static_range(M):
         p = tl.load(target_ptr + row * M + m, mask=counted, other=0.0).to(DTYPE)
-        a = tl.where(p == 0.0, 1.0, weights[m])
-        kl += p * (tl.log(tl.where(p == 0.0, 1.0, p)) - tl.log(a))
-        total += p
-        target = target + (p,)
-    return tl.where(kl < 0.0, 0.0, kl), target, total
+        kl += tl.where(p == 0.0, 0.0, p * (tl.log(tl.where(p == 0.0, 1.0, p)) - logs[m]))
+    return tl.where(kl < 0.0, 0.0, kl)
 
 
 @triton.jit

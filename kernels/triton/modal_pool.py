@@ -71,8 +71,12 @@ def streamed_dot(
 
 
 @triton.jit
-def attention(scores, on, c, M: tl.constexpr):
-    """Tuple of softmax_m(s_m/temperature) over the present modalities, 0 where none is; c = log2(e)/temperature."""
+def attention(scores, on, temperature, EXACT: tl.constexpr, M: tl.constexpr):
+    """Tuple of softmax_m(s_m/temperature) over the present modalities, 0 where none is.
+
+    And of its logarithms, finite where it underflows and -inf where a modality is absent.
+    """
+    c = per_temperature(temperature, EXACT)
     top = tl.where(on[0], scores[0], -INF)
     some = on[0]
     for m in tl.static_range(1, M):
@@ -84,11 +88,13 @@ def attention(scores, on, c, M: tl.constexpr):
         part = tl.where(on[m], power(scores[m] - top, c), 0.0)
         total = total + part
         parts = parts + (part,)
-    weights = ()
+    weights, logs = (), ()
+    log_total = tl.log(total)
     for m in tl.static_range(M):
         # Of a NaN row what is absent is still 0.
         weights = weights + (tl.where(on[m], divide(parts[m], total), 0.0),)
-    return weights
+        logs = logs + (tl.where(on[m], divide(scores[m] - top, temperature) - log_total, -INF),)
+    return weights, logs
 
 
 @triton.jit
@@ -189,7 +195,7 @@ def pool_forward(
         starts = starts + (start,)
         active = active + (on,)
         scores = scores + (score(s, scores_ptr, bias_ptr, row, on, m, M, DTYPE),)
-    weights = attention(scores, active, per_temperature(tau, EXACT), M)
+    weights, _logs = attention(scores, active, tau, EXACT, M)
     store_packed(weights_ptr, packed(weights, M, M_TILE), row, exists, M, M_TILE)
 
     pooled_row = pooled_ptr + (row * width)[:, None]

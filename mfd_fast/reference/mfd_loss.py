@@ -12,17 +12,19 @@ from ..rows import Rows, is_used
 from ..types import MFDOutput
 from .distill_loss import reduce_rows, row_terms
 from .feature_loss import row_distance
-from .modal_pool import modal_pool
+from .modal_pool import modal_log_weights, modal_pool, modal_scores, present_features
 
 Attention = Callable[[list[Tensor], "Tensor | None", "float | Tensor"], tuple[Tensor, Tensor]]
 Terms = Callable[[Rows, bool, bool], tuple[Tensor, Tensor]]
 
 
-def pool_divergence(teacher_weights: Tensor, weights: Tensor) -> Tensor:
-    """KL(teacher_weights ‖ weights) over modalities per row, with 0·log 0 = 0, never negative."""
-    absent = teacher_weights == 0
-    one = torch.ones_like(weights)
-    ratio = torch.where(absent, one, teacher_weights).log() - torch.where(absent, one, weights).log()
+def pool_divergence(teacher_weights: Tensor, log_weights: Tensor) -> Tensor:
+    """KL(teacher_weights ‖ weights) over modalities per row, with 0·log 0 = 0, never negative.
+
+    It takes the logarithms of the student's weights: these underflow where the divergence is still finite.
+    """
+    unused = teacher_weights == 0
+    ratio = teacher_weights.masked_fill(unused, 1.0).log() - log_weights.masked_fill(unused, 0.0)
     kl = (teacher_weights * ratio).sum(-1)
     return torch.where(kl < 0, kl - kl.detach(), kl)
 
@@ -42,7 +44,8 @@ def mfd_loss(
     """The single pass, term by term; ``problem`` is :class:`mfd_fast.ops.mfd_problem.MFDProblem`.
 
     A backend may pass its own ``attention(features, present, temperature) -> (pooled, weights)`` over ``[N, D]``
-    features, its own ``terms`` and its own ``distance`` between rows.
+    features, its own ``terms`` and its own ``distance`` between rows. The divergence of the pool weights is computed
+    from the scores, here for every backend.
     """
     p = problem
     rows: Rows = p.rows
@@ -58,6 +61,9 @@ def mfd_loss(
     temperature = p.pool.temperature
     if isinstance(temperature, Tensor):
         temperature = temperature.to(dtype).reshape(n if temperature.dim() else ())
+    pool_used = is_used(p.pool_weight)
+    if pool_used:  # converted once for pool and divergence: their gradients are added before they are rounded
+        features = present_features(features, present, dtype)
     if attention is None:
         pool = (p.pool.query, None, p.pool.bias, temperature, present, p.pool.scale, dtype)
         pooled, weights = modal_pool(features, *pool)
@@ -78,9 +84,11 @@ def mfd_loss(
     for weight, term in ((p.soft_weight, soft), (p.hard_weight, hard), (p.feature_weight, feature)):
         if is_used(weight):
             per_row = per_row + weight * term
-    if is_used(p.pool_weight):
+    if pool_used:
+        scores = modal_scores(features, p.pool.query, None, p.pool.bias, present, p.pool.scale)
         target = _existing(p.teacher_pool_weights.reshape(n, modalities).to(dtype), counted)
-        per_row = per_row + p.pool_weight * pool_divergence(target, weights)
+        log_weights = modal_log_weights(scores, temperature, present)
+        per_row = per_row + p.pool_weight * pool_divergence(target, log_weights)
 
     leading = p.leading
 

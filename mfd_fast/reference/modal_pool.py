@@ -15,13 +15,51 @@ def modal_weights(logits: Tensor, temperature: float | Tensor, present: Tensor |
 
     Logits of absent modalities are finite. A row with nothing present gives zeros and zero gradients.
     """
+    weights = _exponents(logits, temperature, present).softmax(-1)
+    return weights if present is None else weights.masked_fill(~present, 0.0)
+
+
+def modal_log_weights(logits: Tensor, temperature: float | Tensor, present: Tensor | None) -> Tensor:
+    """Logarithm of :func:`modal_weights`: finite where a weight underflows, -inf where a modality is absent."""
+    log_weights = _exponents(logits, temperature, present).log_softmax(-1)
+    return log_weights if present is None else log_weights.masked_fill(~present, -torch.inf)
+
+
+def _exponents(logits: Tensor, temperature: float | Tensor, present: Tensor | None) -> Tensor:
     logits = logits / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
     if present is None:
-        return logits.softmax(-1)
+        return logits
     # A row with nothing present keeps finite logits, so that zeroing its weights zeroes its gradients.
-    keep = present | ~present.any(-1, keepdim=True)
-    weights = logits.masked_fill(~keep, -torch.inf).softmax(-1)
-    return torch.where(present, weights, torch.zeros_like(weights))
+    return logits.masked_fill(~(present | ~present.any(-1, keepdim=True)), -torch.inf)
+
+
+def present_features(features: list[Tensor], present: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    """The features in ``dtype``; an absent modality is replaced by zeros before anything is computed from it."""
+    xs = [x.to(dtype) for x in features]
+    if present is None:
+        return xs
+    return [x.masked_fill(~present[..., m, None], 0.0) for m, x in enumerate(xs)]
+
+
+def modal_scores(
+    xs: list[Tensor],
+    query: Tensor | None,
+    scores: Tensor | None,
+    bias: Tensor | None,
+    present: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """``s [..., M]`` of :func:`present_features`, in their dtype."""
+    dtype = xs[0].dtype
+    if query is not None:
+        logits = scale * torch.stack([(x * query.to(dtype)).sum(-1) for x in xs], -1)
+    elif scores is not None:
+        logits = scores.to(dtype)
+        if present is not None:
+            logits = logits.masked_fill(~present, 0.0)
+    else:
+        logits = xs[0].new_zeros(*xs[0].shape[:-1], len(xs))
+    return logits if bias is None else logits + bias.to(dtype)
 
 
 def modal_pool(
@@ -35,21 +73,8 @@ def modal_pool(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """``pooled [..., D]`` and ``weights [..., M]`` in ``dtype``; a row with nothing present gives zeros."""
-    xs = [x.to(dtype) for x in features]
-    if present is not None:  # an absent modality is replaced before anything is computed from it
-        zero = torch.zeros((), dtype=dtype, device=present.device)
-        xs = [torch.where(present[..., m, None], x, zero) for m, x in enumerate(xs)]
-    if query is not None:
-        logits = scale * torch.stack([(x * query.to(dtype)).sum(-1) for x in xs], -1)
-    elif scores is not None:
-        logits = scores.to(dtype)
-        if present is not None:
-            logits = torch.where(present, logits, zero)
-    else:
-        logits = xs[0].new_zeros(*xs[0].shape[:-1], len(xs))
-    if bias is not None:
-        logits = logits + bias.to(dtype)
-    weights = modal_weights(logits, temperature, present)
+    xs = present_features(features, present, dtype)
+    weights = modal_weights(modal_scores(xs, query, scores, bias, present, scale), temperature, present)
     pooled = torch.zeros_like(xs[0])
     # The gradient of one unbind costs O(M), that of M selections O(M²).
     for share, x in zip(weights.unbind(-1), xs, strict=True):
