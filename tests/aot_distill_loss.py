@@ -65,11 +65,11 @@ SPARSE: dict[str, dict[str, Any]] = {
 
 
 def _names() -> list[str]:
-    """On sm_90 every option at every length in the scalar kernel, whose dtypes take turns; the others in turns."""
+    """On sm_90 every option in every kernel; lengths and dtypes take turns."""
     lengths, dtypes, sparse = itertools.cycle(CLASSES), itertools.cycle(DTYPES), itertools.cycle(SPARSE_KERNELS)
-    names = [f"distill_scalar-{c}-{d}-90-{o}" for o in OPTIONS for c, d in zip(CLASSES, dtypes, strict=False)]
+    names = []
     for option in OPTIONS:
-        names += [f"{kernel}-{next(lengths)}-{next(dtypes)}-90-{option}" for kernel in KERNELS[1:]]
+        names += [f"{kernel}-{next(lengths)}-{next(dtypes)}-90-{option}" for kernel in KERNELS]
         next(lengths)
     names += [f"topk_scalar-{next(lengths)}-{next(dtypes)}-90-{option}" for option in SPARSE]
     names += [f"topk_rows-{next(lengths)}-{next(dtypes)}-90-{option}" for option in SPARSE]

@@ -10,8 +10,9 @@ import cuda_emulator
 import every_sample
 from op_db import RECORDS, samples_on
 
-ADDRESS = ("-O0", "-fsanitize=address,undefined", "-fno-omit-frame-pointer")  # optimizing takes longer than it saves
-THREADS = (*cuda_emulator.THREADS, "-fsanitize=thread")
+# Optimizing takes longer than it saves.
+ADDRESS = ("-O0", "-fsanitize=address,undefined", "-fno-omit-frame-pointer")
+THREADS = ("-O0", *cuda_emulator.THREADS, "-fsanitize=thread")
 #: Small shared memory makes short rows long ones: a block per row, a cluster per row, a row in two passes.
 RUNGS = ("90,4,232448:1100", "90,4,8192:2100", "80,4,8192:2100")
 
