@@ -177,6 +177,18 @@ def test_label_column_of_minus_infinity_makes_the_hard_term_infinite(backend):
     assert bool(found.grads["student"].isfinite().all())
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_full_smoothing_and_a_label_of_minus_infinity(backend, reduction):
+    """Every class weighs 1/C, the label's too: +inf, with the gradient softmax(x) - 1/C."""
+    arguments = {**sample(), "soft_weight": 0.0, "hard_weight": 1.0, "label_smoothing": 1.0, "reduction": reduction}
+    arguments["student"][1, arguments["labels"][1]] = -INF
+    found = evaluate(RECORD, on(RECORD, backend), arguments, names=("student",))
+    loss, grad = found.outputs["loss"], found.grads["student"]
+    assert loss.isposinf().tolist() == ([False, True, False, False] if reduction == "none" else True)
+    expected = grad_output_of(loss) * (torch.softmax(arguments["student"].double(), -1) - 1 / 7)
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("road", ROADS)
 def test_teacher_minus_infinity_contributes_nothing(backend, road):
     arguments = sample()
@@ -242,6 +254,28 @@ def test_bad_row_makes_the_scalar_nan(backend, case, reduction, road):
     for name, grad in found.grads.items():
         assert bool(grad[1].isnan().all()), name
         assert bool(grad[[0, 2, 3]].isfinite().all()), name
+
+
+HIDING = [(7, mfd.DKD(0, 1.0)), (7, mfd.DKD(0, 0)), (1, mfd.DKD(0, 0)), (7, mfd.NKD(0.0)), (1, mfd.NKD())]
+
+
+@pytest.mark.parametrize(("classes", "divergence"), HIDING, ids=str)
+def test_a_part_of_weight_zero_does_not_hide_a_bad_row(backend, classes, divergence):
+    """The label itself is bad, of which a part of weight 0 may be all that sees it; the last row is sound."""
+    arguments = {**sample(rows=7, classes=classes), "divergence": divergence, "hard_weight": 0.0}
+    label = arguments["labels"]
+    for row, side in ((0, "student"), (3, "teacher")):
+        arguments[side][row, label[row]] = NAN
+        arguments[side][row + 1, label[row + 1]] = INF
+        arguments[side][row + 2] = -INF
+    per_row = {"temperature": torch.full((7,), 2.0), "teacher_temperature": torch.full((7,), 3.0)}
+    names = ("student", "teacher", *per_row)
+    found = evaluate(RECORD, on(RECORD, backend), {**arguments, **per_row, "reduction": "none"}, names=names)
+    mean = evaluate(RECORD, on(RECORD, backend), arguments, names=("student",))
+    assert math.isnan(mean.outputs["loss"].item())
+    for name, value in (*found.items(), *mean.grads.items()):
+        assert bool(value[:6].isnan().all()), name
+        assert bool(value[6].isfinite().all()), name
 
 
 @pytest.mark.parametrize("case", BAD, ids=BAD_IDS)

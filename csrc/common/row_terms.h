@@ -22,8 +22,9 @@ struct Slopes {
   double student, teacher, hard, shift, label_shift;
 };
 
+// 0 of a number over 0.
 MFD_ROW_FN double ratio_or_zero(double a, double b) {
-  return b == 0 ? 0.0 : a / b;
+  return b == 0 && a == a ? 0.0 : a / b;
 }
 
 MFD_ROW_FN double rest_divergence(const RowSums& sums, bool unit) {

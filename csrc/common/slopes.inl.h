@@ -19,7 +19,7 @@ struct LinearSlope {
         relation(S::splat(static_cast<T>(s.relation))),
         mean(S::splat(static_cast<T>(s.mean))),
         pull(S::splat(static_cast<T>(s.pull))),
-        zero(S::splat(static_cast<T>(s.mean != s.mean ? kNan : 0.0))),
+        zero(S::splat(static_cast<T>(s.mean != s.mean || s.pull != s.pull ? kNan : 0.0))),
         exact(s.student != s.teacher) {}
 
   // DKD as teacher*(q - p) + (student - teacher)*q, q - p = -q*expm1(r) where the teacher is near: beta

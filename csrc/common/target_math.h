@@ -64,19 +64,26 @@ struct TargetSlopes {
   double student, teacher, label, relation, pull, unit, drive;
 };
 
+// 0, or NaN without a distribution on one of the sides: a part of weight 0 does not hide that.
+MFD_ROW_FN double zero_of(const Target& t) {
+  return 0.0 * (t.student.label + t.teacher.label);
+}
+
 MFD_ROW_FN TargetSlopes target_slopes(const Problem& problem, const Target& t) {
   TargetSlopes s{};
   // A teacher without classes besides the label says nothing about the rest; one whose mass there underflows
   // does.
   const bool rest = t.teacher.log_odds != kInf;
   if (problem.divergence == Divergence::kDKD) {
-    const double alpha = problem.first, beta = rest ? problem.second : 0.0;
+    const double alpha = problem.first, beta = (rest ? problem.second : 0.0) + zero_of(t);
     s.label = alpha * label_difference(t.student, t.teacher);
     s.student = beta - s.label;
     s.teacher = s.relation = beta;
-    s.pull = -alpha * times(t.teacher.label * t.teacher.rest, t.teacher.log_odds - t.student.log_odds);
+    s.pull =
+        zero_of(t) - alpha * times(t.teacher.label * t.teacher.rest, t.teacher.log_odds - t.student.log_odds);
   } else {
-    s.student = s.teacher = s.relation = rest ? problem.first : 0.0;
+    s.label = s.pull = zero_of(t);
+    s.student = s.teacher = s.relation = (rest ? problem.first : 0.0) + s.pull;
     s.unit = t.hard_teacher.label;
     s.drive = times(s.unit, -t.hard_student.log_label);
   }
@@ -85,8 +92,8 @@ MFD_ROW_FN TargetSlopes target_slopes(const Problem& problem, const Target& t) {
 
 // What T^2 multiplies: alpha*KL(pair) + beta*KL(rest), or gamma times the cross-entropy of the rest.
 MFD_ROW_FN double target_divergence(const Problem& problem, const Target& t, double rest) {
-  if (problem.divergence == Divergence::kNKD) return times(problem.first, rest);
-  return times(problem.first, pair_kl(t.teacher, t.student)) + times(problem.second, rest);
+  if (problem.divergence == Divergence::kNKD) return times(problem.first, rest) + zero_of(t);
+  return times(problem.first, pair_kl(t.teacher, t.student)) + times(problem.second, rest) + zero_of(t);
 }
 
 }  // namespace mfd

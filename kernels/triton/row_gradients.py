@@ -133,6 +133,10 @@ def know(ms, ss, mt, st, s, t, x_label, y_label, a, b, KIND: tl.constexpr):
             pair = tl.where(a == 0, 0.0, a * tl.where(pair < 0, 0.0, pair))
         else:
             weight = tl.where(st == 0.0, 0.0, one * a)
+        # Without a distribution on one of the sides nothing is a number, whatever it weighs.
+        bad = (ss - ss) + (st - st)
+        weight, pair = weight + bad, pair + bad
+        s_label, s_other, t_label, t_other = s_label + bad, s_other + bad, t_label + bad, t_other + bad
     known = Known(
         ms,
         ss,

@@ -78,6 +78,8 @@ def entropy(log_p: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     """Smoothed cross-entropy per row at temperature 1; ``labels`` are in range."""
     log_q = torch.log_softmax(logits, -1)
+    if label_smoothing == 1:  # 0 of a label's +inf is 0
+        return -log_q.mean(-1)
     loss = -log_q.gather(-1, labels[:, None]).squeeze(-1)
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * log_q.mean(-1)
@@ -237,6 +239,11 @@ def soft_value(rows: Rows, sides: Sides) -> Tensor:
     if isinstance(rows.divergence, NKD):
         assert sides.label is not None
         value = value + label_entropy(*compared(rows, sides, 1.0, 1.0), sides.label)
+    if isinstance(rows.divergence, (DKD, NKD)):  # of which a part of weight 0 would hide a row without distribution
+        both, nothing = log_p.sum(-1) + log_q.sum(-1), torch.zeros_like(value)
+        bad = both != both
+        # NaN times both, so that its gradient is NaN on either side.
+        value = value + torch.where(bad, torch.full_like(value, torch.nan), nothing) * torch.where(bad, both, nothing)
     return value.to(rows.dtype)
 
 
