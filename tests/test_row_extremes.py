@@ -49,6 +49,39 @@ def test_the_value_of_near_distributions_keeps_its_digits(backend, rows, diverge
     assert report.rms_error < 0.6 * report.eager_rms_error
 
 
+@pytest.mark.parametrize("divergence", [mfd.JSD(0.02), mfd.SkewKL(0.7), mfd.SkewReverseKL(0.1)], ids=repr)
+@pytest.mark.parametrize("temperature", [20.0, 1000.0])
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
+def test_hot_distributions_keep_the_digits_of_the_reference(backend, temperature, divergence):
+    """All of them are near each other; T² brings the loss back to size, and the rounding of p and q with it."""
+    sample = distill_inputs((32, 21))
+    options = {"divergence": divergence, "temperature": temperature}
+    found, same, exact = (
+        gradients(sample.student, sample.teacher, backend=b, dtype=dtype, **options)
+        for b, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64))
+    )
+    for a, b, c in zip(found, same, exact, strict=True):
+        assert relative_error(a, c) < max(3 * relative_error(b, c), 5e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
+def test_standardised_rows_far_from_zero_keep_the_digits_of_their_gradients(backend):
+    """Rounding the mean shifts all standardised logits, which the gradient through the deviation would notice."""
+    sample = distill_inputs((32, 21))
+    standardize = mfd.LogitTransform(standardize=True)
+    options = {"temperature": 2.0, "student_transform": standardize, "teacher_transform": standardize}
+    found, exact = (
+        gradients(sample.student + 300, sample.teacher + 300, dtype=dtype, backend=b, **options)
+        for b, dtype in ((backend, torch.float32), ("reference", torch.float64))
+    )
+    for a, b in zip(found, exact, strict=True):
+        assert relative_error(a, b) < 2e-6
+
+
+def relative_error(found, exact):
+    return float((found.double() - exact).norm() / exact.norm())
+
+
 @pytest.mark.parametrize("divergence", [mfd.SkewKL(0.1), mfd.SkewReverseKL(0.3), mfd.JSD(0.2)], ids=repr)
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
 def test_equal_distributions_have_no_slope(backend, divergence):

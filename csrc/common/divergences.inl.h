@@ -43,42 +43,62 @@ struct ReverseKL {
   }
 };
 
-// Divergences from the mean m = wp*p + wq*q, wp + wq = 1.
+// Divergences from the mean m = wp*p + wq*q, wp + wq = 1: log(side/m) = log(1 + of_side*(p - q)/m) of one
+// side, whose logarithm differs by +-r from the other's.
 template <class S>
 struct OfMean {
   typedef typename S::V V;
   typedef typename S::T T;
   static constexpr bool kTakesLogs = false;
-  V wq, wp;
-  MFD_MEMBER explicit OfMean(double share)
-      : wq(S::splat(static_cast<T>(1 - share))), wp(S::splat(static_cast<T>(share))) {}
+  V wq, wp, of_side, of_other;
+  MFD_MEMBER OfMean(double share, bool of_p)
+      : wq(S::splat(static_cast<T>(1 - share))),
+        wp(S::splat(static_cast<T>(share))),
+        of_side(S::splat(static_cast<T>(of_p ? 1 - share : -share))),
+        of_other(S::splat(static_cast<T>(of_p ? -share : 1 - share))) {}
 
-  struct Mean {
-    V log_pm, log_qm;  // log(p/m), log(q/m)
-    V inverse;         // 1/m
+  // 1/m. The least normal number spares every case of 0.
+  MFD_MEMBER V inverse_of(V q, V p) const {
+    return S::splat(T(1)) / S::fma(q, wq, S::fma(p, wp, S::splat(S::kLeast)));
+  }
+
+  struct Logs {
+    V of_side, of_other;
   };
 
-  // With the greater side b, log(b/m) = log(1 + (b - m)/m) keeps its digits near p = q, and the lesser side's
-  // logarithm differs by |r|, of which 1e4 is as good as more; the order of max and min makes 0 of a NaN. The
-  // least normal number spares every case of 0.
-  MFD_MEMBER Mean mean(V q, V p, V r) const {
-    const V zero{}, bound = S::splat(T(1e4)), least = S::splat(S::kLeast), difference = p - q;
-    const V student = S::fma(q, wq, least), teacher = S::fma(p, wp, least);
-    const V inverse = S::splat(T(1)) / (student + teacher);
-    const V log_bm = log1p_above(S::max(wq * difference, -(wp * difference)) * inverse);
-    return {log_bm + S::max(S::min(r, zero), -bound), log_bm - S::min(S::max(r, zero), bound), inverse};
+  // log(side/m) and log(other/m) for x = (p - q)/m and r = log(side/other), of which 1e4 is as good as more.
+  // A side that is small beside m would lose its digits in 1 + of_side*x: there the other comes first.
+  MFD_MEMBER Logs logs_over_mean(V x, V r) const {
+    const V first = of_side * x, half = S::splat(T(-0.5)), bound = S::splat(T(1e4));
+    const V log_first = log1p_above(S::select(half < first, first, of_other * x));
+    r = S::min(S::max(r, -bound), bound);
+    const V step = S::select(half < first, V{}, r);
+    return {log_first + step, log_first + (step - r)};
   }
 };
 
-// m = (1 - beta)*q + beta*p, f = beta*p*log(p/m) + (1 - beta)*q*log(q/m)
+// m = (1 - beta)*q + beta*p, f = beta*p*log(p/m) + (1 - beta)*q*log(q/m), from the heavier side
 template <class S>
 struct JSD : OfMean<S> {
   typedef typename S::V V;
-  MFD_MEMBER JSD(double beta, double) : OfMean<S>(beta) {}
+  typedef typename S::T T;
+  static constexpr T kNear = static_cast<T>(sizeof(T) == 4 ? 0.125 : 0.001);
+  bool of_p;
+  MFD_MEMBER JSD(double beta, double) : OfMean<S>(beta, beta > 0.5), of_p(beta > 0.5) {}
   MFD_MEMBER Point<S> operator()(V q, V p, V r, V, V) const {
-    const auto m = this->mean(q, p, r);
-    const V g = this->wq * q * m.log_qm, h = this->wp * p * m.log_pm;
+    // Near p = q, p - q = q*(exp(r) - 1): the rounding of p and q must not come between it and r.
+    const V difference = S::select(S::max(r, -r) < S::splat(kNear), q * rise(r), p - q);
+    const auto logs = this->logs_over_mean(difference * this->inverse_of(q, p), of_p ? r : -r);
+    const V log_pm = of_p ? logs.of_side : logs.of_other, log_qm = of_p ? logs.of_other : logs.of_side;
+    const V g = this->wq * q * log_qm, h = this->wp * p * log_pm;
     return {g + h, g, h};
+  }
+
+  // exp(r) - 1 of a small r.
+  MFD_MEMBER static V rise(V r) {
+    const V fifth = S::splat(T(1.0 / 120)), fourth = S::splat(T(1.0 / 24)), third = S::splat(T(1.0 / 6));
+    const V series = S::fma(S::fma(S::fma(fifth, r, fourth), r, third), r, S::splat(T(0.5)));
+    return S::fma(r * r, series, r);
   }
 };
 
@@ -88,12 +108,12 @@ template <class S>
 struct SkewKL : OfMean<S> {
   typedef typename S::V V;
   bool far;
-  MFD_MEMBER SkewKL(double lam, bool is_far) : OfMean<S>(lam), far(is_far) {}
+  MFD_MEMBER SkewKL(double lam, bool is_far) : OfMean<S>(lam, true), far(is_far) {}
   MFD_MEMBER Point<S> operator()(V q, V p, V r, V, V) const {
-    const auto m = this->mean(q, p, r);
-    const V difference = this->wq * (q - p), tilt = difference * m.inverse;
-    return {S::fma(p, m.log_pm, difference), this->wq * q * (far ? -(p * m.inverse) : tilt),
-            p * S::fma(this->wp, tilt, m.log_pm)};
+    const V inverse = this->inverse_of(q, p), difference = q - p, x = difference * inverse;
+    const V log_pm = this->logs_over_mean(-x, r).of_side, tilt = this->wq * x;
+    return {S::fma(p, log_pm, this->wq * difference), this->wq * q * (far ? -(p * inverse) : tilt),
+            p * S::fma(this->wp, tilt, log_pm)};
   }
 };
 
@@ -102,12 +122,12 @@ template <class S>
 struct SkewReverseKL : OfMean<S> {
   typedef typename S::V V;
   bool far;
-  MFD_MEMBER SkewReverseKL(double lam, bool is_far) : OfMean<S>(1 - lam), far(is_far) {}
+  MFD_MEMBER SkewReverseKL(double lam, bool is_far) : OfMean<S>(1 - lam, false), far(is_far) {}
   MFD_MEMBER Point<S> operator()(V q, V p, V r, V, V) const {
-    const auto m = this->mean(q, p, r);
-    const V difference = this->wp * (p - q), tilt = difference * m.inverse;
-    return {S::fma(q, m.log_qm, difference), q * S::fma(this->wq, tilt, m.log_qm),
-            this->wp * p * (far ? -(q * m.inverse) : tilt)};
+    const V inverse = this->inverse_of(q, p), difference = p - q, x = difference * inverse;
+    const V log_qm = this->logs_over_mean(x, -r).of_side, tilt = this->wp * x;
+    return {S::fma(q, log_qm, this->wp * difference), q * S::fma(this->wq, tilt, log_qm),
+            this->wp * p * (far ? -(q * inverse) : tilt)};
   }
 };
 

@@ -56,6 +56,13 @@ MFD_ROW_FN double rounding(double factor) {
   return rounded == 0 ? 0.0 : log1p((rounded - factor) / factor);
 }
 
+// What standardised logits, (x - mean)*inverse with a mean that is rounded, lack to have the mean 0. No loss
+// notices a common shift, but the gradient through the deviation does.
+template <class T>
+MFD_ROW_FN double drift(const Centre& centre) {
+  return (static_cast<double>(static_cast<T>(centre.mean)) - centre.mean) * centre.inverse;
+}
+
 // One row's sums relative to the row's maxima.
 struct RowSums {
   double max_s, max_t;

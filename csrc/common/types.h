@@ -137,7 +137,7 @@ constexpr int64_t kBlock = 1024;
 // Short rows share a scratch row at multiples of this many elements: one widest vector.
 constexpr int64_t kRowAlign = 16;
 
-// Mean and 1/(deviation + 1e-7) of a standardised row.
+// Mean and 1/(deviation + 1e-7) of a standardised row. The compute type rounds the mean: see drift.
 struct Centre {
   double mean, inverse;
   double fold;  // (deviation + 1e-7)/(deviation*(classes - 1)); 0 in a constant row

@@ -139,8 +139,10 @@ static Centre row_centre(const View& view, int64_t classes, typename S::T* buffe
   typedef typename S::T T;
   const double count = static_cast<double>(classes), degrees = classes > 1 ? count - 1 : 1.0;
   const double first = load_unstandardized<S>(view, 0, 1, buffer).x[0];
-  const T mean = static_cast<T>(first + row_moment<S, 1>(view, classes, first, buffer) / count);
-  const double deviation = sqrt(row_moment<S, 2>(view, classes, mean, buffer) / degrees);
+  const double mean = first + row_moment<S, 1>(view, classes, first, buffer) / count;
+  const double rounded = static_cast<T>(mean), square = count * (rounded - mean) * (rounded - mean);
+  const double moment = row_moment<S, 2>(view, classes, rounded, buffer) - square;
+  const double deviation = moment > 0 ? sqrt(moment / degrees) : moment * 0;
   const double s = deviation + kEpsilon;
   return {mean, 1.0 / s, deviation == 0 ? 0.0 : s / (deviation * degrees)};
 }
@@ -165,11 +167,12 @@ static void transform_backward(const View& view, const typename S::T* z, int64_t
   const V inverse = S::splat(static_cast<T>(view.centre.inverse)),
           mean = S::splat(static_cast<T>(view.centre.mean));
   const V deviation = S::splat(static_cast<T>(1.0 / view.centre.inverse));
-  const V fold = S::splat(static_cast<T>(dot * view.centre.fold));
+  const V fold = S::splat(static_cast<T>(dot * view.centre.fold)),
+          shift = S::splat(static_cast<T>(drift<T>(view.centre)));
   for (int64_t i = 0; i < n; i += S::kWidth) {
     V g = S::load(gradient + i), x = S::load_first(z + i, n - i < S::kWidth ? n - i : S::kWidth, T(0));
     if (side.standardize) {
-      g = (g - fold * x) * inverse;
+      g = (g - fold * (x + shift)) * inverse;
       x = S::fma(x, deviation, mean);
     }
     g = g * scale;

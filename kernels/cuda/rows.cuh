@@ -182,7 +182,8 @@ MFD_INLINE typename S::T raw_gradient(const View& v, typename S::T g, typename S
   typedef typename S::T T;
   const Side& side = *v.side;
   if (side.standardize) {
-    g = (g - static_cast<T>(dot * v.centre.fold) * z) * static_cast<T>(v.centre.inverse);
+    const T shift = static_cast<T>(drift<T>(v.centre));
+    g = (g - static_cast<T>(dot * v.centre.fold) * (z + shift)) * static_cast<T>(v.centre.inverse);
     z = S::fma(z, static_cast<T>(1.0 / v.centre.inverse), static_cast<T>(v.centre.mean));
   }
   g = g * static_cast<T>(side.scale);
@@ -276,7 +277,7 @@ MFD_INLINE void find_centre(const Group& group, View& v, const unsigned char* gl
   typedef typename S::T T;
   const double count = static_cast<double>(classes), degrees = classes > 1 ? count - 1 : 1.0;
   T mean = transformed<S>(v, load_one<T>(global, v.side->dtype), false);
-  double moment[1];
+  double moment[1], exact = 0;
   for (int power = 1; power <= 2; ++power) {
     moment[0] = 0;
     over_vectors<S>(group, span, [&](int64_t start) {
@@ -289,10 +290,14 @@ MFD_INLINE void find_centre(const Group& group, View& v, const unsigned char* gl
       }
     });
     group.template reduce<Sum>(moment);
-    if (power == 1) mean = static_cast<T>(static_cast<double>(mean) + moment[0] / count);
+    if (power == 1) {
+      exact = static_cast<double>(mean) + moment[0] / count;
+      mean = static_cast<T>(exact);
+    }
   }
-  const double deviation = sqrt(moment[0] / degrees), s = deviation + 1e-7;
-  v.centre = {static_cast<double>(mean), 1.0 / s, deviation == 0 ? 0.0 : s / (deviation * degrees)};
+  const double off = static_cast<double>(mean) - exact, square = moment[0] - count * off * off;
+  const double deviation = square > 0 ? sqrt(square / degrees) : square * 0, s = deviation + 1e-7;
+  v.centre = {exact, 1.0 / s, deviation == 0 ? 0.0 : s / (deviation * degrees)};
 }
 
 }  // namespace device

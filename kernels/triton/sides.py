@@ -11,10 +11,10 @@ STANDARD_EPS = tl.constexpr(1e-7)  # beside the standard deviation
 
 
 class Side(NamedTuple):
-    """One side's logits. Per row [ROWS]: start (first element), T, c = log2(e)/T, mean, spread.
+    """One side's logits. Per row [ROWS]: start (first element), T, c = log2(e)/T, mean, spread, off.
 
-    Standardisation takes off the mean and divides by spread = standard deviation + 1e-7. parts: None, or the
-    teachers whose mixture this side is.
+    Standardisation takes off the mean and divides by spread = standard deviation + 1e-7; off is the mean of what comes
+    of it, not 0 as the mean that is taken off is rounded. parts: None, or the teachers whose mixture this side is.
     """
 
     ptr: tl.tensor
@@ -25,6 +25,7 @@ class Side(NamedTuple):
     softcap: tl.tensor
     mean: tl.tensor
     spread: tl.tensor
+    off: tl.tensor
     SCALED: tl.constexpr
     CAPPED: tl.constexpr
     STANDARD: tl.constexpr
@@ -102,7 +103,7 @@ def side(
     softcap = tl.full([1], softcap, DTYPE)
     zero = tl.zeros([ROWS], DTYPE)
     c = per_temperature(T, EXACT)
-    return Side(ptr, start, T, c, scale, softcap, zero, zero + 1.0, SCALED, CAPPED, STANDARD, None)
+    return Side(ptr, start, T, c, scale, softcap, zero, zero + 1.0, zero, SCALED, CAPPED, STANDARD, None)
 
 
 @triton.jit
@@ -186,11 +187,15 @@ def standardized(of, col, counted, classes, ROWS: tl.constexpr, LANES: tl.conste
         degrees = tl.maximum(n - 1.0, 1.0)
         mean = divide(tl.sum(total, 1), n)
         square = tl.zeros([ROWS, LANES], of.T.dtype)
+        rest = tl.zeros([ROWS, LANES], of.T.dtype)
         for first in range(0, classes, LANES * VEC):
             keep = counted[:, None, None] & (col + first < classes)
-            centred = read_raw(of, col + first, keep, "evict_last") - mean[:, None, None]
-            square += tl.sum(tl.where(keep, centred * centred, 0.0), 2)
-        deviation = root(divide(tl.sum(square, 1), degrees))
+            centred = tl.where(keep, read_raw(of, col + first, keep, "evict_last") - mean[:, None, None], 0.0)
+            square += tl.sum(centred * centred, 2)
+            rest += tl.sum(centred, 2)
+        off = divide(tl.sum(rest, 1), n)
+        variance = divide(tl.sum(square, 1) - n * off * off, degrees)
+        deviation = root(tl.where(variance < 0.0, 0.0, variance))
         spread = deviation + STANDARD_EPS
         of_two = -divide(spread * STANDARD_EPS, deviation * deviation)
         back = tl.where(is_pair(spread, classes), of_two, divide(spread, degrees * deviation))
@@ -204,6 +209,7 @@ def standardized(of, col, counted, classes, ROWS: tl.constexpr, LANES: tl.conste
             of.softcap,
             mean,
             spread,
+            divide(off, spread),
             of.SCALED,
             of.CAPPED,
             of.STANDARD,
@@ -225,7 +231,7 @@ def through_transform(grad, x, of, middle, drift, classes):
     if of.STANDARD:
         centred = grad - middle[:, None, None]
         centred = tl.where(is_pair(of.spread, classes)[:, None, None], 0.0, centred)
-        grad = divide(centred - x * drift[:, None, None], of.spread[:, None, None])
+        grad = divide(centred - (x - of.off[:, None, None]) * drift[:, None, None], of.spread[:, None, None])
         x = x * of.spread[:, None, None] + of.mean[:, None, None]
     if of.CAPPED:
         z = divide(x, of.softcap)
@@ -308,6 +314,7 @@ def teacher_side(
                     first.softcap,
                     first.mean,
                     first.spread,
+                    first.off,
                     first.SCALED,
                     first.CAPPED,
                     first.STANDARD,
@@ -327,6 +334,7 @@ def teacher_side(
             first.softcap,
             first.mean,
             first.spread,
+            first.off,
             first.SCALED,
             first.CAPPED,
             first.STANDARD,
