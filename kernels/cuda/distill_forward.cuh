@@ -127,8 +127,9 @@ struct ForwardRow : Teacher {
       difference += rounding<T>(1.0 / r.sum_t) - rounding<T>(1.0 / r.sum_s);
     const T moved = static_cast<T>(difference);
     const T student = static_cast<T>(slopes.student), teacher = static_cast<T>(slopes.teacher);
-    const T hard = static_cast<T>(slopes.hard), shift = static_cast<T>(slopes.shift);
-    const T label_shift = static_cast<T>(slopes.label_shift);
+    const double drifted = !kLean && kind == Pass::kGradient ? drift_gradient<S>(x, dot) : 0.0;
+    const T hard = static_cast<T>(slopes.hard), shift = static_cast<T>(slopes.shift + drifted);
+    const T label_shift = static_cast<T>(slopes.label_shift + drifted);
     const int64_t own = f.use_hard || wanted.apart ? label : -1, width = p.student.width;
     unsigned char* out = static_cast<unsigned char*>(f.grad) + row * width * size_of(p.student.dtype);
     const bool wide = sizeof(T) == 4 && is_aligned(out);
@@ -193,7 +194,7 @@ struct ForwardRow : Teacher {
           if (start + k < p.classes && gradient != T(0)) v[0] += static_cast<double>(gradient * a[k]);
           continue;
         }
-        if (!kLean && changes_gradient(p.student)) gradient = raw_gradient<S>(x, gradient, a[k], dot);
+        if (!kLean && changes_gradient(p.student)) gradient = raw_gradient<S, true>(x, gradient, a[k], dot);
         second[k] = start + k < p.classes ? gradient : T(0);
       }
       if (kind == Pass::kGradient) store_gradient<S>(out, p.student.dtype, start, width, wide, second);

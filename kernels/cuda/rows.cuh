@@ -173,17 +173,24 @@ MFD_INLINE bool changes_gradient(const Side& side) {
   return side.scale != 1.0 || side.softcap > 0 || side.standardize;
 }
 
+// What the drift of a standardised row takes from all of its gradients.
+template <class S>
+MFD_INLINE double drift_gradient(const View& v, double dot) {
+  return v.side->standardize ? dot * v.centre.fold * drift<typename S::T>(v.centre) : 0.0;
+}
+
 // Gradient of the transformed logit z -> gradient of the raw one; `dot` = sum gradient*z over a standardised
 // row.
 //   standardised: (g - mean g)/s - (sum g z)/s*(x - mean)/((C - 1)*deviation), mean g = 0 as no loss changes
 //   with a common shift;  scale*(1 - (x/softcap)^2).
-template <class S>
+//   kShifted: g is already less drift_gradient.
+template <class S, bool kShifted = false>
 MFD_INLINE typename S::T raw_gradient(const View& v, typename S::T g, typename S::T z, double dot) {
   typedef typename S::T T;
   const Side& side = *v.side;
   if (side.standardize) {
-    const T shift = static_cast<T>(drift<T>(v.centre));
-    g = (g - static_cast<T>(dot * v.centre.fold) * (z + shift)) * static_cast<T>(v.centre.inverse);
+    if (!kShifted) z = z + static_cast<T>(drift<T>(v.centre));
+    g = (g - static_cast<T>(dot * v.centre.fold) * z) * static_cast<T>(v.centre.inverse);
     z = S::fma(z, static_cast<T>(1.0 / v.centre.inverse), static_cast<T>(v.centre.mean));
   }
   g = g * static_cast<T>(side.scale);
