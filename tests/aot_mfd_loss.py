@@ -15,8 +15,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHAPE = "3x768x1000"
 NAMES = [f"mfd_single_pass-{SHAPE}-bf16-{cc}" for cc in (80, 90, 100)]
 NAMES += [f"mfd_single_pass-{SHAPE}-fp32-90", f"scale_all_in_place-{SHAPE}-bf16-90"]
-COMPLETE = [*NAMES, *(f"mfd_single_pass-{SHAPE}-bf16-90-{divergence}" for divergence in DIVERGENCES)]
-NAMES += [f"mfd_single_pass-{SHAPE}-bf16-90-{divergence}" for divergence in ("alphabeta", "dkd")]
+# Forward KL is what a name without a divergence has.
+OTHERS = {d: f"mfd_single_pass-{SHAPE}-bf16-90-{d}" for d in DIVERGENCES if d != "forward"}
+COMPLETE = [*NAMES, *OTHERS.values()]
+NAMES += [OTHERS["alphabeta"], OTHERS["dkd"]]
 
 
 def launches(name: str) -> Launch:

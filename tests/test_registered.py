@@ -1,6 +1,7 @@
 """The torch.library road, which torch.compile takes: opcheck, and the same numbers as the eager road."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -55,9 +56,8 @@ def recorded(record, name, backend, names):
 
 
 #: An op is the same on every backend but for what it calls: the backends take turns.
-IN_TURN = [
-    (r, b, n) for i, (r, n) in enumerate({c[::2]: None for c in ROAD}) for b in [("cpu", "cuda", "reference")[i % 3]]
-]
+TURNS = zip(dict.fromkeys((r, n) for r, _, n in ROAD), itertools.cycle(("cpu", "cuda", "reference")), strict=False)
+IN_TURN = [(r, b, n) for (r, n), b in TURNS]
 
 
 @pytest.mark.parametrize(("record", "backend", "name"), IN_TURN, ids=[f"{r.name}-{b}-{n}" for r, b, n in IN_TURN])
