@@ -12,7 +12,7 @@ from ..rows import Rows, is_used
 from ..types import MFDOutput
 from .distill_loss import reduce_rows, row_terms
 from .feature_loss import row_distance
-from .modal_pool import modal_log_weights, modal_pool, modal_scores, present_features
+from .modal_pool import modal_log_weights, modal_scores, modal_weights, present_features, weighted_sum
 
 Attention = Callable[[list[Tensor], "Tensor | None", "float | Tensor"], tuple[Tensor, Tensor]]
 Terms = Callable[[Rows, bool, bool], tuple[Tensor, Tensor]]
@@ -62,11 +62,13 @@ def mfd_loss(
     if isinstance(temperature, Tensor):
         temperature = temperature.to(dtype).reshape(n if temperature.dim() else ())
     pool_used = is_used(p.pool_weight)
-    if pool_used:  # converted once for pool and divergence: their gradients are added before they are rounded
+    # Once for pool and divergence, whose gradients are added before they are rounded.
+    if attention is None or pool_used:
         features = present_features(features, present, dtype)
+        scores = modal_scores(features, p.pool.query, None, p.pool.bias, present, p.pool.scale)
     if attention is None:
-        pool = (p.pool.query, None, p.pool.bias, temperature, present, p.pool.scale, dtype)
-        pooled, weights = modal_pool(features, *pool)
+        weights = modal_weights(scores, temperature, present)
+        pooled = weighted_sum(features, weights)
     else:
         pooled, weights = attention(features, present, temperature)
     logits = pooled @ p.head_weight.to(dtype).T
@@ -85,7 +87,6 @@ def mfd_loss(
         if is_used(weight):
             per_row = per_row + weight * term
     if pool_used:
-        scores = modal_scores(features, p.pool.query, None, p.pool.bias, present, p.pool.scale)
         target = _existing(p.teacher_pool_weights.reshape(n, modalities).to(dtype), counted)
         log_weights = modal_log_weights(scores, temperature, present)
         per_row = per_row + p.pool_weight * pool_divergence(target, log_weights)

@@ -75,8 +75,13 @@ def modal_pool(
     """``pooled [..., D]`` and ``weights [..., M]`` in ``dtype``; a row with nothing present gives zeros."""
     xs = present_features(features, present, dtype)
     weights = modal_weights(modal_scores(xs, query, scores, bias, present, scale), temperature, present)
+    return weighted_sum(xs, weights), weights
+
+
+def weighted_sum(xs: list[Tensor], weights: Tensor) -> Tensor:
+    """Σ_m weights_m x_m, ``[..., D]``."""
     pooled = torch.zeros_like(xs[0])
     # The gradient of one unbind costs O(M), that of M selections O(M²).
     for share, x in zip(weights.unbind(-1), xs, strict=True):
         pooled = pooled + share[..., None] * x
-    return pooled, weights
+    return pooled
