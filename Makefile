@@ -12,7 +12,7 @@ CPP_FILES := $(shell find csrc kernels/cuda tests -name '*.h' -o -name '*.cpp' -
 # A spinning OpenMP thread would take the core of another test worker.
 export OMP_WAIT_POLICY ?= passive
 
-# One architecture for the tests: tests/test_cuda_aot.py compiles others.
+# One architecture for the tests: tests/machine_code/test_cuda_aot.py compiles others.
 $(VENV)/native: export MFD_FAST_CUDA_ARCHS ?= 90
 
 .SILENT:
@@ -32,7 +32,7 @@ test: lint mypy
 
 # Every Triton kernel with every option and every CUDA source for every GPU: it takes long.
 aot: $(VENV)/packages-test $(VENV)/native
-	MFD_FAST_AOT=complete $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests/test_triton_aot.py tests/test_triton_aot_fusion.py tests/test_cuda_aot.py
+	MFD_FAST_AOT=complete $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests/machine_code
 
 # On a machine with a GPU, with the packages of $(PYTHON) and no environment of our own; `make gpu ARGS=--help`.
 # DEVICE=cpu rehearses it; PART=build names one part.

@@ -28,7 +28,7 @@ torch.set_num_threads(2)
 #: What only a GPU can show; `make gpu` rehearses it on a CPU. Without either there is nothing to collect.
 collect_ignore = [] if on_device.NAME else ["gpu"]
 if on_device.NAME and importlib.util.find_spec("hypothesis") is None:
-    collect_ignore += [path.name for path in Path(__file__).parent.glob("test_hypothesis*.py")]
+    collect_ignore += [str(path) for path in Path(__file__).parent.rglob("test_hypothesis*.py")]
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ microseconds. Its inputs:
   (``choose_blocks``). It decides long rows.
 
 No GPU has measured anything yet, so ``MEASURED`` is empty and the order is that of ``OPS``, which the model confirms
-(``tests/test_choice.py``). A measured exception is one line here, with its file in ``benchmarks/results``.
+(``tests/backends/test_choice.py``). A measured exception is one line here, with its file in ``benchmarks/results``.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ ONLY_CPU = {
     "test_bad_labels_raise_on_every_backend_on_a_cpu": "labels are not read back from a GPU: test_gpu_values.py",
     "test_thread_count_does_not_change_a_bit": "threads of the CPU",
 }
-#: Files without tests of a backend on a device; `tests/gpu` and the emulator have their own.
+#: Folders and files without tests of a backend on a device; `tests/gpu` and the emulator have their own.
 NOT_HERE = (
-    *("gpu", "meta", "cuda_emulator", "test_cuda_*", "test_cpu_*", "test_*aot*", "test_bench*", "test_demo*"),
-    *("test_packaging*", "test_style*", "test_readme*", "test_isa*", "test_compile*", "test_backends*"),
+    *("gpu", "cuda_emulator", "backends/cpu", "backends/cuda", "backends/test_backends*", "integration/test_compile*"),
+    *("machine_code", "packaging", "tools"),
 )
 #: Exit status of a process whose device no longer answers.
 LOST = 70

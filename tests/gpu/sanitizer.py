@@ -22,7 +22,7 @@ def find() -> str | None:
 
 def run(tool: str, device: str, seconds: float) -> dict[str, object]:
     """The verdict of one tool: "green", or "red" with the end of what it said. A rehearsal only runs the samples."""
-    script = [sys.executable, str(staging.ROOT / "tests" / "every_sample.py"), "--backend=cuda"]
+    script = [sys.executable, str(staging.ROOT / "tests" / "support" / "every_sample.py"), "--backend=cuda"]
     script += ["--dtype=bfloat16", *(["--first"] if tool == "initcheck" or device == "cpu" else ["--dtype=float32"])]
     sanitizer: list[str] = []
     if device == "cuda":

@@ -98,7 +98,8 @@ def environment(device: str, emulate: bool = False) -> dict[str, str]:
 
     ``emulate`` asks for the CPU's stand-ins where there is no conftest to do so.
     """
-    paths = [SITE, ROOT / "tests", ROOT / "tests" / "gpu", os.environ.get("PYTHONPATH")]
+    folders = (".", "gpu", "support", "ops", "backends/cpu", "backends/cuda", "backends/triton")
+    paths = [SITE, *(ROOT / "tests" / folder for folder in folders), os.environ.get("PYTHONPATH")]
     kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MFD_FAST_CUDA_EMULATOR")}
     found = {
         **kept,

@@ -10,7 +10,7 @@ import pytest
 
 import mfd_fast
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 TREES = ("mfd_fast", "kernels", "csrc", "benchmarks", "tests")
 SOURCES = [
     path

@@ -1,4 +1,4 @@
-"""The launches of modal_pool that tests/test_triton_aot_fusion.py compiles: recorded from the wrapper itself."""
+"""The launches of modal_pool that test_triton_aot_fusion.py compiles: recorded from the wrapper itself."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ import pytest
 
 from mfd_fast import backends, cli
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NOT_SOURCES = ("build", "dist", "*.so", "*.egg-info", "__pycache__", ".git", ".venv", ".*_cache", ".hypothesis")
 SITE = sysconfig.get_path("purelib")
 

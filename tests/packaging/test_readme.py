@@ -10,7 +10,7 @@ import pytest
 
 import mfd_fast as mfd
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = [
     (page.name, block)

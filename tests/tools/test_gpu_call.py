@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GPU = ROOT / "tests" / "gpu"
 
 
@@ -87,7 +87,7 @@ def test_a_backends_tests_are_found_by_parameter_or_file(shares):
         item("test_bad_labels_raise_on_every_backend_on_a_cpu[x]", backend="triton"),
     ]
     assert selected(battery, items, of_backend="triton") == ["by parameter", "by file"]
-    test_names = (ROOT / "tests").glob("test_*.py")
+    test_names = (ROOT / "tests").rglob("test_*.py")
     text = "".join(path.read_text() for path in test_names)
     assert all(f"def {name}" in text for name in battery.ONLY_CPU)
 

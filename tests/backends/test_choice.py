@@ -10,7 +10,7 @@ import mfd_fast as mfd
 from mfd_fast import backends, contract
 from mfd_fast.backends import choice
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHAPES = list(itertools.product((1, 256, 8192, 65536), (10, 1000, 4096, 32000, 128256), (2, 4)))
 
 

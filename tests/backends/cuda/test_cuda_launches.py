@@ -13,7 +13,7 @@ from op_db import SAMPLE_CASES, SAMPLE_IDS
 from mfd_fast.backends import cuda
 from mfd_fast.backends.cuda import launch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 STREAM, DEVICE = 0x5EED, 1
 CASES = [(case, i) for case, i in zip(SAMPLE_CASES, SAMPLE_IDS, strict=True) if case[1] == "cuda"]
 MODULES = [importlib.import_module(f"{cuda.__name__}.{m.name}") for m in pkgutil.iter_modules(cuda.__path__)]

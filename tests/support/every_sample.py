@@ -1,6 +1,6 @@
 """Runs the samples of every op that has kernels on a backend, forward and backward, once: what sanitizers watch.
 
-    python tests/every_sample.py --backend cuda --dtype bfloat16 --dtype float32
+    python tests/support/every_sample.py --backend cuda --dtype bfloat16 --dtype float32
 
 Values are checked elsewhere. Several dtypes take turns from sample to sample. With ``--emulated 90,4,8192:2100`` the
 first sample of each op also runs with 2100 classes on an emulated device of that capability, number of processors and

@@ -18,7 +18,7 @@ import pytest
 
 from mfd_fast.backends import cuda
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-fmad=false", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'kernels'}")

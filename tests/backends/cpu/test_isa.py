@@ -9,15 +9,15 @@ import pytest
 
 from mfd_fast.backends import cpu
 
-HERE = pathlib.Path(__file__).parent
+TESTS = pathlib.Path(__file__).parents[2]
 FILES = (
-    "test_special_values.py",
-    "test_special_fusion.py",
-    "test_values.py",
-    "test_layouts.py",
-    "test_poisoned_outputs.py",
-    "test_determinism.py",
-    "test_gradients.py",
+    "numerics/test_special_values.py",
+    "numerics/test_special_fusion.py",
+    "ops/test_values.py",
+    "ops/test_layouts.py",
+    "ops/test_poisoned_outputs.py",
+    "ops/test_determinism.py",
+    "ops/test_gradients.py",
 )
 SUPPORTED = cpu.native().supported_isas()
 OTHERS = [name for name in SUPPORTED if name != SUPPORTED[0]]
@@ -33,9 +33,9 @@ def test_the_best_instruction_set_is_the_default_and_baseline_is_always_there():
 def test_battery(isa, file):
     """The default instruction set is what the rest of the battery runs on."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu", str(HERE / file)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu", str(TESTS / file)],
         env={**os.environ, "MFD_FAST_CPU_ISA": isa},
-        cwd=HERE.parent,
+        cwd=TESTS.parent,
         capture_output=True,
         text=True,
         timeout=900,

@@ -18,7 +18,7 @@ from benchmarks import plots, report, run, suites
 from mfd_fast.bench import machine, results
 from mfd_fast.bench.workloads import Workload
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
