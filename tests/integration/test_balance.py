@@ -103,7 +103,7 @@ def test_two_modalities_are_the_papers_equation(alpha, seed):
     torch.testing.assert_close(ogm_coefficients(prob, alpha=alpha), torch.tensor(paper(prob, alpha)))
 
 
-def test_any_number_of_modalities():
+def test_any_number_of_modalities_is_balanced():
     prob = torch.tensor([[0.2, 0.5, 0.1, 0.4], [0.3, 0.7, 0.1, 0.0]], dtype=torch.float64)
     s = prob.mean(0)  # 0.25, 0.6, 0.1, 0.2
     found = ogm_coefficients(prob, alpha=0.5)
@@ -301,6 +301,6 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("wrong", "error", "match"), ERRORS, ids=[m for _, _, m in ERRORS])
-def test_errors(wrong, error, match):
+def test_errors_of_balance(wrong, error, match):
     with pytest.raises(error, match=match):
         wrong()

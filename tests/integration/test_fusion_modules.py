@@ -209,7 +209,7 @@ def test_low_rank_keeps_no_modality_axis():
 
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradcheck(name, masked):
+def test_gradcheck_of_fusion_modules(name, masked):
     module = made(name, torch.float64)
     features, present = inputs(module, 4, dtype=torch.float64)
     names = [n for n, _ in module.named_parameters()]
@@ -410,7 +410,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("wrong", "error", "match"), ERRORS, ids=[m for _, _, m in ERRORS])
-def test_errors(wrong, error, match):
+def test_errors_of_fusion_modules(wrong, error, match):
     with pytest.raises(error, match=match):
         wrong()
 

@@ -209,7 +209,7 @@ def test_torchtune(ratio):
         (lambda: presets.torchtune("symmetric_kl"), "loss must be 'forward_kl' or 'reverse_kl'"),
     ],
 )
-def test_errors(call, match):
+def test_errors_of_presets(call, match):
     with pytest.raises(ValueError, match=f"presets.*{match}"):
         call()
 

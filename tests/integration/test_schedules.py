@@ -296,6 +296,6 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("wrong", "error", "match"), ERRORS, ids=[m for _, _, m in ERRORS])
-def test_errors(wrong, error, match):
+def test_errors_of_schedules(wrong, error, match):
     with pytest.raises(error, match=match):
         wrong()

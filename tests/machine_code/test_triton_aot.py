@@ -30,7 +30,7 @@ def assert_offsets_are_64_bit(ttir):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_machine_code(compiler, name):
+def test_machine_code_of_rows(compiler, name):
     report = compiler.report("aot_distill_loss", name)
     kernel, classes, dtype, capability, _ = name.split("-")
     assert report.stack == 0
@@ -54,7 +54,7 @@ KEYED += [f"{kernel}-1000-bf16-90-bucket" for kernel in jobs.SPARSE_KERNELS]
 
 
 @pytest.mark.parametrize("name", KEYED)
-def test_numbers_are_run_time_values(compiler, name):
+def test_numbers_of_rows_are_run_time_values(compiler, name):
     """Other temperatures, parameters, smoothing, row counts and strides of the same alignment compile nothing new."""
     first, *others = compiler.keys("aot_distill_loss", name)
     assert len(others) == 4
@@ -63,7 +63,7 @@ def test_numbers_are_run_time_values(compiler, name):
 
 @pytest.mark.parametrize("option", [*jobs.OPTIONS, *jobs.SPARSE])
 @pytest.mark.parametrize("classes", [1000, 128256])
-def test_loss_and_gradient_are_one_launch(option, classes):
+def test_loss_and_gradient_are_one_launch_on_triton(option, classes):
     """Beside the counting of the rows and the sum of the programs' partial losses."""
     found = jobs.launched(f"distill_scalar-{classes}-bf16-90-{option}")
     assert found == ["count_rows", "topk_scalar" if option in jobs.SPARSE else "distill_scalar", "reduce_loss"]

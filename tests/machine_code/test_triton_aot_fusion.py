@@ -29,7 +29,7 @@ def compiler():
 
 
 @pytest.mark.parametrize(("module", "name"), CASES, ids=[name for _, name in CASES])
-def test_machine_code(compiler, module, name):
+def test_machine_code_of_fusion(compiler, module, name):
     report = compiler.report(module, name)
     kernel, shape, dtype, capability = name.split("-")[:4]
     assert report.stack == 0
@@ -56,7 +56,7 @@ KEYED = {
 
 
 @pytest.mark.parametrize("module", KEYED)
-def test_numbers_are_run_time_values(compiler, module):
+def test_numbers_of_fusion_are_run_time_values(compiler, module):
     """Other temperatures, weights and row counts compile nothing new."""
     first, *others = compiler.keys(module, KEYED[module])
     assert len(others) == 3

@@ -48,7 +48,7 @@ def samples_of(op, distance="far", seed=0):
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("name", samples_of("distill_loss"))
 @pytest.mark.parametrize("seed", [0, 1])
-def test_distill_loss(name, distance, seed):
+def test_distill_loss_is_that_of_numpy(name, distance, seed):
     arguments = samples_of("distill_loss", distance, seed)[name]
     loss, grads = oracle.distill_loss(**numpy_arguments(arguments))
     result = run_reference(RECORDS["distill_loss"], arguments)
@@ -61,7 +61,7 @@ def test_distill_loss(name, distance, seed):
 
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("name", samples_of("distill_terms"))
-def test_distill_terms(name, distance):
+def test_distill_terms_are_those_of_numpy(name, distance):
     arguments = samples_of("distill_terms", distance)[name]
     expected = oracle.distill_terms(**numpy_arguments(arguments))
     result = run_reference(RECORDS["distill_terms"], arguments)
@@ -80,7 +80,7 @@ def test_distill_terms(name, distance):
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", samples_of("modal_pool"))
-def test_modal_pool(name, seed):
+def test_modal_pool_is_that_of_numpy(name, seed):
     arguments = samples_of("modal_pool", seed=seed)[name]
     record = RECORDS["modal_pool"]
     ups = {}
@@ -104,7 +104,7 @@ def test_modal_pool(name, seed):
 @pytest.mark.parametrize("kind", ["mse", "smooth_l1", "cosine"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("name", ["mse", "cosine", "taps"])
-def test_feature_loss(name, kind, reduction):
+def test_feature_loss_is_that_of_numpy(name, kind, reduction):
     record = RECORDS["feature_loss"]
     arguments = {**samples_of("feature_loss")[name], "kind": kind}
     if name == "cosine":
@@ -133,7 +133,7 @@ def test_feature_loss(name, kind, reduction):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("kind", ["mse", "smooth_l1", "cosine"])
 @pytest.mark.parametrize("name", samples_of("mfd_loss"))
-def test_mfd_loss(name, kind, seed):
+def test_mfd_loss_is_that_of_numpy(name, kind, seed):
     record = RECORDS["mfd_loss"]
     arguments = {**samples_of("mfd_loss", seed=seed)[name], "feature_kind": kind}
     expected, grads = oracle.mfd_loss(**numpy_arguments(arguments))

@@ -44,7 +44,7 @@ def test_more_modalities_than_the_kernel_has_room_for():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(n, 5) for n in (0, 1, 31, 32, 33, 65)] + [(2, d) for d in SIZES], ids=str)
 @pytest.mark.parametrize("record", [POOL, FEATURE], ids=lambda r: r.name)
-def test_sizes(record, shape, dtype):
+def test_fusion_sizes(record, shape, dtype):
     for name in record.samples():
         arguments = record.samples(dtype=dtype, rows=shape[0], classes=shape[1])[name]
         found = evaluate(record, on(record, "cpu"), arguments)

@@ -112,7 +112,7 @@ def check_modal_pool(backend, call):
 @pytest.mark.parametrize("backend", [b for b in POOL.backends if b not in ("reference", "triton")])
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(call=pool_calls())
-def test_modal_pool(backend, call):
+def test_drawn_modal_pool(backend, call):
     check_modal_pool(backend, call)
 
 
@@ -125,7 +125,7 @@ def test_interpreted_modal_pool(call):
 @pytest.mark.parametrize("backend", [b for b in FEATURE.backends if b != "reference"])
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(call=feature_calls(), names=st.sampled_from([("student",), FEATURE.differentiable]))
-def test_feature_loss(backend, call, names):
+def test_drawn_feature_loss(backend, call, names):
     found = evaluate(FEATURE, on(FEATURE, backend), call, names=names)
     agree(found, evaluate(FEATURE, on(FEATURE, "reference"), to_float64(call), names=names))
 

@@ -54,7 +54,7 @@ LONG = [(3, c) for c in (1000, 1021, 4095, 4097, 32000, 65537)] + [(1031, 3), (4
     + [(b, (2, 4097)) for b in ("triton", "cuda")],
     ids=str,
 )
-def test_sizes(backend, shape, dtype):
+def test_row_sizes(backend, shape, dtype):
     """Zero, one, primes, powers of two and their neighbours, in rows and in classes."""
     record = RECORDS["distill_loss"]
     roads = (("none", ("student", "teacher")), ("mean", ("student",)))

@@ -92,7 +92,7 @@ def test_numbers_and_widths_are_those_of_the_native_module():
 
 @every_divergence
 @pytest.mark.parametrize("classes", [1, 2, 3, 17, 1023, 1025, 2500])
-def test_float64_sizes(divergence, classes):
+def test_divergences_float64_sizes_on_cpu(divergence, classes):
     arguments = sample(classes)
     for call in (per_row, scalar):
         pair = [call(arguments, b, divergence=divergence, hard_weight=0.5) for b in ("cpu", "reference")]
@@ -102,7 +102,7 @@ def test_float64_sizes(divergence, classes):
 @every_divergence
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("distance", ["far", "near"])
-def test_float64_options(divergence, options, distance):
+def test_divergences_float64_options_on_cpu(divergence, options, distance):
     arguments = sample(37, distance=distance)
     for call in (per_row, scalar):
         pair = [call(arguments, b, divergence=divergence, **OPTIONS[options]) for b in ("cpu", "reference")]
@@ -111,7 +111,7 @@ def test_float64_options(divergence, options, distance):
 
 @every_divergence
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_narrow_dtypes(divergence, dtype):
+def test_divergences_narrow_dtypes_on_cpu(divergence, dtype):
     """Within a few roundings of the float64 result of the same inputs."""
     arguments = sample(1100, rows=3, dtype=dtype)
     exact = {k: v.double() if v.is_floating_point() else v for k, v in arguments.items()}
@@ -155,7 +155,7 @@ def test_near_teacher(divergence, dtype):
 
 @every_divergence
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_special_rows(divergence, dtype):
+def test_divergences_special_rows_on_cpu(divergence, dtype):
     """-inf on both sides, on one side, a dominating label, extreme logits, NaN, +inf, a row of only -inf."""
     inf, nan = torch.inf, torch.nan
     student = torch.tensor(
@@ -186,7 +186,7 @@ def test_special_rows(divergence, dtype):
 
 
 @every_divergence
-def test_terms_and_by_products(divergence):
+def test_divergences_terms_and_by_products_on_cpu(divergence):
     arguments = sample(1300)
     found = [mfd.distill_terms(**arguments, divergence=divergence, backend=b) for b in ("cpu", "reference")]
     for name, a, b in zip(found[0]._fields, *found, strict=True):

@@ -67,7 +67,7 @@ def assert_all_agree(actual, exact, context, tolerance=1e-9):
 
 @every_divergence
 @pytest.mark.parametrize(("classes", "teachers"), [(1, 2), (2, 3), (17, 2), (1025, 5), (2500, 2)])
-def test_float64_sizes(divergence, classes, teachers):
+def test_teachers_float64_sizes_on_cpu(divergence, classes, teachers):
     arguments = sample(classes, teachers=teachers)
     for call in (per_row, scalar):
         pair = [call(arguments, b, divergence=divergence, hard_weight=0.5) for b in ("cpu", "reference")]
@@ -77,7 +77,7 @@ def test_float64_sizes(divergence, classes, teachers):
 @every_divergence
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("distance", ["far", "near"])
-def test_float64_options(divergence, options, distance):
+def test_teachers_float64_options_on_cpu(divergence, options, distance):
     arguments = sample(37, distance=distance, shared=True)
     for call in (per_row, scalar):
         for weights in (arguments["teacher_weights"], None):
@@ -90,7 +90,7 @@ def test_float64_options(divergence, options, distance):
 
 @every_divergence
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_narrow_dtypes(divergence, dtype):
+def test_teachers_narrow_dtypes_on_cpu(divergence, dtype):
     """Within a few roundings of the float64 result of the same inputs; teachers of three dtypes and widths."""
     arguments = sample(1100, rows=3, dtype=dtype)
     arguments["teacher"][1] = arguments["teacher"][1].float()
@@ -102,7 +102,7 @@ def test_narrow_dtypes(divergence, dtype):
 
 
 @every_divergence
-def test_terms_and_by_products(divergence):
+def test_teachers_terms_and_by_products_on_cpu(divergence):
     arguments = sample(1300)
     found = [mfd.distill_terms(**arguments, divergence=divergence, backend=b) for b in ("cpu", "reference")]
     for name, a, b in zip(found[0]._fields, *found, strict=True):
@@ -110,7 +110,7 @@ def test_terms_and_by_products(divergence):
 
 
 @every_divergence
-def test_threads_give_the_same_bits(divergence):
+def test_teachers_threads_give_the_same_bits_on_cpu(divergence):
     arguments = sample(20000, rows=3, dtype=torch.float32)
     found = []
     before = torch.get_num_threads()
@@ -125,7 +125,7 @@ def test_threads_give_the_same_bits(divergence):
 
 @every_divergence
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_special_rows(divergence, dtype):
+def test_teachers_special_rows_on_cpu(divergence, dtype):
     """One teacher is 0 where the other is not, both are, weights of 0, extreme logits, NaN, +inf, only -inf."""
     inf, nan = torch.inf, torch.nan
     student = torch.tensor([[1, 2, 3, 0.5]] * 9, dtype=dtype)

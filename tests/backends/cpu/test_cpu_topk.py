@@ -90,7 +90,7 @@ def scalar(arguments, backend, tail, values_are, **options):
 @every_divergence
 @every_kind
 @pytest.mark.parametrize(("classes", "width"), [(1, 1), (9, 9), (9, 1), (70, 17), (2500, 1024)])
-def test_float64_sizes(divergence, tail, values_are, classes, width):
+def test_topk_float64_sizes_on_cpu(divergence, tail, values_are, classes, width):
     if refused(divergence, tail, values_are, width, classes):
         return
     arguments = sample(classes, width)
@@ -102,7 +102,7 @@ def test_float64_sizes(divergence, tail, values_are, classes, width):
 @every_divergence
 @every_kind
 @pytest.mark.parametrize("options", OPTIONS)
-def test_float64_options(divergence, tail, values_are, options):
+def test_topk_float64_options_on_cpu(divergence, tail, values_are, options):
     if refused(divergence, tail, values_are, 7, 1100):
         return
     arguments = sample(1100, 7)
@@ -117,7 +117,7 @@ def test_float64_options(divergence, tail, values_are, options):
 
 @every_divergence
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_narrow_dtypes(divergence, dtype):
+def test_topk_narrow_dtypes_on_cpu(divergence, dtype):
     arguments = sample(1300, 64, dtype=dtype)
     exact, tolerance = in_float64(arguments), 2e-4 + 2 * torch.finfo(dtype).eps
     for (tail, values_are), call in itertools.product(KINDS, (per_row, scalar)):
@@ -138,7 +138,7 @@ def test_narrow_dtypes(divergence, dtype):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 1.7])
 @every_divergence
-def test_a_tiny_rest_keeps_its_digits(divergence, temperature):
+def test_topk_a_tiny_rest_keeps_its_digits_on_cpu(divergence, temperature):
     """The student's mass outside the list is far below the rounding of 1, as is the teacher's."""
     for gap in (25.0, 200.0):
         arguments = sample(40, 3, dtype=torch.float32)
@@ -159,7 +159,7 @@ def test_a_tiny_rest_keeps_its_digits(divergence, temperature):
 @every_divergence
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_special_rows(divergence, tail, values_are, dtype):
+def test_topk_special_rows_on_cpu(divergence, tail, values_are, dtype):
     """-inf listed or not, on one side or both, everything listed, extreme logits, NaN, +inf."""
     if refused(divergence, tail, values_are, 2, 5):
         return
@@ -191,7 +191,7 @@ def test_special_rows(divergence, tail, values_are, dtype):
 
 @every_divergence
 @every_kind
-def test_terms_and_by_products(divergence, tail, values_are):
+def test_topk_terms_and_by_products_on_cpu(divergence, tail, values_are):
     if refused(divergence, tail, values_are, 20, 1300):
         return
     arguments = sample(1300, 20)
@@ -203,7 +203,7 @@ def test_terms_and_by_products(divergence, tail, values_are):
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_threads_give_the_same_bits(tail):
+def test_topk_threads_give_the_same_bits_on_cpu(tail):
     arguments = sample(3000, 50, rows=31, dtype=torch.float32)
     found = []
     before = torch.get_num_threads()

@@ -30,7 +30,7 @@ def test_the_best_instruction_set_is_the_default_and_baseline_is_always_there():
 
 @pytest.mark.parametrize("isa", OTHERS)
 @pytest.mark.parametrize("file", FILES)
-def test_battery(isa, file):
+def test_battery_on_other_isas(isa, file):
     """The default instruction set is what the rest of the battery runs on."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu", str(TESTS / file)],

@@ -72,7 +72,7 @@ def test_every_rung_of_feature_loss_obeys_the_rule(emulate, rung, kind, dtype):
 
 @pytest.mark.parametrize("modalities", [1, 2, 4, 5, 32])
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float64], ids=str)
-def test_any_number_of_modalities(modalities, dtype):
+def test_any_number_of_modalities_on_cuda(modalities, dtype):
     def call_of(seed):
         features, query, bias, present = modal_inputs(5, modalities, 19, dtype=dtype, seed=seed)
         return {"features": features, "query": query, "bias": bias, "present": present}
@@ -102,7 +102,7 @@ def test_sizes_and_groups_that_walk_over_many_rows(emulate, shape):
 
 @pytest.mark.parametrize("offset", [1, 3])
 @pytest.mark.parametrize("rung", RUNGS)
-def test_rows_that_are_not_aligned(emulate, rung, offset):
+def test_features_that_are_not_aligned_on_cuda(emulate, rung, offset):
     """Odd widths and storage offsets: no 16-byte access is possible."""
     device, width, *_ = RUNGS[rung]
     emulate(*device)

@@ -45,7 +45,7 @@ def test_several_tiles_with_odd_remainders(one_pass, dtype, kind):
 
 @pytest.mark.parametrize(("width", "classes"), [(1, 1), (8, 2), (129, 31), (200, 600), (560, 24)])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_sizes(one_pass, dtype, width, classes):
+def test_mfd_loss_sizes_on_cuda(one_pass, dtype, width, classes):
     """Fewer and more tiles than warps, one of either product; widths that are and are not multiples of a load."""
 
     def call_of(seed):
@@ -170,7 +170,7 @@ def test_the_chain_gives_the_same_numbers(one_pass, dtype):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_predictions_are_those_of_argmax(value):
+def test_predictions_are_those_of_argmax_on_cuda(value):
     """The first of equal logits; NaN before any number, as torch.argmax has it."""
     call = single_pass_call(FP32, 1, rows=4, width=6, classes=40)
     call["head_weight"][30] = call["head_weight"][5] * 1.0

@@ -94,7 +94,7 @@ def test_every_rung_has_the_by_products(emulate, rung):
 
 @pytest.mark.parametrize("offset", [0, 1, 3])
 @pytest.mark.parametrize("rung", RUNGS)
-def test_rows_that_are_not_aligned(emulate, rung, offset):
+def test_rows_that_are_not_aligned_on_cuda(emulate, rung, offset):
     """Odd class counts and storage offsets: no 16-byte access is possible."""
     device, classes = RUNGS[rung]
     emulate(*device)
@@ -160,7 +160,7 @@ def test_teachers_beyond_the_kernels_bound():
 
 
 @pytest.mark.parametrize("teacher", ["one", "several", "topk"])
-def test_loss_and_gradient_are_one_launch(teacher):
+def test_loss_and_gradient_are_one_launch_on_cuda(teacher):
     """So are the terms, and so are all the gradients of their backward."""
     student = torch.randn(3, 40, requires_grad=True)
     logits = torch.randn(3, 40, requires_grad=True)

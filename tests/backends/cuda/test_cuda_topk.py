@@ -36,7 +36,7 @@ def agree(arguments, context, tail, values_are, **options):
 
 @every_divergence
 @every_kind
-def test_float64(divergence, tail, values_are):
+def test_topk_float64_on_cuda(divergence, tail, values_are):
     """All classes listed, one, some of a row of several vectors per thread."""
     for classes, width in ((1, 1), (9, 9), (9, 1), (300, 17)):
         if not refused(divergence, tail, values_are, width, classes):
@@ -49,7 +49,7 @@ def test_float64(divergence, tail, values_are):
 )
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_float64_options(divergence, tail, options):
+def test_topk_float64_options_on_cuda(divergence, tail, options):
     if not refused(divergence, tail, "logprobs", 7, 300):
         agree(sample(300, 7, rows=2), options, tail, "logprobs", divergence=divergence, **OPTIONS[options])
 
@@ -77,7 +77,7 @@ def test_every_rung(emulate, rung, tail, dtype):  # noqa: F811
 
 @every_divergence
 @pytest.mark.parametrize("gap", [25.0, 200.0])
-def test_a_tiny_rest_keeps_its_digits(divergence, gap):
+def test_topk_a_tiny_rest_keeps_its_digits_on_cuda(divergence, gap):
     """The student's mass outside the list is far below the rounding of 1."""
     arguments = sample(40, 3, rows=2, dtype=torch.float32)
     arguments["student"] = arguments["student"].scatter_add(-1, arguments["indices"], torch.full((2, 3), gap))
@@ -93,7 +93,7 @@ def test_a_tiny_rest_keeps_its_digits(divergence, gap):
 
 @every_divergence
 @pytest.mark.parametrize("values_are", ["logprobs", "logits"])
-def test_terms_and_by_products(divergence, values_are):
+def test_topk_terms_and_by_products_on_cuda(divergence, values_are):
     arguments = sample(130, 20, rows=3)
     for tail in TAILS:
         if refused(divergence, tail, values_are, 20, 130):
@@ -107,12 +107,12 @@ def test_terms_and_by_products(divergence, values_are):
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_special_rows(tail):
+def test_topk_special_rows_on_cuda(tail):
     special_rows("cuda", tail)
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_bad_lists_give_nan_where_nothing_checks_them(monkeypatch, tail):
+def test_topk_bad_lists_give_nan_where_nothing_checks_them_on_cuda(monkeypatch, tail):
     monkeypatch.setattr(distill_loss, "check_indices", lambda *_: None)
     bad_lists("cuda", tail)
 

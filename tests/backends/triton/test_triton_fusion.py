@@ -109,7 +109,7 @@ def test_single_pass_of_stacked_features_and_strided_head():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_predictions_are_those_of_argmax(value):
+def test_predictions_are_those_of_argmax_on_triton(value):
     """The first of equal logits; NaN before any number, as torch.argmax has it."""
     call = single_pass_call(torch.float32, 1, rows=4, width=6, classes=40)
     call["head_weight"][30] = call["head_weight"][5] * 1.0

@@ -35,7 +35,7 @@ def agree(arguments, context, tail, values_are, calls=(per_row, scalar), **optio
 
 @every_divergence
 @every_kind
-def test_float64(divergence, tail, values_are):
+def test_topk_float64_on_triton(divergence, tail, values_are):
     """All classes listed, one, some of a row of several tiles."""
     for classes, width in ((9, 9), (9, 1), (600, 5)):
         if refused(divergence, tail, values_are, width, classes):
@@ -47,7 +47,7 @@ def test_float64(divergence, tail, values_are):
 @pytest.mark.parametrize("divergence", [mfd.JSD(0.3), mfd.DKD(0.7, 2.0), mfd.NKD(0.8)], ids=str)
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "zero"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_float64_options(divergence, tail, options):
+def test_topk_float64_options_on_triton(divergence, tail, options):
     if refused(divergence, tail, "logprobs", 7, 1100):
         return
     agree(sample(1100, 7, rows=2), options, tail, "logprobs", divergence=divergence, **OPTIONS[options])
@@ -55,7 +55,7 @@ def test_float64_options(divergence, tail, options):
 
 @every_divergence
 @pytest.mark.parametrize("gap", [25.0, 200.0])
-def test_a_tiny_rest_keeps_its_digits(divergence, gap):
+def test_topk_a_tiny_rest_keeps_its_digits_on_triton(divergence, gap):
     """The student's mass outside the list is far below the rounding of 1."""
     arguments = sample(40, 3, rows=2, dtype=torch.float32)
     arguments["student"] = arguments["student"].scatter_add(-1, arguments["indices"], torch.full((2, 3), gap))
@@ -99,7 +99,7 @@ def special_rows(kernels, tail):
 
 @every_divergence
 @pytest.mark.parametrize("values_are", ["logprobs", "logits"])
-def test_terms_and_by_products(divergence, values_are):
+def test_topk_terms_and_by_products_on_triton(divergence, values_are):
     arguments = sample(130, 20, rows=3)
     for tail in ("bucket", "renormalize", "zero"):
         if refused(divergence, tail, values_are, 20, 130):
@@ -113,12 +113,12 @@ def test_terms_and_by_products(divergence, values_are):
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "zero"])
-def test_special_rows(tail):
+def test_topk_special_rows_on_triton(tail):
     special_rows("triton", tail)
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "zero"])
-def test_bad_lists_give_nan_where_nothing_checks_them(monkeypatch, tail):
+def test_topk_bad_lists_give_nan_where_nothing_checks_them_on_triton(monkeypatch, tail):
     monkeypatch.setattr(distill_loss, "check_indices", lambda *_: None)
     bad_lists("triton", tail)
 
