@@ -38,6 +38,10 @@ def distill(rows: int, classes: int, dtype: str = "float32", **more: Any) -> Wor
     return Workload("distill_loss", {"rows": rows, "classes": classes}, dtype, **more)
 
 
+def terms(rows: int, classes: int, dtype: str = "float32", **more: Any) -> Workload:
+    return Workload("distill_terms", {"rows": rows, "classes": classes}, dtype, **more)
+
+
 def topk(rows: int, classes: int, listed: int, dtype: str = "float32", **more: Any) -> Workload:
     return Workload("topk_loss", {"rows": rows, "classes": classes, "listed": listed}, dtype, **more)
 
@@ -108,6 +112,7 @@ _CPU_VARIANTS = [
     ),
     *both(topk(4096, 1000, 64, targets=Targets(floor=1.3)), ("eager",)),
     *both(topk(512, 32000, 64, targets=Targets(floor=1.3)), ("eager",)),
+    Entry(terms(4096, 1000), ("eager",)),
 ]
 _CPU_SHAPES = [
     *(

@@ -1,4 +1,4 @@
-"""The command ``mfd-fast env | demo | bench``."""
+"""The command ``mfd-fast env | check | demo | bench``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ VARIABLES = ("MFD_FAST_", "TRITON_", "OMP_", "KMP_", "GOMP_", "CUDA_VISIBLE_DEVI
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     parser = argparse.ArgumentParser(prog="mfd-fast", description="Multimodal distillation at hardware speed.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{env,demo,bench}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{env,check,demo,bench}")
     commands.add_parser("env", help="versions, processor, devices, and which backends can run")
+    commands.add_parser("check", help="every op on every backend here against float64", add_help=False)
     commands.add_parser("demo", help="a multimodal distillation on real data", add_help=False)
     commands.add_parser("bench", help="time an op at your own shape", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "check":
+        return check(rest)
     if arguments.command == "demo":
         return demo(rest)
     if arguments.command == "bench":
@@ -91,6 +94,12 @@ def backend_status() -> list[tuple[str, str]]:
     return [
         (name, "can run" if reason is None else f"cannot run: {reason}") for name, reason in backends.status().items()
     ]
+
+
+def check(argv: Sequence[str]) -> int:
+    """Compare every op with float64, with its own arguments."""
+    run = importlib.import_module("mfd_fast.check").main
+    return int(run(list(argv)))
 
 
 def demo(argv: Sequence[str]) -> int:

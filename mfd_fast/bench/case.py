@@ -114,7 +114,7 @@ def _repeat(t: Tensor, copies: int) -> Tensor:
 
 
 def _uses_labels(options: dict[str, Any]) -> bool:
-    return options.get("hard_weight", 0.0) != 0 or options.get("divergence") in NEED_LABELS
+    return options.get("hard_weight", 1.0) != 0 or options.get("divergence") in NEED_LABELS
 
 
 def training_step(f: Callable[..., Tensor], case: Case) -> Callable[[], None]:

@@ -48,6 +48,22 @@ def _distill_work(sizes: Sizes, item: int, training: bool) -> Work:
     return Work((3 if training else 2) * sizes["rows"] * sizes["classes"] * item)
 
 
+# ----------------------------------------------------------------------------------------------- distill_terms
+
+
+def _terms_call(options: Mapping[str, Any], backend: str | None) -> Callable[..., Tensor]:
+    def call(**arguments: Any) -> Tensor:
+        terms = mfd.distill_terms(**arguments, **options, backend=backend)
+        return torch.stack([term for term in terms[:-1] if term is not None]).sum(0).mean()
+
+    return call
+
+
+def _terms_work(sizes: Sizes, item: int, training: bool) -> Work:
+    """Logits in; in training once more, and the gradient out: it depends on a gradient per row and term."""
+    return Work((5 if training else 2) * sizes["rows"] * sizes["classes"] * item)
+
+
 # --------------------------------------------------------------------------------------------------- topk_loss
 
 
@@ -250,6 +266,18 @@ OPS: dict[str, BenchOp] = {
             eager=eager.distill_loss,
             choice=_explained(mfd.distill_loss),
             work=_distill_work,
+        ),
+        BenchOp(
+            "distill_terms",
+            sizes={"rows": 4096, "classes": 1000},
+            options={"temperature": 2.0},
+            inputs=_distill_inputs,
+            rows=frozenset({"student", "teacher", "labels"}),
+            leaves=frozenset({"student"}),
+            call=_terms_call,
+            eager=eager.distill_terms,
+            choice=_explained(mfd.distill_terms),
+            work=_terms_work,
         ),
         BenchOp(
             "topk_loss",

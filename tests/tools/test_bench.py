@@ -29,6 +29,7 @@ from mfd_fast.divergences import DIVERGENCES
 CPU = torch.device("cpu")
 SMALL = {
     "distill_loss": {"rows": 48, "classes": 50},
+    "distill_terms": {"rows": 48, "classes": 50},
     "topk_loss": {"rows": 48, "classes": 50, "listed": 5},
     "modal_pool": {"batch": 48, "modalities": 3, "width": 32},
     "feature_loss": {"rows": 48, "taps": 2, "width": 32},
