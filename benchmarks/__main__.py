@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--compile-seconds", type=float, help="of all compilations; the rest is left out and named")
     top.add_argument("--flush", action="store_true", help="evict the last-level cache before every call")
     top.add_argument("--from", dest="source", type=Path, metavar="JSON", help="show an earlier result file again")
-    top.add_argument("--json", type=Path, help="write the result file here")
+    top.add_argument("--json", type=Path, help="write the result file here, anew after every workload")
     top.add_argument(
         "--resume", action="store_true", help="keep what the file of --json has; measure what its call had no time for"
     )
@@ -66,14 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _plain(arguments)
     from rich.console import Console
 
-    from mfd_fast.bench import results
+    from mfd_fast.bench import machine, results
 
     from . import compare, table
 
     console = Console(width=None if sys.stdout.isatty() else 170)
     try:
         found = results.load(arguments.source) if arguments.source else _measured(arguments, console)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, machine.DeviceLostError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
     if found is None:
@@ -91,11 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plain(arguments: argparse.Namespace) -> int:
     """Without rich: the file, and a sentence for each workload."""
-    from mfd_fast.bench import results
+    from mfd_fast.bench import machine, results
 
     try:
         found = results.load(arguments.source) if arguments.source else _measured(arguments, None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, machine.DeviceLostError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
     if found is None:
@@ -108,11 +108,15 @@ def _plain(arguments: argparse.Namespace) -> int:
 
 
 def _status(found: dict[str, Any]) -> int:
-    """1 if mfd_fast was red anywhere, or nothing could be measured."""
+    """1 if mfd_fast was red or raised anywhere, or nothing could be measured."""
     from mfd_fast.bench import results
 
+    from .run import FAILED
+
     wrong = [r for r in found["results"] if any(m["name"] == r["primary"] for m in results.red(r))]
-    return 1 if wrong or not found["results"] else 0
+    wrong += [r for r in found["results"] if r["left_out"].get(r["primary"], "").startswith("it fails")]
+    raised = [left for left in found["left_out"] if left["reason"].startswith(FAILED)]
+    return 1 if wrong or raised or not found["results"] else 0
 
 
 def _measured(arguments: argparse.Namespace, console: Any) -> dict[str, Any] | None:
@@ -154,6 +158,7 @@ def _measured(arguments: argparse.Namespace, console: Any) -> dict[str, Any] | N
         flush=arguments.flush,
         growth=growth.measure_all if arguments.growth else None,
         quiet=not sys.stdout.isatty() or console is None,
+        keep=(lambda found: results.save(found, arguments.json)) if arguments.json else lambda _: None,
         before=results.load(arguments.json) if arguments.resume and arguments.json.exists() else None,
     )
 

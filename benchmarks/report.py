@@ -63,7 +63,7 @@ def _head(found: dict[str, Any], raw: str) -> str:
             f"{rates['stream_gb_s']:.3g} GB/s; in cache {rates['cached_stream_gb_s']:.3g} GB/s",
         ],
         ["copy", f"{rates['copy_gb_s']:.3g} GB/s"],
-        ["GEMM, float32", f"{rates['gemm_gflop_s']:.4g} GFLOP/s"],
+        [f"GEMM, {rates.get('gemm_dtype', 'float32')}", f"{rates['gemm_gflop_s']:.4g} GFLOP/s"],
         ["empty autograd call", f"{rates['call_us']:.3g} µs"],
     ]
     if "gpu" in machine:

@@ -13,12 +13,15 @@ import torch
 from mfd_fast.bench import ceilings, machine
 from mfd_fast.bench.command import document
 from mfd_fast.bench.implementations import every
-from mfd_fast.bench.measure import LeftOutError, Settings, measure
+from mfd_fast.bench.machine import DeviceLostError
+from mfd_fast.bench.measure import LeftOutError, Settings, first_line, measure
 
 from .suites import Entry, Suite
 
 #: Why a workload is left out that another call with ``before`` measures.
 LATE = "the suite's time was spent"
+#: How the reason of a workload begins that raised what nobody expected.
+FAILED = "it failed: "
 
 
 def run_suite(
@@ -34,10 +37,12 @@ def run_suite(
     growth: Callable[[torch.device, Callable[[str], None]], list[dict[str, Any]]] | None = None,
     quiet: bool = False,
     before: dict[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """A result file: the machine, the ceilings, one result per workload, and what was left out and why.
 
     ``before`` is the file of an earlier call that ran out of time: its results are kept, what is missing is measured.
+    ``keep`` gets the file so far after every workload. Raises DeviceLostError: nothing more can be measured then.
     """
     begin = time.monotonic()
     facts, neighbours = machine.facts(device), machine.Neighbours()
@@ -46,10 +51,25 @@ def run_suite(
     found: list[dict[str, Any]] = [] if before is None else list(before["results"])
     left_out: list[dict[str, str]] = [] if before is None else [x for x in before["left_out"] if x["reason"] != LATE]
     settled = {result["workload"]["name"] for result in found} | {entry["name"] for entry in left_out}
+    named = {name for entry in entries for name in (entry.against if against is None else against)}
+    missing = {n: reason for n in sorted(named) if (reason := every()[n].missing(device)) is not None}
+
+    def so_far() -> dict[str, Any]:
+        return document(
+            found,
+            {**facts, "neighbours": neighbours.share()},
+            rates,
+            suite=suite.name,
+            flush=flush or device.type == "cuda",
+            seconds=round(time.monotonic() - begin, 1),
+            left_out=left_out,
+            missing=missing,
+            growth=grown,
+        )
+
     with _progress(quiet) as bar:
         task = bar.add_task(suite.name, total=len(entries) + (growth is not None))
-        rates = ceilings.measure(device, seconds=1.0 if suite.least < 5 else 3.0)
-        grown = None
+        rates, grown = ceilings.measure(device, seconds=1.0 if suite.least < 5 else 3.0), None
         if growth is not None:
             grown = growth(device, lambda text: bar.update(task, description=text))
             bar.advance(task)
@@ -78,21 +98,14 @@ def run_suite(
                 found.append(measure(entry.workload, settings))
             except LeftOutError as reason:
                 left_out.append({"name": entry.workload.name, "reason": str(reason)})
+            except DeviceLostError:
+                raise
+            except Exception as error:
+                left_out.append({"name": entry.workload.name, "reason": FAILED + first_line(error)})
             compile_left = settings.compile_seconds_left
+            keep(so_far())
             bar.advance(task)
-    named = {name for entry in entries for name in (entry.against if against is None else against)}
-    missing = {n: reason for n in sorted(named) if (reason := every()[n].missing(device)) is not None}
-    return document(
-        found,
-        {**facts, "neighbours": neighbours.share()},
-        rates,
-        suite=suite.name,
-        flush=flush or device.type == "cuda",
-        seconds=round(time.monotonic() - begin, 1),
-        left_out=left_out,
-        missing=missing,
-        growth=grown,
-    )
+    return so_far()
 
 
 class _NoBar:

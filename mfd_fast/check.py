@@ -18,6 +18,10 @@ from typing import Any
 import torch
 
 from . import backends
+from .bench import case, gate, machine
+from .bench.command import device_of
+from .bench.ops import of, options_of
+from .bench.workloads import Workload
 
 SECONDS = 20.0
 #: Exit statuses.
@@ -64,14 +68,8 @@ class Outcome:
     seconds: float = 0.0
 
 
-class DeviceLostError(RuntimeError):
-    """A kernel has left this process without its GPU; whatever it does there fails from now on."""
-
-
-def workloads() -> list[Any]:
+def workloads() -> list[Workload]:
     """In the order in which they are checked: every op once before any op twice."""
-    from .bench.workloads import Workload
-
     return [Workload(op, sizes, dtype, options) for dtype in DTYPES for op, sizes, options in CASES]
 
 
@@ -93,14 +91,12 @@ def places(device: str | None = None) -> tuple[dict[str, torch.device], dict[str
     return found, absent
 
 
-def judged(workload: Any, where: Mapping[str, torch.device], until: float = float("inf")) -> Iterator[Outcome]:
+def judged(workload: Workload, where: Mapping[str, torch.device], until: float = float("inf")) -> Iterator[Outcome]:
     """The outcome of ``workload`` on each backend of ``where``, as it comes; none is begun after ``until``.
 
     Raises DeviceLostError.
     """
-    from .bench import case, gate
-
-    gates: dict[torch.device, Any] = {}
+    gates: dict[torch.device, gate.Gate] = {}
     for backend, device in where.items():
         op = PUBLIC.get(workload.op, workload.op)
         said = Outcome(op, workload.name, workload.dtype, backend, str(device), "late")
@@ -116,32 +112,19 @@ def judged(workload: Any, where: Mapping[str, torch.device], until: float = floa
             found = {"verdict": "cannot", "why": str(error).split("): ", 1)[-1]}
         except Exception as error:
             found = {"verdict": "wrong", "why": f"{type(error).__name__}: {error}"}
-            if is_lost(device):
+            if machine.is_lost(device):
                 yield replace(said, **found)
-                raise DeviceLostError(f"the GPU no longer answers after {op} on {backend}") from error
+                raise machine.DeviceLostError(f"the GPU no longer answers after {op} on {backend}") from error
         yield replace(said, **found, seconds=round(time.monotonic() - begin, 3))
 
 
-def _judge(workload: Any, backend: str, gate: Any) -> dict[str, Any]:
-    from .bench.ops import of, options_of
-
+def _judge(workload: Workload, backend: str, judge: gate.Gate) -> dict[str, Any]:
     op, options = of(workload), options_of(workload)
-    op.choice(gate.case.arguments, options, backend)  # BackendError where it cannot run
-    found = gate.check(op.call(options, backend), lenience=max(op.lenience, LENIENCE.get(backend, 1.0)))
+    op.choice(judge.case.arguments, options, backend)  # BackendError where it cannot run
+    found = judge.check(op.call(options, backend), lenience=max(op.lenience, LENIENCE.get(backend, 1.0)))
     if found.red is not None:
         return {"verdict": "wrong", "why": found.red}
     return {"verdict": "right", "error": found.error, "eager_error": found.eager_error}
-
-
-def is_lost(device: torch.device) -> bool:
-    """An illegal access or a failed assertion of a kernel: CUDA refuses everything that comes after it."""
-    if device.type != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
-    return False
 
 
 @dataclass
@@ -215,8 +198,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status."""
     asked = parser().parse_args(argv)
-    from .bench.command import device_of
-
     try:
         where, absent = places(None if asked.device is None else str(device_of(asked.device)))
     except ValueError as error:
@@ -249,7 +230,7 @@ def run(
         for workload in workloads():
             said(workload.name)
             found += judged(workload, where, until)
-    except DeviceLostError as error:
+    except machine.DeviceLostError as error:
         return found, f"WRONG: {error}."
     finally:
         said("")
@@ -257,8 +238,6 @@ def run(
 
 
 def document(outcomes: Sequence[Outcome], absent: Mapping[str, str], status: int, lost: str) -> dict[str, Any]:
-    from .bench import machine
-
     device = torch.device("cuda" if any(o.device.startswith("cuda") for o in outcomes) else "cpu")
     return {
         "schema": 1,

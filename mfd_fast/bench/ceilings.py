@@ -34,6 +34,8 @@ def stream_step(nbytes: int, device: torch.device) -> Step:
     """Moves ``nbytes`` in all: two thirds read, one third written to a buffer that is used again."""
     count = max(nbytes // 12, 1)
     a, b, out = (torch.ones(count, device=device) for _ in range(3))
+    if device.type == "cuda":
+        a.normal_(), b.normal_()
     native = _native() if device.type == "cpu" else None
     if native is None:
         return functools.partial(torch.add, a, b, out=out)
@@ -48,7 +50,8 @@ def stream_step(nbytes: int, device: torch.device) -> Step:
 
 def gemm_step(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> Step:
     """The product by whichever is faster here: ``torch.mm`` or the library that the cpu backend prefers to it."""
-    left, right = torch.ones(m, k, dtype=dtype, device=device), torch.ones(k, n, dtype=dtype, device=device)
+    # Random numbers: a GPU multiplies constants faster.
+    left, right = torch.randn(m, k, dtype=dtype, device=device), torch.randn(k, n, dtype=dtype, device=device)
     steps: dict[str, Step] = {
         "mm": functools.partial(torch.mm, left, right, out=torch.empty(m, n, dtype=dtype, device=device))
     }
@@ -94,11 +97,20 @@ def call_step(device: torch.device) -> Step:
     return step
 
 
-def measure(device: torch.device, dtype: torch.dtype = torch.float32, seconds: float = 2.0) -> dict[str, float]:
-    """``stream_gb_s``, ``cached_stream_gb_s`` (6 MiB in all), ``copy_gb_s``, ``gemm_gflop_s``, ``call_us``."""
+def measure(
+    device: torch.device, dtype: torch.dtype | None = None, seconds: float = 2.0, *, scale: int = 1
+) -> dict[str, Any]:
+    """``stream_gb_s``, ``cached_stream_gb_s`` (6 MiB in all), ``copy_gb_s``, ``gemm_gflop_s``, ``call_us``.
+
+    The GEMM is in ``dtype`` (``gemm_dtype``), by default that of tensor cores on a GPU: bfloat16. ``scale`` divides
+    the sizes (rehearsals).
+    """
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     large, small = (768 * MEBIBYTE, 6 * MEBIBYTE) if device.type == "cpu" else (6144 * MEBIBYTE, 24 * MEBIBYTE)
-    size = 1024 if device.type == "cpu" else 8192
+    large, size = large // scale, (1024 if device.type == "cpu" else 8192) // scale
     source = torch.ones(large // 8, device=device)
+    if device.type == "cuda":
+        source.normal_()
     target = torch.empty_like(source)
     copy: Callable[[], object] = functools.partial(target.copy_, source)
     steps: dict[str, Step] = {
@@ -114,5 +126,6 @@ def measure(device: torch.device, dtype: torch.dtype = torch.float32, seconds: f
         "cached_stream_gb_s": small / medians["cached"] / 1e6,
         "copy_gb_s": large / medians["copy"] / 1e6,
         "gemm_gflop_s": 2 * size**3 / medians["gemm"] / 1e6,
+        "gemm_dtype": str(dtype).removeprefix("torch."),
         "call_us": 1e3 * medians["call"],
     }

@@ -53,6 +53,21 @@ def facts(device: torch.device) -> dict[str, Any]:
     return found
 
 
+class DeviceLostError(RuntimeError):
+    """A kernel has left this process without its GPU; whatever it does there fails from now on."""
+
+
+def is_lost(device: torch.device) -> bool:
+    """An illegal access or a failed assertion of a kernel: CUDA refuses everything that comes after it."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 class Neighbours:
     """How much of the processors other processes take while this one measures."""
 

@@ -13,11 +13,12 @@ import torch
 from . import ceilings, memory
 from .case import Case, build, step_of
 from .gate import LENIENCE, Call, Gate
+from .graphs import captured
 from .implementations import Implementation, UnfitError, backend_choices, every, mfd_fast_on
-from .machine import last_level_cache_bytes
+from .machine import DeviceLostError, is_lost, last_level_cache_bytes
 from .ops import of, options_of
 from .records import BenchOp
-from .timing import LEAST_ROUNDS, Flusher, Step, Times, interleaved
+from .timing import LEAST_ROUNDS, Flusher, Step, Times, host_times, interleaved
 from .workloads import Workload
 
 # Inputs and gradients, eager's temporaries and the gate's copies, in multiples of the least traffic.
@@ -27,7 +28,10 @@ PRIMARY_ALONE = ("eager", "compile")
 
 @dataclass
 class Settings:
-    """``against``: names of other implementations; ``backend``: the only one of mfd_fast's to be measured."""
+    """``against``: names of other implementations; ``backend``: the only one of mfd_fast's to be measured.
+
+    ``graphs``: mfd_fast and eager PyTorch on a GPU are also captured and replayed as CUDA graphs.
+    """
 
     device: torch.device
     against: Sequence[str] = PRIMARY_ALONE
@@ -35,6 +39,7 @@ class Settings:
     seconds: float = 3.0
     least: int = LEAST_ROUNDS
     flush: bool = False
+    graphs: bool = False
     compile_seconds_left: float = float("inf")
     said: Callable[[str], None] = lambda _: None
 
@@ -44,7 +49,7 @@ class LeftOutError(Exception):
 
 
 def measure(workload: Workload, settings: Settings, extra: dict[str, Implementation] | None = None) -> dict[str, Any]:
-    """One result. Raises :class:`LeftOutError`; ``extra`` are further implementations (tests)."""
+    """One result. Raises :class:`LeftOutError` and DeviceLostError; ``extra`` are further implementations (tests)."""
     try:
         return _measure(workload, settings, extra or {})
     except Exception as error:
@@ -73,10 +78,11 @@ def _measure(workload: Workload, settings: Settings, extra: dict[str, Implementa
     if settings.backend is None and primary != "reference":
         backends += [name for name, reason in others.items() if not reason and name not in ("reference", primary)]
 
-    torch._dynamo.reset()
     contestants = [mfd_fast_on(name) for name in backends]
     known = {**every(), **extra}
     contestants += [known[name] for name in settings.against]
+    if any(contestant.compiles for contestant in contestants):  # else importing it takes longer than measuring
+        torch._dynamo.reset()
     gate = Gate(workload, case)
     measurements: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
@@ -91,6 +97,9 @@ def _measure(workload: Workload, settings: Settings, extra: dict[str, Implementa
         measurements.append(found)
 
     steps: dict[str, Step] = {name: step_of(call, case) for name, call in calls.items()}
+    if settings.graphs:
+        settings.said(f"{workload.name}: graphs")
+        measurements += _as_graphs(steps, measurements, left_out, device)
     plain = _plain(workload, primary, case) if contestants[0].name in steps else None
     if plain is not None:
         steps["plain"] = plain
@@ -99,12 +108,15 @@ def _measure(workload: Workload, settings: Settings, extra: dict[str, Implementa
     flusher = Flusher(device, last_level_cache_bytes(device)) if settings.flush or device.type == "cuda" else None
     settings.said(f"{workload.name}: timing")
     times = interleaved(steps, device, settings.seconds, flush=flusher, least=settings.least)
+    on_host = host_times(steps, device) if device.type == "cuda" else {}
     for entry in measurements:
-        if entry["name"] in calls:
-            entry |= as_json(times[entry["name"]])
-            step = steps[entry["name"]]
-            entry["extra_bytes"] = memory.peak_extra_bytes(step, device)
-            entry["launches"] = memory.launches(step, device)
+        name = entry["name"]
+        if name in steps:
+            entry |= as_json(times[name])
+            entry["host"] = as_json(on_host[name]) if name in on_host else None
+        if name in calls:
+            entry["extra_bytes"] = memory.peak_extra_bytes(steps[name], device)
+            entry["launches"] = memory.launches(steps[name], device)
     return {
         "workload": workload.as_json(),
         "bytes": work.nbytes,
@@ -118,6 +130,37 @@ def _measure(workload: Workload, settings: Settings, extra: dict[str, Implementa
         "measurements": measurements,
         "left_out": left_out,
     }
+
+
+def _as_graphs(
+    steps: dict[str, Step], measurements: list[dict[str, Any]], left_out: dict[str, str], device: torch.device
+) -> list[dict[str, Any]]:
+    """Adds a replay to ``steps`` for each of ours and for eager; returns their entries."""
+    found = []
+    for entry in measurements:
+        name = entry["name"]
+        if name not in steps or not (name == "eager" or name.startswith("mfd_fast:")):
+            continue
+        try:
+            steps[f"{name}+graph"] = captured(steps[name], device)
+        except Exception as error:
+            _raise_if_lost(device, f"capturing {entry['title']}", error)
+            left_out[f"{name}+graph"] = f"it cannot be captured: {first_line(error)}"
+            continue
+        made = {"name": f"{name}+graph", "title": f"CUDA graph of {entry['title']}", "first_call_seconds": None}
+        found.append({**entry, **made, "extra_bytes": None, "launches": None})
+    return found
+
+
+def _raise_if_lost(device: torch.device, what: str, error: BaseException) -> None:
+    if is_lost(device):
+        raise DeviceLostError(f"{what}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """``RuntimeError: what it says first``."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def as_json(times: Times) -> dict[str, Any]:
@@ -141,9 +184,8 @@ def _admit(
     except Exception as error:
         if memory.is_out_of_memory(error):
             raise UnfitError("out of memory") from None
-        raise UnfitError(
-            f"it fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        _raise_if_lost(settings.device, contestant.title, error)
+        raise UnfitError(f"it fails: {first_line(error)}") from error
     spent = time.perf_counter() - begin
     if contestant.compiles:
         settings.compile_seconds_left -= spent

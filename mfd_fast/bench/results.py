@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,11 @@ def busy(machine: dict[str, Any]) -> str:
 
 
 def save(found: dict[str, Any], path: Path) -> None:
+    """The whole file or none of it: a process that is killed meanwhile leaves the former one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    fresh.replace(path)
 
 
 def load(path: Path) -> dict[str, Any]:

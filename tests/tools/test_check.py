@@ -11,6 +11,7 @@ import torch
 
 import mfd_fast as mfd
 from mfd_fast import backends, check, cli
+from mfd_fast.bench import machine
 from mfd_fast.bench.ops import OPS
 
 CPU = torch.device("cpu")
@@ -82,7 +83,7 @@ def test_a_lost_device_stops_it(monkeypatch, capsys):
         raise RuntimeError("an illegal memory access was encountered")
 
     replaced(monkeypatch, "modal_pool", call)
-    monkeypatch.setattr(check, "is_lost", lambda device: True)
+    monkeypatch.setattr(machine, "is_lost", lambda device: True)
     assert check.main(["--backend", "cpu"]) == check.WRONG
     said = capsys.readouterr().out
     assert said.splitlines()[-1].startswith("WRONG: the GPU no longer answers after modal_pool on cpu.")
@@ -95,10 +96,10 @@ def test_a_gpu_that_raises_is_lost(monkeypatch):
 
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "synchronize", raises)
-    assert check.is_lost(gpu)
-    assert not check.is_lost(CPU)
+    assert machine.is_lost(gpu)
+    assert not machine.is_lost(CPU)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    assert not check.is_lost(gpu)
+    assert not machine.is_lost(gpu)
 
 
 def test_what_the_time_does_not_reach_is_late(capsys):
