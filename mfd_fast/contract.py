@@ -5,16 +5,23 @@ and what it needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
 from .divergences import DIVERGENCES, DKD, NKD, AlphaBeta, Divergence, ReverseKL
 from .rows import Rows, TopKRows, counted_rows
 from .types import LogitTransform, TopK
 
+Result = TypeVar("Result")
+
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+INTEGER = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -56,12 +63,119 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def check_dense(op: str, argument: str, value: object) -> Tensor:
-    """A tensor with strides: not sparse, nested or of another library's layout."""
+    """A tensor with strides: not sparse, nested or of another library's layout, and :func:`usable`."""
     if not isinstance(value, Tensor):
         raise type_error(op, argument, value, "a tensor")
+    if is_lazy(value):
+        raise TypeError(f"{op}: {argument} must be a tensor with values, got an uninitialized {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
         raise type_error(op, argument, value, "a dense tensor")
+    if is_foreign(value):
+        return value
+    if foreign_execution():
+        check_mode(op, argument, value)
+        return value
+    return usable(op, argument, value)
+
+
+def check_mode(op: str, argument: str, value: Tensor) -> None:
+    """FakeTensorMode computes with its own tensors only, unless it was told otherwise."""
+    if torch.compiler.is_compiling():
+        return
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    if mode is not None and not mode.allow_non_fake_inputs:
+        raise type_error(op, argument, value, "a fake tensor under FakeTensorMode")
+
+
+def is_foreign(value: Tensor) -> bool:
+    """Whether another library executes this tensor's operations: it may have no memory of its own."""
+    kind = type(value)
+    return kind is not Tensor and kind is not Parameter and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def foreign_execution() -> bool:
+    """Whether somebody else executes every operation: a compiler, a tracer, a dispatch mode or torch.func.
+
+    Then values must not be read, and tensors may have no memory.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or is_transformed() or torch._C._is_tracing()
+
+
+def is_recorded() -> bool:
+    """Whether a compiler or a dispatch mode (fake tensors, make_fx) sees every operation: it gets registered ops."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 and not is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp, ...) or forward derivatives look into every operation: no kernel can run."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def why_no_kernel(tensors: Mapping[str, Tensor | None]) -> str | None:
+    """None if kernels can read these arguments, else the reason."""
+    for name, value in tensors.items():
+        if value is not None and is_foreign(value):
+            return f"{name} is a {type(value).__name__}, which has no memory that a kernel could read"
+    if is_transformed():
+        return "a transform of torch.func or a forward derivative looks into every operation"
+    return None
+
+
+def by_pytorch(op: str, tensors: Mapping[str, Tensor | None], compute: Callable[[], Result]) -> Result:
+    """``compute()``: plain PyTorch or registered ops. TypeError where PyTorch cannot compute with a tensor."""
+    if torch.compiler.is_compiling():
+        return compute()
+    try:
+        return compute()
+    except ValueError:
+        raise
+    except Exception as error:
+        for name, value in tensors.items():
+            if value is not None and is_foreign(value):
+                got = f"{type(value).__name__} ({type(error).__name__}: {error})"
+                raise TypeError(f"{op}: {name} must be a tensor that PyTorch can compute with, got {got}") from error
+        raise
+
+
+def usable(op: str, argument: str, value: Tensor) -> Tensor:
+    """``value`` as memory that a kernel can read as it stands and autograd can save; no element is copied but for a
+    negative view.
+    """
+    if value.is_neg():
+        value = value.resolve_neg()
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        # The same memory as an ordinary tensor, which save_for_backward takes.
+        storage = value.untyped_storage()
+        alias = torch.empty(0, dtype=value.dtype, device=value.device)
+        value = alias.set_(storage, value.storage_offset(), value.size(), value.stride())
+    if not has_memory(value):
+        raise TypeError(f"{op}: {argument} must be a tensor with memory, got {describe(value)} whose storage was freed")
     return value
+
+
+def upstream(gradient: Tensor) -> Tensor:
+    """What autograd hands to a backward, as memory that a kernel can read."""
+    if gradient._is_zerotensor():
+        return torch.zeros_like(gradient)
+    return gradient.resolve_neg() if gradient.is_neg() else gradient
+
+
+def has_memory(value: Tensor) -> bool:
+    """Whether the storage holds every element that the shape and the strides address."""
+    count = value.numel() if value.is_contiguous() else _extent(value)
+    end = (value.storage_offset() + count) * value.itemsize
+    return count == 0 or value.device.type == "meta" or end <= value.untyped_storage().nbytes()
+
+
+def _extent(value: Tensor) -> int:
+    """Elements from the first to the last that is addressed, both included."""
+    if value.numel() == 0:
+        return 0
+    return 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
 
 
 def check_floating(op: str, argument: str, value: object) -> Tensor:
@@ -86,20 +200,32 @@ def check_bool(op: str, argument: str, value: object) -> None:
         raise type_error(op, argument, value, "a bool")
 
 
-def check_scalar(op: str, argument: str, value: object, *, positive: bool = False) -> None:
-    """A finite Python number or a 0-d floating tensor (whose value is not read: no synchronisation)."""
+def check_scalar(
+    op: str, argument: str, value: object, *, positive: bool = False, dtype: torch.dtype = torch.float32
+) -> float | Tensor:
+    """A finite number or a 0-d tensor, whose value is not read: no synchronisation. Integer tensors get ``dtype``."""
     low = 0.0 if positive else -math.inf
     if type(value) is float and low < value < math.inf:
-        return
+        return value
     if isinstance(value, Tensor):
-        check_floating(op, argument, value)
-        if value.dim() != 0:
-            raise value_error(op, argument, value, "a number or a 0-d tensor")
-        return
+        return _check_zero_dim(op, argument, check_number_tensor(op, argument, value), dtype)
     if not is_number(value):
         raise type_error(op, argument, value, "a number or a 0-d tensor")
     if not low < value < math.inf:  # type: ignore[operator]
         raise value_error(op, argument, value, "a finite number > 0" if positive else "a finite number")
+    return value  # type: ignore[return-value]
+
+
+def check_number_tensor(op: str, argument: str, value: object) -> Tensor:
+    """A floating tensor, or a 0-d one of integers: a count."""
+    tensor = check_dense(op, argument, value)
+    return tensor if tensor.dim() == 0 and tensor.dtype in INTEGER else check_floating(op, argument, tensor)
+
+
+def _check_zero_dim(op: str, argument: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    if value.dim() != 0:
+        raise value_error(op, argument, value, "a number or a 0-d tensor")
+    return value.to(dtype) if value.dtype in INTEGER else value
 
 
 def check_row_tensor(
@@ -127,7 +253,7 @@ def flat(value: Tensor) -> Tensor:
 
 def can_read(value: Tensor) -> bool:
     """Values are checked on a CPU only: elsewhere, the check would wait for the device."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel() > 0
+    return value.device.type == "cpu" and not is_foreign(value) and not foreign_execution() and value.numel() > 0
 
 
 def extremes(values: Tensor, exists: Tensor | None = None) -> tuple[float, float]:
@@ -157,7 +283,7 @@ def check_temperature(
     if not isinstance(value, Tensor):
         check_scalar(op, argument, value, positive=True)
         return value  # type: ignore[return-value]
-    check_floating(op, argument, value)
+    value = check_number_tensor(op, argument, value)
     if value.dim() != 0:
         value = flat(check_row_tensor(op, argument, value, leading, device, None))
     value = value.to(device=device, dtype=dtype)
@@ -300,7 +426,7 @@ def check_rows(
     scale_by_temperature: bool = True,
 ) -> Rows:
     """Checks the arguments that distill_loss and distill_terms share and brings them to one form."""
-    check_floating(op, "student", student)
+    student = check_floating(op, "student", student)
     if student.dim() < 1:
         raise value_error(op, "student", student, "of shape [..., C]")
     leading, device = student.shape[:-1], student.device
@@ -334,7 +460,7 @@ def check_rows(
     divergence = check_divergence(op, divergence, labels)
     topk = None
     if isinstance(teacher, TopK):
-        check_device(op, "teacher.indices", teacher.indices, device)
+        check_device(op, "teacher.indices", check_dense(op, "teacher.indices", teacher.indices), device)
         topk = check_topk(op, teacher, divergence, teacher_transform, leading.numel(), classes)
     if teacher_weights is not None and not isinstance(teacher, Sequence):
         raise value_error(op, "teacher", teacher, "a sequence of tensors when teacher_weights is given")
@@ -364,22 +490,26 @@ def check_rows(
     )
 
 
-def check_reduction(op: str, reduction: object, normalizer: object) -> None:
+def check_reduction(op: str, reduction: object, normalizer: object, dtype: torch.dtype) -> float | Tensor | None:
+    """The normalizer."""
     check_choice(op, "reduction", reduction, REDUCTIONS)
-    if normalizer is not None:
-        if reduction != "mean":
-            raise ValueError(f"{op}: normalizer replaces the row count of reduction='mean', got {reduction!r}")
-        check_scalar(op, "normalizer", normalizer, positive=True)
+    if normalizer is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(f"{op}: normalizer replaces the row count of reduction='mean', got {reduction!r}")
+    return check_scalar(op, "normalizer", normalizer, positive=True, dtype=dtype)
 
 
-def check_weight(op: str, weight: object, leading: torch.Size, device: torch.device) -> None:
-    if weight is not None:
-        check_row_tensor(op, "weight", weight, leading, device, None)
+def check_weight(
+    op: str, weight: object, leading: torch.Size, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """One factor per row as contiguous ``[N]`` of ``dtype``, still in the graph."""
+    return None if weight is None else flat(check_row_tensor(op, "weight", weight, leading, device, None).to(dtype))
 
 
 def check_labels_in_range(op: str, rows: Rows) -> None:
     """On a CPU only: elsewhere a bad label gives NaN for its row instead of a synchronisation."""
-    if rows.labels is None or rows.device.type != "cpu" or torch.compiler.is_compiling():
+    if rows.labels is None or not can_read(rows.labels):
         return
     labels = rows.labels
     bad = (labels < 0) | (labels >= rows.classes)
@@ -396,7 +526,7 @@ def check_indices(op: str, rows: Rows) -> None:
 
     In range, none twice in a row, and the label among them where the divergence needs it.
     """
-    if rows.topk is None or rows.device.type != "cpu" or torch.compiler.is_compiling() or not rows.n_rows:
+    if rows.topk is None or not can_read(rows.topk.indices):
         return
     indices, counted = rows.topk.indices, rows.counted()
 

@@ -45,4 +45,6 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     bound = inspect.signature(op).bind(*args, **kwargs)
     bound.apply_defaults()
     backend = bound.arguments.pop("backend")
-    return explain_choice(kernel_op, check(name, **bound.arguments), backend, name)
+    checked = check(name, **bound.arguments)
+    problem = checked[0] if isinstance(checked, tuple) else checked
+    return explain_choice(kernel_op, problem, backend, name)

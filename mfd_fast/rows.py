@@ -110,6 +110,21 @@ class Rows:
     def teacher(self) -> Tensor:
         return self.teachers[0]
 
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Every tensor by the name of its argument."""
+        several = len(self.teachers) > 1
+        teachers = {f"teacher[{k}]" if several else "teacher": t for k, t in enumerate(self.teachers)}
+        named = {
+            "labels": self.labels,
+            "mask": self.mask,
+            "temperature": self.temperature,
+            "teacher_temperature": self.teacher_temperature,
+            "teacher_weights": self.teacher_weights,
+            "teacher.indices": None if self.topk is None else self.topk.indices,
+        }
+        found: dict[str, Tensor | None] = {"student": self.student, **teachers}
+        return found | {k: v for k, v in named.items() if isinstance(v, Tensor)}
+
     @property
     def device(self) -> torch.device:
         return self.student.device

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from ..contract import value_error
+import torch
+
+from ..contract import value_error, why_no_kernel
 from . import choice
 
 NAMES = ("cuda", "triton", "cpu", "reference")  # best first
@@ -84,6 +86,14 @@ def requested(backend: str | None, op: str) -> tuple[str | None, str]:
     return None, ""
 
 
+def check_not_traced(op: str, backend: str | None) -> None:
+    """torch.jit.trace would record the memory of a kernel's outputs; plain PyTorch it can record."""
+    if torch.compiler.is_compiling() or not torch._C._is_tracing():
+        return
+    if requested(backend, op)[0] != "reference":
+        raise RuntimeError(f"{op}: torch.jit.trace cannot record kernels; use torch.export or torch.compile")
+
+
 def implementation(name: str, op: str) -> ModuleType:
     """The module with ``op``'s entry points on backend ``name``."""
     return _module(f"{name}.{op}")
@@ -119,6 +129,9 @@ def why_not(name: str, op: str, problem: Any) -> str | None:
         return f"{op} has no {name} kernel yet"
     if name == "reference":
         return None
+    reason = why_no_kernel(problem.tensors())
+    if reason is not None:
+        return reason
     refusal: str | None = implementation(name, op).can_run(problem)
     return refusal
 

@@ -11,13 +11,13 @@ teacher, write the gradient). Everything else keeps O(N) statistics and recomput
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import contract
-from ..backends import choose, implementation
+from ..backends import check_not_traced, choose, implementation
 from ..divergences import Divergence, ForwardKL
 from ..reference.distill_loss import combine, combine_rows
 from ..reference.distill_loss import row_terms as reference_terms
@@ -51,7 +51,7 @@ class _ScalarLoss(torch.autograd.Function):
         if gradient is None:  # a second backward: the buffer was given away, so the pass is run again
             again = _with_logits(rows, *ctx.saved_tensors)
             gradient = implementation(backend, "distill_loss").scalar(again, needs_grad=True, **options)[1]
-        return _scale(gradient, grad_output, backend), None, None, None, None
+        return _scale(gradient, contract.upstream(grad_output), backend), None, None, None, None
 
 
 def _with_logits(rows: Rows, student: Tensor, *teachers: Tensor) -> Rows:
@@ -112,8 +112,8 @@ class _RowTerms(torch.autograd.Function):
             implementation(backend, "distill_loss").per_row_backward(
                 _with_logits(rows, leaves[0], leaves[1], *leaves[5:]),
                 stats,
-                zero if grad_soft is None else grad_soft,
-                zero if grad_hard is None else grad_hard,
+                zero if grad_soft is None else contract.upstream(grad_soft),
+                zero if grad_hard is None else contract.upstream(grad_hard),
                 needs if len(leaves) > 5 else needs[:4],
             )
         )
@@ -165,7 +165,7 @@ def _differentiable_row_gradients(
 def row_terms(rows: Rows, backend: str, terms: bool, compiling: bool) -> tuple[Any, ...]:
     """soft, hard and, if asked, the by-products as ``[N]`` tensors."""
     if compiling:
-        return registered.row_terms(rows, backend, terms)
+        return contract.by_pytorch(rows.op, rows.tensors(), lambda: registered.row_terms(rows, backend, terms))
     # A tensor that serves both sides receives the sum of both gradients from autograd.
     result: tuple[Any, ...] = _RowTerms.apply(rows, backend, terms, *_leaves(rows))
     return result
@@ -176,6 +176,19 @@ def _requires_grad(*values: object) -> bool:
 
 
 # ------------------------------------------------------------------------------------------ public functions
+
+
+class LossOptions(NamedTuple):
+    """Checked factors of the two terms, per row ``[N]`` and for all, and what replaces the row count."""
+
+    weight: Tensor | None
+    soft_weight: float | Tensor
+    hard_weight: float | Tensor
+    normalizer: float | Tensor | None
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Every tensor by the name of its argument."""
+        return {k: v for k, v in self._asdict().items() if isinstance(v, Tensor)}
 
 
 def check_loss(
@@ -189,16 +202,16 @@ def check_loss(
     reduction: str,
     normalizer: float | Tensor | None,
     **options: Any,
-) -> Rows:
+) -> tuple[Rows, LossOptions]:
     """The whole contract of distill_loss; ``options`` are those of :func:`contract.check_rows`."""
     rows = contract.check_rows(op, student, teacher, labels, **options)
-    contract.check_scalar(op, "soft_weight", soft_weight)
-    contract.check_scalar(op, "hard_weight", hard_weight)
+    soft_weight = contract.check_scalar(op, "soft_weight", soft_weight, dtype=rows.dtype)
+    hard_weight = contract.check_scalar(op, "hard_weight", hard_weight, dtype=rows.dtype)
     if labels is None and is_used(hard_weight):
         raise contract.value_error(op, "labels", labels, "given when hard_weight is not 0")
-    contract.check_weight(op, weight, student.shape[:-1], student.device)
-    contract.check_reduction(op, reduction, normalizer)
-    return rows
+    weight = contract.check_weight(op, weight, rows.student.shape[:-1], rows.device, rows.dtype)
+    normalizer = contract.check_reduction(op, reduction, normalizer, rows.dtype)
+    return rows, LossOptions(weight, soft_weight, hard_weight, normalizer)
 
 
 def distill_loss(
@@ -268,7 +281,8 @@ def distill_loss(
     >>> round(loss.item(), 4)
     1.2806
     """
-    rows = check_loss(
+    check_not_traced("distill_loss", backend)
+    rows, (weight, soft_weight, hard_weight, normalizer) = check_loss(
         "distill_loss",
         student,
         teacher,
@@ -289,13 +303,15 @@ def distill_loss(
         teacher_transform=teacher_transform,
         scale_by_temperature=scale_by_temperature,
     )
-    if weight is not None:
-        weight = contract.flat(weight.to(rows.dtype))
-    compiling = torch.compiler.is_compiling()
+    compiling = contract.is_recorded()
     # Under torch.compile the registered op chooses when it runs: no choice is baked into the graph.
     name = backend or "" if compiling else choose("distill_loss", rows, backend)
     if name == "reference":
-        return combine(rows, weight, soft_weight, hard_weight, reduction, normalizer)
+        return contract.by_pytorch(
+            "distill_loss",
+            rows.tensors(),
+            lambda: combine(rows, weight, soft_weight, hard_weight, reduction, normalizer),
+        )
 
     recompute = (
         reduction == "none"
@@ -325,7 +341,7 @@ def distill_loss(
         "normalizer": normalizer,
     }
     if compiling:
-        return registered.loss(rows, name, options)
+        return contract.by_pytorch(rows.op, rows.tensors(), lambda: registered.loss(rows, name, options))
     loss: Tensor = _ScalarLoss.apply(student, rows, name, torch.is_grad_enabled(), options)
     return loss
 
@@ -365,6 +381,7 @@ def distill_terms(
     >>> terms.soft.item(), round(terms.student_entropy.item(), 4), terms.agreement.item()
     (0.0, 1.3863, True)
     """
+    check_not_traced("distill_terms", backend)
     rows = contract.check_rows(
         "distill_terms",
         student,
@@ -381,11 +398,15 @@ def distill_terms(
         teacher_transform=teacher_transform,
         scale_by_temperature=scale_by_temperature,
     )
-    compiling = torch.compiler.is_compiling()
+    compiling = contract.is_recorded()
     name = backend or "" if compiling else choose("distill_loss", rows, backend, "distill_terms")
-    values = list(
-        reference_terms(rows, "distill_terms") if name == "reference" else row_terms(rows, name, True, compiling)
-    )
+    if name == "reference":
+        found: tuple[Any, ...] = contract.by_pytorch(
+            "distill_terms", rows.tensors(), lambda: reference_terms(rows, "distill_terms")
+        )
+    else:
+        found = row_terms(rows, name, True, compiling)
+    values = list(found)
     if labels is None:
         values[1] = values[4] = values[5] = None
     leading = student.shape[:-1]

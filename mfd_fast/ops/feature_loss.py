@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose, implementation
+from .. import contract
+from ..backends import check_not_traced, choose, implementation
 from ..reference.feature_loss import reduce_tap, tap_rows
 from . import feature_registered as registered
 from .feature_problem import FeatureProblem, check_feature_loss
@@ -137,14 +138,15 @@ class _Distances(torch.autograd.Function):
         sides = ctx.saved_tensors[: len(needs)]
         if torch.is_grad_enabled():
             return (None, None, *_differentiable_gradients(problem, sides, _reference_distances, grads, needs))
-        found = implementation(backend, "feature_loss").distances_backward(_with_sides(problem, sides), grads, needs)
+        upstream = [contract.upstream(grad) for grad in grads]
+        found = implementation(backend, "feature_loss").distances_backward(_with_sides(problem, sides), upstream, needs)
         return (None, None, *found)
 
 
 def distances(problem: FeatureProblem, backend: str) -> Sequence[Tensor]:
     """``[...]`` distances of each tap without projectors, 0 on masked rows; differentiable to both sides."""
-    if torch.compiler.is_compiling():
-        return registered.distances(problem, backend)
+    if contract.is_recorded():
+        return contract.by_pytorch("feature_loss", problem.tensors(), lambda: registered.distances(problem, backend))
     sides = (*(tap.student for tap in problem.taps), *(tap.teacher for tap in problem.taps))
     found: tuple[Tensor, ...] = _Distances.apply(problem, backend, *sides)
     return found
@@ -199,6 +201,7 @@ def feature_loss(
     >>> mfd.feature_loss(torch.zeros(2, 3), torch.ones(2, 3)).item()
     1.0
     """
+    check_not_traced("feature_loss", backend)
     problem = check_feature_loss(
         "feature_loss",
         student,
@@ -209,11 +212,13 @@ def feature_loss(
         projector=projector,
         reduction=reduction,
     )
-    compiling = torch.compiler.is_compiling()
+    compiling = contract.is_recorded()
     # Under torch.compile the registered op chooses when it runs: no choice is baked into the graph.
     name = backend or "" if compiling else choose("feature_loss", problem, backend)
     if name == "reference":
-        return _combined(problem, _reference_distances(problem))
+        return contract.by_pytorch(
+            "feature_loss", problem.tensors(), lambda: _combined(problem, _reference_distances(problem))
+        )
     problem = _projected(problem)
     if compiling or reduction == "none" or not _gradients_fit_one_pass(problem):
         return _combined(problem, distances(problem, name))

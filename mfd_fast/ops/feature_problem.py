@@ -34,6 +34,15 @@ class FeatureProblem:
     dtype: torch.dtype
     device: torch.device
 
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Every tensor by the name of its argument."""
+        found: dict[str, Tensor | None] = {}
+        for k, tap in enumerate(self.taps):
+            weight = tap.weight if isinstance(tap.weight, Tensor) else None
+            found |= {f"student[{k}]": tap.student, f"teacher[{k}]": tap.teacher, f"projector[{k}]": tap.projector}
+            found |= {f"mask[{k}]": tap.mask, f"weight[{k}]": weight}
+        return found
+
 
 def _per_tap(op: str, argument: str, value: Any, count: int, *, many: bool) -> list[Any]:
     """One value per tap: a sequence as it is, anything else repeated."""
@@ -51,17 +60,19 @@ def _check_tap(op: str, k: int, tap: Tap) -> None:
         raise contract.value_error(op, f"student[{k}]", student, "of shape [..., D] with D >= 1")
     leading, width, device = student.shape[:-1], student.shape[-1], student.device
     contract.check_device(op, f"teacher[{k}]", teacher, device)
+    tap.student, tap.teacher = student, teacher
     if tap.projector is not None:
         projector = contract.check_floating(op, f"projector[{k}]", tap.projector)
         if projector.dim() != 2 or projector.shape[1] != width:
             raise contract.value_error(op, f"projector[{k}]", projector, f"of shape [D_teacher, {width}]")
         contract.check_device(op, f"projector[{k}]", projector, device)
         width = projector.shape[0]
+        tap.projector = projector
     if teacher.shape != (*leading, width):
         raise contract.value_error(op, f"teacher[{k}]", teacher, f"of shape {[*leading, width]}")
     if tap.mask is not None:
-        contract.check_row_tensor(op, f"mask[{k}]", tap.mask, leading, device, torch.bool)
-    contract.check_scalar(op, f"weight[{k}]", tap.weight)
+        tap.mask = contract.check_row_tensor(op, f"mask[{k}]", tap.mask, leading, device, torch.bool)
+    tap.weight = contract.check_scalar(op, f"weight[{k}]", tap.weight)
 
 
 def check_feature_loss(
@@ -86,7 +97,7 @@ def check_feature_loss(
         raise contract.value_error(op, "student", student, "at least one tap")
     teachers = list(teacher) if many else [teacher]
     count = len(students)
-    if isinstance(weight, Tensor) and contract.check_dense(op, "weight", weight).dim() == 1:
+    if isinstance(weight, Tensor) and (weight := contract.check_dense(op, "weight", weight)).dim() == 1:
         if weight.shape[0] != count:
             raise contract.value_error(op, "weight", weight, f"a number or {count} values (one per tap)")
         weight = list(weight.unbind())

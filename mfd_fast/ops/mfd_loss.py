@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose, implementation
+from .. import contract
+from ..backends import check_not_traced, choose, implementation
 from ..divergences import Divergence
 from ..reference.mfd_loss import mfd_loss as reference_loss
 from ..rows import Rows
@@ -110,7 +111,7 @@ def _composed(problem: MFDProblem, backend: str) -> MFDOutput:
             return zeros, zeros
         if not soft:  # the teacher has no part in the loss
             rows = rows.replace(teacher=rows.student.detach(), teacher_temperature=rows.temperature)
-        soft_rows, hard_rows, *_ = row_terms(rows, backend, False, torch.compiler.is_compiling())
+        soft_rows, hard_rows, *_ = row_terms(rows, backend, False, contract.is_recorded())
         return soft_rows if soft else zeros, hard_rows if hard else zeros
 
     def distance(pooled: Tensor, target: Tensor, kind: str) -> Tensor:
@@ -213,6 +214,7 @@ def mfd_loss(
     >>> out.loss.shape, out.weights.shape, out.predictions.shape
     (torch.Size([]), torch.Size([4, 2]), torch.Size([4]))
     """
+    check_not_traced("mfd_loss", backend)
     problem = check_mfd_loss(
         "mfd_loss",
         features,
@@ -242,11 +244,11 @@ def mfd_loss(
         reduction=reduction,
         normalizer=normalizer,
     )
-    compiling = torch.compiler.is_compiling()
+    compiling = contract.is_recorded()
     # Under torch.compile the registered ops choose when they run: no choice is baked into the graph.
     name = backend or "" if compiling else choose("mfd_loss", problem, backend)
     if name == "reference":
-        return reference_loss(problem)
+        return contract.by_pytorch("mfd_loss", problem.tensors(), lambda: reference_loss(problem))
     chained = compiling or reduction == "none" or not _gradients_fit_one_pass(problem)
     if chained or not _has_one_pass(problem, name):
         return _composed(problem, name)

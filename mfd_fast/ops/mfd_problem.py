@@ -36,6 +36,19 @@ class MFDProblem:
     leading: torch.Size
     device: torch.device
 
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Every tensor by the name of its argument."""
+        found = self.pool.tensors()
+        found["pool_temperature"] = found.pop("temperature")
+        rows = self.rows.tensors()
+        del rows["student"]
+        found |= {{"teacher": "teacher_logits"}.get(name, name): t for name, t in rows.items()}
+        names = ("head_weight", "head_bias", "teacher_features", "teacher_pool_weights", "soft_weight", "hard_weight")
+        for name in (*names, "feature_weight", "pool_weight", "weight", "normalizer"):
+            value = getattr(self, name)
+            found[name] = value if isinstance(value, Tensor) else None
+        return found
+
 
 def check_mfd_loss(
     op: str,
@@ -75,13 +88,13 @@ def check_mfd_loss(
         scale_name="pool_scale",
     )
     leading, device, width = pool.leading, pool.device, pool.width
-    contract.check_floating(op, "head_weight", head_weight)
+    head_weight = contract.check_floating(op, "head_weight", head_weight)
     if head_weight.dim() != 2 or head_weight.shape[1] != width or head_weight.shape[0] < 1:
         raise contract.value_error(op, "head_weight", head_weight, f"of shape [C, {width}] with C >= 1")
     contract.check_device(op, "head_weight", head_weight, device)
     classes = head_weight.shape[0]
-    check_vector(op, "head_bias", head_bias, classes, device)
-    contract.check_floating(op, "teacher_logits", teacher_logits)
+    head_bias = check_vector(op, "head_bias", head_bias, classes, device)
+    teacher_logits = contract.check_floating(op, "teacher_logits", teacher_logits)
     contract.check_device(op, "teacher_logits", teacher_logits, device)
     if teacher_logits.shape != (*leading, classes):
         raise contract.value_error(op, "teacher_logits", teacher_logits, f"of shape {[*leading, classes]}")
@@ -93,20 +106,22 @@ def check_mfd_loss(
     rows = contract.check_rows(op, logits, teacher_logits, labels, **options)
     rows.student = teacher_logits
     pool.dtype = pool.out_dtype = rows.dtype
-    for name, value in (
-        ("soft_weight", soft_weight),
-        ("hard_weight", hard_weight),
-        ("feature_weight", feature_weight),
-        ("pool_weight", pool_weight),
-    ):
-        contract.check_scalar(op, name, value)
+    soft_weight, hard_weight, feature_weight, pool_weight = (
+        contract.check_scalar(op, name, value, dtype=rows.dtype)
+        for name, value in (
+            ("soft_weight", soft_weight),
+            ("hard_weight", hard_weight),
+            ("feature_weight", feature_weight),
+            ("pool_weight", pool_weight),
+        )
+    )
     if labels is None and is_used(hard_weight):
         raise contract.value_error(op, "labels", labels, "given when hard_weight is not 0")
     contract.check_choice(op, "feature_kind", feature_kind, KINDS)
     if is_used(feature_weight) and teacher_features is None:
         raise contract.value_error(op, "teacher_features", None, "given when feature_weight is not 0")
     if teacher_features is not None:
-        contract.check_floating(op, "teacher_features", teacher_features)
+        teacher_features = contract.check_floating(op, "teacher_features", teacher_features)
         if teacher_features.shape != (*leading, width):
             raise contract.value_error(op, "teacher_features", teacher_features, f"of shape {[*leading, width]}")
         contract.check_device(op, "teacher_features", teacher_features, device)
@@ -114,9 +129,11 @@ def check_mfd_loss(
         raise contract.value_error(op, "teacher_pool_weights", None, "given when pool_weight is not 0")
     if teacher_pool_weights is not None:
         shape = torch.Size([*leading, pool.modalities])
-        contract.check_row_tensor(op, "teacher_pool_weights", teacher_pool_weights, shape, device, None)
-    contract.check_weight(op, weight, leading, device)
-    contract.check_reduction(op, reduction, normalizer)
+        teacher_pool_weights = contract.check_row_tensor(
+            op, "teacher_pool_weights", teacher_pool_weights, shape, device, None
+        )
+    weight = contract.check_weight(op, weight, leading, device, rows.dtype)
+    normalizer = contract.check_reduction(op, reduction, normalizer, rows.dtype)
     return MFDProblem(
         rows,
         pool,
@@ -129,7 +146,7 @@ def check_mfd_loss(
         hard_weight,
         feature_weight,
         pool_weight,
-        None if weight is None else contract.flat(weight.to(rows.dtype)),
+        weight,
         reduction,
         normalizer,
         leading,

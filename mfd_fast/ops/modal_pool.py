@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose, implementation
+from .. import contract
+from ..backends import check_not_traced, choose, implementation
 from ..types import ModalPool
 from . import pool_registered as registered
 from .pool_problem import PoolProblem, by_reference, check_pool, differentiable_gradients
@@ -52,6 +53,7 @@ class _Pool(torch.autograd.Function):
         needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             return (None, None, *differentiable_gradients(problem, d_pooled, d_weights, needs))
+        d_pooled, d_weights = (None if d is None else contract.upstream(d) for d in (d_pooled, d_weights))
         found = implementation(backend, "modal_pool").backward(problem, weights, d_pooled, d_weights, needs)
         return (None, None, *found)
 
@@ -59,9 +61,9 @@ class _Pool(torch.autograd.Function):
 def pool(problem: PoolProblem, backend: str) -> tuple[Tensor, Tensor]:
     """pooled and weights of a checked call on a chosen backend."""
     if backend == "reference":
-        return by_reference(problem)
-    if torch.compiler.is_compiling():
-        return registered.pool(problem, backend)
+        return contract.by_pytorch("modal_pool", problem.tensors(), lambda: by_reference(problem))
+    if contract.is_recorded():
+        return contract.by_pytorch("modal_pool", problem.tensors(), lambda: registered.pool(problem, backend))
     p = problem
     result: tuple[Tensor, Tensor] = _Pool.apply(
         p, backend, p.query, p.scores, p.bias, p.temperature_tensor, *p.features
@@ -71,7 +73,7 @@ def pool(problem: PoolProblem, backend: str) -> tuple[Tensor, Tensor]:
 
 def choose_backend(problem: PoolProblem, backend: str | None) -> str:
     """Under torch.compile the registered op chooses when it runs: "" stands for that."""
-    if not torch.compiler.is_compiling():
+    if not contract.is_recorded():
         return choose("modal_pool", problem, backend)
     return backend or ""
 
@@ -117,6 +119,7 @@ def modal_pool(
     >>> mfd.modal_pool([image, text]).pooled
     tensor([[0.5000, 0.5000]])
     """
+    check_not_traced("modal_pool", backend)
     problem = check_pool(
         "modal_pool",
         features,

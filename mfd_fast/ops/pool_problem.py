@@ -49,6 +49,19 @@ class PoolProblem:
             same.temperature = temperature
         return same
 
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Every tensor by the name of its argument."""
+        features = self.features
+        named = {"features": features[0]} if self.stacked else {f"features[{m}]": x for m, x in enumerate(features)}
+        return {
+            **named,
+            "query": self.query,
+            "scores": self.scores,
+            "bias": self.bias,
+            "temperature": self.temperature_tensor,
+            "present": self.present,
+        }
+
     @property
     def temperature_tensor(self) -> Tensor | None:
         return self.temperature if isinstance(self.temperature, Tensor) else None
@@ -57,7 +70,7 @@ class PoolProblem:
 def check_features(op: str, features: object) -> list[Tensor]:
     """M tensors ``[..., D]`` of one shape and device; a stacked ``[..., M, D]`` stays as it is."""
     if isinstance(features, Tensor):
-        contract.check_floating(op, "features", features)
+        features = contract.check_floating(op, "features", features)
         if features.dim() < 2:
             raise contract.value_error(op, "features", features, "of shape [..., M, D] or a sequence of [..., D]")
         if features.shape[-2] < 1:
@@ -69,8 +82,7 @@ def check_features(op: str, features: object) -> list[Tensor]:
         found = list(features)
     else:
         raise contract.type_error(op, "features", features, "a tensor or a sequence of tensors")
-    for m, x in enumerate(found):
-        contract.check_floating(op, f"features[{m}]", x)
+    found = [contract.check_floating(op, f"features[{m}]", x) for m, x in enumerate(found)]
     if not found:
         raise contract.value_error(op, "features", features, "at least one modality")
     first = found[0]
@@ -83,14 +95,15 @@ def check_features(op: str, features: object) -> list[Tensor]:
     return found
 
 
-def check_vector(op: str, argument: str, value: object, size: int, device: torch.device) -> None:
+def check_vector(op: str, argument: str, value: object, size: int, device: torch.device) -> Tensor | None:
     """None or a floating ``[size]`` tensor."""
     if value is None:
-        return
+        return None
     tensor = contract.check_floating(op, argument, value)
     if tensor.shape != (size,):
         raise contract.value_error(op, argument, value, f"of shape [{size}]")
     contract.check_device(op, argument, tensor, device)
+    return tensor
 
 
 def check_pool(
@@ -115,11 +128,13 @@ def check_pool(
     dtype = contract.compute_dtype(*found)
     if query is not None and scores is not None:
         raise ValueError(f"{op}: query and scores exclude each other, got both; pass one of them or neither")
-    check_vector(op, "query", query, width, device)
-    check_vector(op, "bias", bias, modalities, device)
-    for name, value, kind in (("scores", scores, None), ("present", present, torch.bool)):
-        if value is not None:
-            contract.check_row_tensor(op, name, value, torch.Size([*leading, modalities]), device, kind)
+    query = check_vector(op, "query", query, width, device)
+    bias = check_vector(op, "bias", bias, modalities, device)
+    each = torch.Size([*leading, modalities])
+    if scores is not None:
+        scores = contract.check_row_tensor(op, "scores", scores, each, device, None)
+    if present is not None:
+        present = contract.check_row_tensor(op, "present", present, each, device, torch.bool)
     tau = contract.check_temperature(op, temperature_name, temperature, leading, device, dtype)
     if isinstance(tau, Tensor) and tau.dim():
         tau = tau.reshape(leading)

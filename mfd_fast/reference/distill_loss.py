@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import check_indices, check_labels_in_range
+from ..contract import can_read, check_indices, check_labels_in_range
 from ..divergences import DKD, NKD
 from ..rows import Rows, TopKRows, is_used
 from ..types import LogitTransform
@@ -200,7 +200,7 @@ def both_sides(rows: Rows, op: str) -> Sides:
         bad = bad | ~listed.any(-1)
         label = listed.to(torch.int8).argmax(-1)
     x = transform_logits(x, rows.student_transform)
-    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+    if not can_read(x):
         if rows.topk is not None:
             ordered = rows.topk.indices.sort(-1).values
             bad = bad | (ordered[:, 1:] == ordered[:, :-1]).any(-1)

@@ -70,7 +70,7 @@ def _rows(op: str) -> list[tuple[Arguments, type[Exception], str]]:
         ({"temperature": "2"}, TypeError, "temperature must be a number or a 0-d tensor, got str"),
         ({"temperature": True}, TypeError, "temperature must be a number or a 0-d tensor, got bool"),
         ({"temperature": torch.ones(5)}, ValueError, r"temperature must be of shape \[6\]"),
-        ({"temperature": torch.tensor(2)}, TypeError, "temperature must be .*float.*tensor, got a int64"),
+        ({"temperature": torch.tensor(True)}, TypeError, "temperature must be .*float.*tensor, got a bool"),
         ({"temperature": torch.tensor(0.0)}, ValueError, "temperature must be finite and > 0, got .* 0.0"),
         ({"temperature": torch.linspace(-1, 1, 6)}, ValueError, "temperature must be finite and > 0, got .* -1.0"),
         ({"temperature": torch.tensor(math.nan)}, ValueError, "temperature must be finite and > 0, got .* nan"),
