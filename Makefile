@@ -1,4 +1,4 @@
-# make demo | test | aot | gpu | lint | format | bench | wheel | clean
+# make demo | test | test-all | aot | gpu | lint | format | bench | wheel | clean
 # Another interpreter, the first time: make demo PYTHON=python3.12
 
 PYTHON  ?= python3
@@ -18,7 +18,7 @@ $(VENV)/native: export MFD_FAST_CUDA_ARCHS ?= 90
 .SILENT:
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test aot gpu lint mypy format bench wheel clean
+.PHONY: help demo test test-rest test-all aot gpu lint mypy format bench wheel clean
 
 help:
 	sed -n '1,2s/^# //p' Makefile
@@ -26,9 +26,14 @@ help:
 demo: $(VENV)/native
 	$(BIN)/mfd-fast demo $(ARGS)
 
-test: lint mypy
-	echo "tests: pytest -n $(WORKERS)"
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+# Every op, backend, divergence, dtype and option once; test-all is everything, test-rest what test leaves out.
+test: TIER = quick
+test-rest: TIER = rest
+test-all: TIER = all
+test test-all: lint mypy
+test test-rest test-all: $(VENV)/packages-test $(VENV)/native
+	echo "tests: pytest --tier $(TIER) -n $(WORKERS)"
+	$(BIN)/python -m pytest -q --tier $(TIER) -n $(WORKERS) --dist worksteal $(ARGS)
 
 # Every Triton kernel with every option and every CUDA source for every GPU: it takes long.
 aot: $(VENV)/packages-test $(VENV)/native

@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import on_device
 import pytest
+import tiers
 import torch
 
 torch.set_num_threads(2)
@@ -29,6 +30,20 @@ torch.set_num_threads(2)
 collect_ignore = [] if on_device.NAME else ["gpu"]
 if on_device.NAME and importlib.util.find_spec("hypothesis") is None:
     collect_ignore += [str(path) for path in Path(__file__).parent.rglob("test_hypothesis*.py")]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--tier", choices=tiers.TIERS, default="all", help="quick and rest are together all: tiers.py")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "quick(*names): in the quick tier with every combination of these parameters")
+    config.addinivalue_line("markers", "rest: not in the quick tier")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    tiers.keep(config, items, config.getoption("--tier"))
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ DRAWS = {"reference": 8, "cpu": 8, "triton": 4, "cuda": 8}
 ROWS = {"reference": 24, "cpu": 24, "triton": 6, "cuda": 6}
 
 
+@pytest.mark.quick("record", "backend", "name", "dtype")
 @pytest.mark.parametrize(("record", "backend", "name", "distance", "dtype"), crossed(SAMPLE_CASES, DISTANCES, DTYPES))
 def test_values_and_all_gradients(record, backend, name, distance, dtype):
     size = {"rows": ROWS[backend]} if record.name.startswith("distill") else {}
