@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .timing import Step, synchronize
+
+Result = TypeVar("Result")
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -62,8 +64,15 @@ def launches(step: Step, device: torch.device) -> int | None:
     """Kernels of one step on a GPU; a CPU launches none."""
     if device.type != "cuda":
         return None
-    events = _profiled(step, [ProfilerActivity.CPU, ProfilerActivity.CUDA], memory=False)
-    return sum(e.device_type() == torch.autograd.DeviceType.CUDA for e in events)
+    return len(kernels(step)[1])
+
+
+def kernels(step: Callable[[], Result]) -> tuple[Result, list[str]]:
+    """What ``step`` returns, and the names of what it makes a GPU do: kernels, copies, fills."""
+    returned: list[Result] = []
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    events = _profiled(lambda: returned.append(step()), activities, memory=False)
+    return returned[0], [e.name() for e in events if e.device_type() == torch.autograd.DeviceType.CUDA]
 
 
 def _profiled(step: Step, activities: list[ProfilerActivity], memory: bool) -> list[Any]:

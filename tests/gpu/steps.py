@@ -13,17 +13,18 @@ import on_device
 import torch
 from harness import Arguments, OpRecord, Result, map_tensors, named_tensors, requiring_grad, upstream
 from on_device import DEVICE, ON_GPU
-from op_db import RECORDS, samples_on
+from op_db import RECORDS
 from torch import Tensor
+from variants import variants_on
 
 BACKENDS = ("cuda", "triton")
-#: (record, backend, sample) of every kernel that runs on a GPU.
+#: (record, backend, sample) of every class of kernels that runs on a GPU.
 CASES = [
     (record, backend, name)
     for record in RECORDS.values()
     for backend in BACKENDS
     if backend in record.backends
-    for name in samples_on(record, backend)
+    for name in variants_on(record, backend)
 ]
 IDS = [f"{record.name}-{backend}-{name}" for record, backend, name in CASES]
 #: (record, backend), with the first sample.

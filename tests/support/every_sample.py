@@ -10,11 +10,15 @@ shared memory per block. The last line is the number of calls.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import on_device
 import torch
-from harness import evaluate, on
+from harness import OpRecord, evaluate, on
 from op_db import RECORDS, samples_on
+from variants import variants_on
+
+from mfd_fast.bench import memory
 
 
 def main() -> None:
@@ -25,28 +29,45 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=21)
     parser.add_argument("--emulated", action="append", default=[], metavar="CAPABILITY,PROCESSORS,BYTES:CLASSES")
     parser.add_argument("--first", action="store_true", help="only the first sample of each op")
+    parser.add_argument("--variants", action="store_true", help="only one sample of each class of kernels")
+    parser.add_argument("--kernels", action="store_true", help="also name the kernels that a GPU has run")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    calls = run(asked.backend, asked.dtype, asked.rows, asked.classes, asked.first)
+    chosen = every_first if asked.first else variants_on if asked.variants else samples_on
+
+    def calls_of_all() -> int:
+        return run(asked.backend, asked.dtype, asked.rows, asked.classes, chosen)
+
+    if asked.kernels:
+        calls, names = memory.kernels(calls_of_all)
+        print("".join(f"kernel {name}\n" for name in sorted(set(names))), end="")
+    else:
+        calls = calls_of_all()
     for case in asked.emulated:
         from mfd_fast.backends import cuda
 
         device, classes = case.split(":")
         print(case)
         cuda.native().set_device(*map(int, device.split(",")))
-        calls += run(asked.backend, asked.dtype[:1], min(asked.rows, 2), int(classes), True)
+        calls += run(asked.backend, asked.dtype[:1], min(asked.rows, 2), int(classes), every_first)
     on_device.check_inputs()
     print(f"{calls} calls")
 
 
-def run(backend: str, dtypes: list[str], rows: int, classes: int, first: bool) -> int:
-    """Every sample, or the first of each op; the number of calls."""
+Names = Callable[[OpRecord, str], list[str]]
+
+
+def every_first(record: OpRecord, backend: str) -> list[str]:
+    return samples_on(record, backend)[:1]
+
+
+def run(backend: str, dtypes: list[str], rows: int, classes: int, chosen: Names) -> int:
+    """The ``chosen`` samples of every op; the number of calls."""
     calls = 0
     for record in RECORDS.values():
         if backend not in record.backends:
             continue
-        names = samples_on(record, backend)
-        for name in names[:1] if first else names:
+        for name in chosen(record, backend):
             dtype = dtypes[calls // 2 % len(dtypes)]
             arguments = record.samples(dtype=getattr(torch, dtype), rows=rows, classes=classes)[name]
             print(f"{record.name} {name} {dtype}", flush=True)

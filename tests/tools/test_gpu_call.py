@@ -107,3 +107,12 @@ def test_evidence_has_machine_checks_and_samples_and_no_place(tmp_path):
     assert found["checks"] == {"build": {"verdict": "red", "why": "no compiler in …/csrc"}}
     assert found["machine"]["torch"]
     assert found["results"] == []
+
+
+def test_variants_are_samples_of_every_op():
+    from op_db import RECORDS
+    from variants import VARIANTS, variants_on
+
+    assert VARIANTS.keys() == RECORDS.keys()
+    for name, record in RECORDS.items():
+        assert variants_on(record, "cuda") == list(VARIANTS[name])

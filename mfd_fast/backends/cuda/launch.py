@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+
 import torch
 from torch import Tensor
 
@@ -33,12 +36,40 @@ def workspace(device: torch.device, nbytes: int, purpose: str = "scalar") -> Ten
     """``nbytes`` of device memory for the launches of one stream, one after the other; apart for each ``purpose``.
 
     It begins as zeros; what must be 0 before a launch is 0 again after it. A graph that is being captured gets memory
-    of its own: it may be replayed beside later launches of this stream.
+    of its own: it may be replayed beside later launches of this stream. Other memory is not PyTorch's: before it
+    captures, torch.compile(mode="reduce-overhead") runs a call with the graph's pool in place of the allocator, and
+    refuses a tensor of that pool which outlives the call.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
     key = (purpose, *where(device))
     found = _workspaces.get(key)
     if found is None or found.numel() < nbytes:
-        found = _workspaces[key] = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        found = _workspaces[key] = _owned(nbytes, device)
     return found
+
+
+def _owned(nbytes: int, device: torch.device) -> Tensor:
+    """Zeroed memory that stays until the process ends: an outgrown one may still be in use by queued launches."""
+    if device.type != "cuda":
+        return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    return torch.as_tensor(_Allocation(nbytes, device), device=device).zero_()
+
+
+class _Allocation:
+    """Device memory from the driver, for ``torch.as_tensor``. Raises RuntimeError if there is none left."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        address = ctypes.c_uint64()
+        with torch.cuda.device(device):
+            torch.cuda.mem_get_info(device)  # makes the device's context that of this thread
+            status = _driver().cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(nbytes))
+        if status:
+            raise RuntimeError(f"mfd_fast: the CUDA driver gives no {nbytes} bytes of scratch memory (error {status})")
+        data = (address.value, False)
+        self.__cuda_array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": data, "version": 2}
+
+
+@functools.lru_cache(maxsize=1)
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
