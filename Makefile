@@ -1,4 +1,4 @@
-# make demo | test | test-all | aot | gpu | lint | format | bench | wheel | clean
+# make demo | test | test-all | trainers | aot | gpu | lint | format | bench | wheel | clean
 # Another interpreter, the first time: make demo PYTHON=python3.12
 
 PYTHON  ?= python3
@@ -18,7 +18,7 @@ $(VENV)/native: export MFD_FAST_CUDA_ARCHS ?= 90
 .SILENT:
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-rest test-all aot gpu lint mypy format bench wheel clean
+.PHONY: help demo test test-rest test-all trainers aot gpu lint mypy format bench wheel clean
 
 help:
 	sed -n '1,2s/^# //p' Makefile
@@ -34,6 +34,25 @@ test test-all: lint mypy
 test test-rest test-all: $(VENV)/packages-test $(VENV)/native
 	echo "tests: pytest --tier $(TIER) -n $(WORKERS)"
 	$(BIN)/python -m pytest -q --tier $(TIER) -n $(WORKERS) --dist worksteal $(ARGS)
+ifneq ($(wildcard build/trainers-venv/packages),)
+test-all: trainers
+endif
+
+# The adapters of mfd_fast/integrations against the trainers themselves, in an environment with another PyTorch:
+# 102 packages, 2 GB beside it. The native module is this tree's: it has no tie to a PyTorch.
+TRAINERS := build/trainers-venv
+trainers: $(VENV)/native $(TRAINERS)/packages
+	echo "tests: the trainers"
+	$(TRAINERS)/bin/python -m pytest --confcutdir=tests/integrations -p no:cacheprovider -W ignore -q -n $(WORKERS) $(ARGS) tests/integrations
+
+$(TRAINERS)/packages: pyproject.toml constraints-trainers.txt $(VENV)/python
+	echo "install: torch and the trainers (takes minutes the first time)"
+	$(BIN)/python -m venv --clear $(TRAINERS)
+	$(TRAINERS)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints-trainers.txt \
+	  torch torchvision setuptools pybind11 cmake ninja pytest pytest-xdist
+	MFD_FAST_NATIVE=0 $(TRAINERS)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints-trainers.txt \
+	  --no-build-isolation --editable '.[trainers]'
+	touch $@
 
 # Every Triton kernel with every option and every CUDA source for every GPU: it takes long.
 aot: $(VENV)/packages-test $(VENV)/native
