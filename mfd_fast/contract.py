@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .divergences import DIVERGENCES, DKD, NKD, AlphaBeta, Divergence, ReverseKL
 from .rows import Rows, TopKRows, counted_rows
@@ -66,7 +66,7 @@ def check_dense(op: str, argument: str, value: object) -> Tensor:
     """A tensor with strides: not sparse, nested or of another library's layout, and :func:`usable`."""
     if not isinstance(value, Tensor):
         raise type_error(op, argument, value, "a tensor")
-    if is_lazy(value):
+    if isinstance(value, (UninitializedBuffer, UninitializedParameter)):
         raise TypeError(f"{op}: {argument} must be a tensor with values, got an uninitialized {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
         raise type_error(op, argument, value, "a dense tensor")
