@@ -152,8 +152,9 @@ class GradientModulation:
     grad ← k_m·grad (+ N(0, std(grad)²) per parameter with ``noise``: the generalisation enhancement of OGM-GE,
     arXiv:2203.15332, whose code modulates convolution weights only: pass those). It works through gradient hooks,
     so each ``backward()`` is modulated by the coefficients set before it, also while gradients accumulate, and the
-    optimizer needs no change. A parameter with one element gets no noise. Under DDP the hooks act before the
-    all-reduce: set the same coefficients on every rank.
+    optimizer needs no change. A parameter with one element gets no noise; a sparse gradient gets it in the rows that
+    it holds, with the deviation of those rows. Under DDP the hooks act before the all-reduce: set the same
+    coefficients on every rank.
 
     Args:
         parameters: M iterables of leaf parameters, one per modality.
@@ -217,11 +218,19 @@ class GradientModulation:
         self._handles.clear()
 
     def _modulated(self, modality: int, grad: Tensor) -> Tensor:
-        modulated = grad * self.coefficients[modality].to(grad)
-        if self.noise and grad.numel() > 1:
-            draw = torch.randn(grad.shape, dtype=grad.dtype, device=grad.device, generator=self.generator)
-            modulated = modulated + draw * grad.std()
-        return modulated
+        coefficient = self.coefficients[modality].to(device=grad.device, dtype=grad.dtype)
+        if not grad.is_sparse:
+            return self._noisy(grad * coefficient, grad)
+        grad = grad.coalesce()
+        values = self._noisy(grad.values() * coefficient, grad.values())
+        return torch.sparse_coo_tensor(grad.indices(), values, grad.shape, is_coalesced=True, check_invariants=False)
+
+    def _noisy(self, modulated: Tensor, grad: Tensor) -> Tensor:
+        """``modulated`` with noise of the deviation of ``grad``."""
+        if not self.noise or grad.numel() < 2:
+            return modulated
+        draw = torch.randn(grad.shape, dtype=grad.dtype, device=grad.device, generator=self.generator)
+        return modulated + draw * grad.std()
 
     def __enter__(self) -> Self:
         return self

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .. import contract, types
 from ..ops.modal_pool import modal_pool
 from ..reference.modal_pool import modal_weights
+from ..schedules.options import Check, OptionsModule
+from . import _options
 from ._inputs import check_inputs, check_parameter_dtype, check_present, check_size, check_sizes, uniform_, zero_absent
 
 _OP = "ModalFusion"
@@ -33,7 +35,7 @@ def weighted_bias(a: Tensor, bias: Tensor) -> Tensor:
     return product.view(blocks * BLOCK_ROWS, bias.shape[1])[:rows]
 
 
-class ModalFusion(nn.Module):
+class ModalFusion(OptionsModule):
     """y = Σ_m a_m (W_m x_m + b_m) with a = softmax_m(s/τ) over the present modalities.
 
     The sum of M projections is one GEMM, y = [a₁x₁|…|a_M x_M|a]·[W₁…W_M|b]ᵀ, whose accumulator starts at
@@ -53,7 +55,8 @@ class ModalFusion(nn.Module):
         out_features: common width O.
         scoring: see above.
         bias: learn b_m.
-        temperature: τ, number > 0 or 0-d tensor (a :mod:`mfd_fast.schedules` value); may be overridden per call.
+        temperature: τ, number > 0, 0-d tensor or Parameter, or a :mod:`mfd_fast.schedules` schedule; may be
+            overridden per call.
         fold: True: one GEMM; False: project, then pool; None: by the widths, as above.
 
     Parameters (names in ``state_dict``): ``weight [O, ΣD_m]`` (W_m side by side), ``bias [M, O]``,
@@ -72,6 +75,8 @@ class ModalFusion(nn.Module):
     (torch.Size([3, 5]), torch.Size([3, 2]))
     """
 
+    _OPTIONS: ClassVar[Mapping[str, Check]] = {"temperature": _options.check_one_temperature}
+    temperature: float | Tensor
     bias: Tensor | None
     score_weight: Tensor | None
     query: Tensor | None
@@ -93,7 +98,6 @@ class ModalFusion(nn.Module):
         self.out_features = check_size(_OP, "out_features", out_features)
         contract.check_choice(_OP, "scoring", scoring, SCORINGS)
         contract.check_bool(_OP, "bias", bias)
-        contract.check_scalar(_OP, "temperature", temperature, positive=True)
         if fold is not None:
             contract.check_bool(_OP, "fold", fold)
         self.scoring, self.temperature, self.fold = scoring, temperature, fold
@@ -111,6 +115,7 @@ class ModalFusion(nn.Module):
 
     def reset_parameters(self) -> None:
         """Projections and linear scores as ``torch.nn.Linear`` does, query from N(0, 1/O), other priors 0."""
+        super().reset_parameters()
         for m, weight in enumerate(self.weight.split(self.in_features, 1)):
             uniform_(weight, self.in_features[m])
             if self.bias is not None:
@@ -134,7 +139,7 @@ class ModalFusion(nn.Module):
         for m, x in enumerate(xs):
             check_parameter_dtype(_OP, f"features[{m}]", x, self.weight)
         check_present(_OP, present, leading, len(xs), device)
-        tau = self.temperature if temperature is None else temperature
+        tau = self.options["temperature"] if temperature is None else temperature
         tau = contract.check_temperature(_OP, "temperature", tau, leading, device, contract.compute_dtype(self.weight))
         if isinstance(tau, Tensor) and tau.dim():
             tau = tau.reshape(leading)

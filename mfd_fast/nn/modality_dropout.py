@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import contract
+from ..schedules.buffers import FixedPrecision
 from ._inputs import check_inputs, check_present, check_size, check_sizes, zero_absent
 
 _OP = "ModalityDropout"
@@ -21,7 +22,7 @@ class PresentFeatures(NamedTuple):
     present: Tensor | None
 
 
-class ModalityDropout(nn.Module):
+class ModalityDropout(FixedPrecision):
     """Drops each modality of each row with its own probability, but never a row's last one.
 
     Modality m of a row is dropped when u_m < p_m with u_m uniform in [0, 1). Where that would leave nothing, the
@@ -73,9 +74,7 @@ class ModalityDropout(nn.Module):
         if len(each) != modalities or not all(0 <= value <= 1 for value in each):
             raise contract.value_error(_OP, "p", p, f"in [0, 1], one number or {modalities}")
         self.probabilities = tuple(map(float, each))
-        self.register_buffer(
-            "p", torch.tensor(self.probabilities, dtype=torch.float32, device=device), persistent=False
-        )
+        self.register_buffer("p", torch.empty(modalities, dtype=torch.float32, device=device), persistent=False)
         self.fills: nn.ParameterList | None = None
         if fill_features is not None:
             widths = check_sizes(_OP, "fill_features", fill_features)
@@ -85,7 +84,8 @@ class ModalityDropout(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The learned embeddings start at 0."""
+        """The probabilities are those of the constructor, the learned embeddings start at 0."""
+        self.p.copy_(torch.tensor(self.probabilities, dtype=self.p.dtype, device="cpu"))
         for fill in self.fills or ():
             nn.init.zeros_(fill)
 

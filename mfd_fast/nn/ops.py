@@ -1,25 +1,49 @@
-"""torch.nn.Module faces of the ops: they hold the options and call the functions."""
+"""torch.nn.Module faces of the ops: they hold the options and call the functions.
+
+Options are attributes of the module, checked when they are set; those that are tensors, parameters or schedules are
+what :class:`~mfd_fast.schedules.options.OptionsModule` makes of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from .. import types
+from .. import contract, types
 from ..ops.distill_loss import distill_loss
 from ..ops.feature_loss import feature_loss
 from ..ops.mfd_loss import mfd_loss
 from ..ops.modal_pool import modal_pool
+from ..schedules.options import Check, OptionsModule
+from . import _options
+from ._inputs import check_size
 
 __all__ = ["DistillationLoss", "FeatureLoss", "MFDLoss", "ModalPool"]
 
 
-class DistillationLoss(_Loss):
+class _LossModule(OptionsModule, _Loss):
+    """A loss module with the options of its op."""
+
+    def __init__(self, *, reduction: str = "mean", **options: Any) -> None:
+        super().__init__(reduction=_options.check_reduction(self, reduction))
+        _options.check_known(self, options, self._OPTIONS)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (super().extra_repr(), f"reduction={self.reduction!r}")))
+
+
+class DistillationLoss(_LossModule):
     """Module of :func:`mfd_fast.distill_loss`; ``options`` are its keyword arguments of the same names.
+
+    A ``temperature``, ``soft_weight`` … that is a ``torch.nn.Parameter`` is learned, one that is a
+    :class:`mfd_fast.schedules.Schedule` is read at every call. TypeError or ValueError for an option that breaks the
+    op's contract.
 
     >>> import torch, mfd_fast as mfd
     >>> criterion = mfd.nn.DistillationLoss(temperature=4.0, hard_weight=0.1, soft_weight=0.9)
@@ -27,9 +51,7 @@ class DistillationLoss(_Loss):
     torch.Size([])
     """
 
-    def __init__(self, *, reduction: str = "mean", **options: Any) -> None:
-        super().__init__(reduction=reduction)
-        self.options = _known(distill_loss, options, ("mask", "weight", "normalizer"))
+    _OPTIONS: ClassVar[Mapping[str, Check]] = _options.of(distill_loss, ("mask", "weight", "normalizer"))
 
     def forward(
         self,
@@ -52,34 +74,48 @@ class DistillationLoss(_Loss):
             **self.options,
         )
 
-    def extra_repr(self) -> str:
-        return _repr(self.options, self.reduction)
 
-
-class FeatureLoss(_Loss):
+class FeatureLoss(_LossModule):
     """Module of :func:`mfd_fast.feature_loss`.
 
     Args:
         projections: (student width, teacher width) per tap that needs one, None for the others; owned and
             learned as ``projectors``. One pair stands for a single tap.
-        options: keyword arguments of the function (kind, weight, backend).
+        device, dtype: of the projectors.
+        options: keyword arguments of the function (kind, weight, backend); see :class:`DistillationLoss`.
     """
+
+    _OPTIONS: ClassVar[Mapping[str, Check]] = _options.of(feature_loss, ("mask", "projector"))
 
     def __init__(
         self,
         *,
         projections: tuple[int, int] | Sequence[tuple[int, int] | None] | None = None,
         reduction: str = "mean",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(reduction=reduction)
-        self.options = _known(feature_loss, options, ("mask", "projector"))
-        single = isinstance(projections, tuple) and all(isinstance(w, int) for w in projections)
-        pairs: list[Any] = [projections] if single else list(projections or ())
-        self.single = single
-        self.projectors = nn.ModuleList(
-            nn.Identity() if pair is None else nn.Linear(pair[0], pair[1], bias=False) for pair in pairs
-        )
+        super().__init__(reduction=reduction, **options)
+        self.single = isinstance(projections, tuple) and any(isinstance(width, int) for width in projections)
+        pairs: list[Any] = [projections] if self.single else list(projections or ())
+        self.projectors = nn.ModuleList()
+        for tap, pair in enumerate(pairs):
+            if pair is None:
+                self.projectors.append(nn.Identity())
+                continue
+            name = "projections" if self.single else f"projections[{tap}]"
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise contract.type_error("FeatureLoss", name, pair, "(student width, teacher width) or None")
+            student, teacher = (check_size("FeatureLoss", name, width) for width in pair)
+            self.projectors.append(nn.Linear(student, teacher, bias=False, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Projectors as ``torch.nn.Linear`` starts; options that are tensors get the values they were set with."""
+        super().reset_parameters()
+        for projector in self.projectors:
+            if isinstance(projector, nn.Linear):
+                projector.reset_parameters()
 
     def forward(
         self,
@@ -93,11 +129,8 @@ class FeatureLoss(_Loss):
         projector = None if not weights else weights[0] if self.single else weights
         return feature_loss(student, teacher, mask=mask, projector=projector, reduction=self.reduction, **self.options)
 
-    def extra_repr(self) -> str:
-        return _repr(self.options, self.reduction)
 
-
-class ModalPool(nn.Module):
+class ModalPool(OptionsModule):
     """Module of :func:`mfd_fast.modal_pool` that owns its query ``[D]`` and its prior ``[M]``.
 
     Args:
@@ -105,21 +138,39 @@ class ModalPool(nn.Module):
         modalities: number M of them.
         learn_query: attention by a learned query; False is a learned weighted average by the prior alone.
         learn_prior: add a learned bias per modality (starts at 0).
-        options: keyword arguments of the function (temperature, scale, backend).
+        device, dtype: of both.
+        options: keyword arguments of the function (temperature, scale, backend); see :class:`DistillationLoss`.
     """
 
+    _OPTIONS: ClassVar[Mapping[str, Check]] = _options.of(modal_pool, ("scores", "bias", "present", "query"))
+
     def __init__(
-        self, dim: int, modalities: int, *, learn_query: bool = True, learn_prior: bool = True, **options: Any
+        self,
+        dim: int,
+        modalities: int,
+        *,
+        learn_query: bool = True,
+        learn_prior: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.dim, self.modalities = dim, modalities
-        self.options = _known(modal_pool, options, ("scores", "bias", "present", "query"))
-        self.query = nn.Parameter(torch.empty(dim)) if learn_query else None
-        self.bias = nn.Parameter(torch.empty(modalities)) if learn_prior else None
+        self.dim = check_size("ModalPool", "dim", dim)
+        self.modalities = check_size("ModalPool", "modalities", modalities)
+        contract.check_bool("ModalPool", "learn_query", learn_query)
+        contract.check_bool("ModalPool", "learn_prior", learn_prior)
+        _options.check_known(self, options, self._OPTIONS)
+        for name, value in options.items():
+            setattr(self, name, value)
+        form: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.query = nn.Parameter(torch.empty(dim, **form)) if learn_query else None
+        self.bias = nn.Parameter(torch.empty(modalities, **form)) if learn_prior else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Query from N(0, 1/D), prior 0: the modalities start nearly equal."""
+        """Query from N(0, 1/D), prior 0: the modalities start nearly equal. Tensor options as they were set."""
+        super().reset_parameters()
         if self.query is not None:
             nn.init.normal_(self.query, std=self.dim**-0.5)
         if self.bias is not None:
@@ -129,11 +180,12 @@ class ModalPool(nn.Module):
         return modal_pool(features, self.query, bias=self.bias, present=present, **self.options)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, modalities={self.modalities}"
+        return ", ".join(filter(None, (f"dim={self.dim}, modalities={self.modalities}", super().extra_repr())))
 
 
-class MFDLoss(_Loss):
-    """Module of :func:`mfd_fast.mfd_loss`; ``options`` are its weights, temperatures and kinds.
+class MFDLoss(_LossModule):
+    """Module of :func:`mfd_fast.mfd_loss`; ``options`` are its weights, temperatures and kinds, as in
+    :class:`DistillationLoss`.
 
     With ``pool_weight`` and, per call, ``teacher_pool_weights [..., M]``, the student's modality weights learn from a
     teacher's: those that :class:`ModalPool` or :class:`~mfd_fast.nn.ModalFusion` return.
@@ -147,11 +199,9 @@ class MFDLoss(_Loss):
     0.0
     """
 
-    _TENSORS = ("teacher_features", "present", "bias", "teacher_pool_weights", "mask", "weight", "normalizer")
-
-    def __init__(self, *, reduction: str = "mean", **options: Any) -> None:
-        super().__init__(reduction=reduction)
-        self.options = _known(mfd_loss, options, self._TENSORS)
+    _OPTIONS: ClassVar[Mapping[str, Check]] = _options.of(
+        mfd_loss, ("teacher_features", "present", "bias", "teacher_pool_weights", "mask", "weight", "normalizer")
+    )
 
     def forward(
         self,
@@ -175,19 +225,3 @@ class MFDLoss(_Loss):
             **self.options,
             **tensors,
         )
-
-    def extra_repr(self) -> str:
-        return _repr(self.options, self.reduction)
-
-
-def _known(op: Any, options: dict[str, Any], per_call: Sequence[str]) -> dict[str, Any]:
-    """The options, if every one is a keyword-only argument of ``op`` that does not belong to the call."""
-    accepted = set(op.__kwdefaults__) - {"reduction", *per_call}
-    for name in options:
-        if name not in accepted:
-            raise TypeError(f"{op.__name__}: no option {name!r}; known: {', '.join(sorted(accepted))}")
-    return options
-
-
-def _repr(options: dict[str, Any], reduction: str) -> str:
-    return ", ".join(f"{k}={v!r}" for k, v in {**options, "reduction": reduction}.items())

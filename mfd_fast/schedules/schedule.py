@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import contract
+
+_owners = WeakTensorKeyDictionary()  # value -> weak reference to its schedule
 
 
 def check_number(op: str, argument: str, value: object) -> float:
@@ -30,9 +35,11 @@ def check_count(op: str, argument: str, value: object, least: int = 1) -> int:
 class Schedule:
     """Base: a function of the step number, :meth:`at`, and the 0-d tensor that holds its present value.
 
-    The ops accept ``value`` wherever they accept a number, and :meth:`step` writes into that same tensor: a
-    compiled step, or a module that was given the tensor once, sees every change. Step after ``backward()``: a value
-    that autograd still needs must not change under it (PyTorch raises).
+    The ops accept ``value`` wherever they accept a number, and the modules accept the schedule, too.
+    :meth:`step` writes into that same tensor: a compiled step, or a module that was given it once, sees every change,
+    and so does a copy of that module (``copy.deepcopy``; where module and schedule are copied together, the copies
+    belong together). Step after ``backward()``: a value that autograd still needs must not change under it (PyTorch
+    raises).
 
     Args of every schedule: ``device`` and ``dtype`` of ``value`` (put it where the logits are).
 
@@ -44,6 +51,7 @@ class Schedule:
     def __init__(self, *, device: Any = None, dtype: torch.dtype = torch.float32) -> None:
         self.last_step = 0
         self.value = torch.full((), self.at(0), device=device, dtype=dtype)
+        _owners[self.value] = weakref.ref(self)
 
     def at(self, step: int) -> float:
         """The value at ``step`` >= 0."""
@@ -68,10 +76,38 @@ class Schedule:
         """Continues at the step of :meth:`state_dict`, writing into the same tensor."""
         self.step(state["last_step"])
 
+    def move(self, device: torch.device) -> None:
+        """Puts ``value`` on ``device``; it stays the same object."""
+        if device.type != "meta" and device != self.value.device:
+            self.value.data = self.value.to(device)
+
+    def lend(self, module: nn.Module, name: str, memo: dict[Any, Any]) -> None:
+        """``module.name``, of a module that is being copied, becomes this schedule, or the copy of it in ``memo``."""
+        module.__dict__[name] = memo.get(id(self), self)
+        memo.setdefault(("borrowers", id(self)), []).append((module, name))
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Schedule:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        for module, name in memo.get(("borrowers", id(self)), ()):
+            module.__dict__[name] = twin
+        return twin
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _owners[self.value] = weakref.ref(self)
+
     def __repr__(self) -> str:
         options = {k: v for k, v in vars(self).items() if k not in ("value", "last_step")}
         text = ", ".join(f"{k}={v!r}" for k, v in options.items())
         return f"{type(self).__name__}({text}): {float(self):g} at step {self.last_step}"
+
+
+def schedule_of(value: Tensor) -> Schedule | None:
+    """The schedule whose ``value`` this tensor is."""
+    owner = _owners.get(value)
+    return None if owner is None else owner()
 
 
 class Constant(Schedule):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import contract
+from .options import Check, OptionsModule
 from .schedule import Schedule, check_number
 
 
@@ -34,7 +36,7 @@ def gradient_reversal(x: Tensor, coefficient: float | Tensor = 1.0) -> Tensor:
     return x.detach() - coefficient * (x - x.detach())
 
 
-class LearnedTemperature(nn.Module):
+class LearnedTemperature(OptionsModule):
     """CTKD's temperature T = t_start + t_end·σ(θ), which learns to make the distillation harder.
 
     The gradient of θ is reversed and multiplied by ``reversal``, which the curriculum raises from 0 to 1, in the
@@ -44,8 +46,8 @@ class LearnedTemperature(nn.Module):
     Args:
         t_start, t_end: T lies between t_start and t_start + t_end; t_start > 0, t_end >= 0.
         theta: what θ starts with; ``theta`` (0-d) in ``state_dict``.
-        reversal: number, 0-d tensor or :class:`Schedule`, whose tensor is used. Stepping and saving a
-            schedule is the caller's, as with a learning rate's.
+        reversal: number, 0-d tensor (then a buffer) or :class:`Schedule`, whose tensor is used. Stepping and saving
+            a schedule is the caller's, as with a learning rate's.
 
     ``forward(theta=None)`` returns T, to be passed as ``temperature``; 0-d, or of the shape of ``theta`` where a
     network of the caller's gives one θ per row (the instance-wise form).
@@ -56,6 +58,9 @@ class LearnedTemperature(nn.Module):
     >>> round(temperature().item(), 4)
     15.6212
     """
+
+    _OPTIONS: ClassVar[Mapping[str, Check]] = {"reversal": contract.check_scalar}
+    reversal: float | Tensor | Schedule
 
     def __init__(
         self,
@@ -74,14 +79,18 @@ class LearnedTemperature(nn.Module):
             raise contract.value_error(op, "t_start", t_start, "a finite number > 0")
         if self.t_end < 0:
             raise contract.value_error(op, "t_end", t_end, "a finite number >= 0")
-        if not isinstance(reversal, Schedule):
-            contract.check_scalar(op, "reversal", reversal)
         self.reversal = reversal
-        self.theta = nn.Parameter(torch.full((), check_number(op, "theta", theta), device=device, dtype=dtype))
+        self.start = check_number(op, "theta", theta)
+        self.theta = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """θ as it started, and ``reversal`` where it is a tensor."""
+        super().reset_parameters()
+        nn.init.constant_(self.theta, self.start)
 
     def forward(self, theta: Tensor | None = None) -> Tensor:
-        reversal = self.reversal.value if isinstance(self.reversal, Schedule) else self.reversal
-        reversed_ = gradient_reversal(self.theta if theta is None else theta, reversal)
+        reversed_ = gradient_reversal(self.theta if theta is None else theta, self.options["reversal"])
         return self.t_start + self.t_end * torch.sigmoid(reversed_)
 
     def extra_repr(self) -> str:

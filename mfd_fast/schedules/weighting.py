@@ -9,13 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from .. import contract
+from .buffers import FixedPrecision
 from .schedule import check_count, check_number
+
+#: e³⁰/2 and its products are far from the limit of every dtype but float16, where e¹¹/2 is half of it.
+LEAST_LOG_VARIANCE = -30.0
+LEAST_LOG_VARIANCE_FLOAT16 = -11.0
 
 
 class UncertaintyWeighting(nn.Module):
     """Σ_i L_i/(2·e^{s_i}) + s_i/2 with learned log-variances s_i.
 
-    Kendall, Gal, Cipolla, arXiv:1705.07115. dL/ds_i = (1 − e^{−s_i} L_i)/2.
+    Kendall, Gal, Cipolla, arXiv:1705.07115. dL/ds_i = (1 − e^{−s_i} L_i)/2. The optimum is s_i = log L_i, so that of a
+    loss which stays 0 is −∞: an s_i below −30 (−11 with float16) counts as −30 (its gradient stays the formula's, so
+    that it comes back), and weights are at most e³⁰/2. The arithmetic is float32 or float64.
 
     Args:
         terms: number K of losses.
@@ -34,23 +41,36 @@ class UncertaintyWeighting(nn.Module):
     ) -> None:
         super().__init__()
         self.terms = check_count("UncertaintyWeighting", "terms", terms)
-        start = check_number("UncertaintyWeighting", "log_variance", log_variance)
-        self.log_variance = nn.Parameter(torch.full((terms,), start, device=device, dtype=dtype))
+        self.start = check_number("UncertaintyWeighting", "log_variance", log_variance)
+        self.log_variance = nn.Parameter(torch.empty(terms, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every s_i as it started."""
+        nn.init.constant_(self.log_variance, self.start)
 
     @property
     def weights(self) -> Tensor:
         """1/(2·e^{s_i}), ``[K]``, detached."""
-        return torch.exp(-self.log_variance.detach()) / 2
+        return torch.exp(-self._bounded(self.log_variance).detach()) / 2
+
+    def _bounded(self, losses: Tensor) -> Tensor:
+        """max(s, −30) with the gradient of s."""
+        s = self.log_variance.to(contract.compute_dtype(self.log_variance))
+        narrow = torch.float16 in (losses.dtype, self.log_variance.dtype)
+        least = LEAST_LOG_VARIANCE_FLOAT16 if narrow else LEAST_LOG_VARIANCE
+        return s.detach().clamp_min(least) + (s - s.detach())
 
     def forward(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
         stacked = _stacked("UncertaintyWeighting", losses, self.terms)
-        return ((torch.exp(-self.log_variance) * stacked + self.log_variance) / 2).sum()
+        s = self._bounded(stacked)
+        return ((torch.exp(-s) * stacked.to(contract.compute_dtype(stacked)) + s) / 2).sum()
 
     def extra_repr(self) -> str:
         return f"terms={self.terms}"
 
 
-class DynamicWeightAverage(nn.Module):
+class DynamicWeightAverage(FixedPrecision):
     """Σ_i w_i L_i with w = K·softmax_i(r_i/τ) and r_i = L_i(t−1)/L_i(t−2), the means of the last two epochs.
 
     Liu, Johns, Davison, arXiv:1803.10704. All weights are 1 in the first two epochs. A loss whose mean two epochs
@@ -59,12 +79,14 @@ class DynamicWeightAverage(nn.Module):
     Args:
         terms: number K of losses.
         temperature: τ, number > 0.
+        dtype: of the buffers, float32 or float64 (a 16-bit dtype counts as float32).
 
     ``forward(losses)``: K 0-d tensors or one ``[K]``; returns the 0-d total and, in training mode, adds the losses
     to the epoch's means. Call :meth:`step` at the end of each epoch,
     after its last ``backward()``. Everything is a buffer (``weights [K]``,
     ``total [K]``, ``count``, ``means [2, K]``, ``epoch``), so ``state_dict`` resumes it and nothing is read back to
-    the host; a step compiled once sees the new weights.
+    the host; a step compiled once sees the new weights. Buffers keep their dtype under ``.bfloat16()``, ``.half()``
+    and ``.to(dtype)``: a count in bfloat16 would stop at 256.
 
     >>> import torch, mfd_fast as mfd
     >>> average = mfd.schedules.DynamicWeightAverage(2)
@@ -89,12 +111,20 @@ class DynamicWeightAverage(nn.Module):
         self.temperature = check_number("DynamicWeightAverage", "temperature", temperature)
         if self.temperature <= 0:
             raise contract.value_error("DynamicWeightAverage", "temperature", temperature, "a finite number > 0")
-        form: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.register_buffer("weights", torch.ones(terms, **form))
-        self.register_buffer("total", torch.zeros(terms, **form))
-        self.register_buffer("count", torch.zeros((), **form))
-        self.register_buffer("means", torch.ones(2, terms, **form))
-        self.register_buffer("epoch", torch.zeros((), device=device, dtype=torch.int64))
+        form: dict[str, Any] = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
+        self.register_buffer("weights", torch.empty(terms, **form))
+        self.register_buffer("total", torch.empty(terms, **form))
+        self.register_buffer("count", torch.empty((), **form))
+        self.register_buffer("means", torch.empty(2, terms, **form))
+        self.register_buffer("epoch", torch.empty((), device=device, dtype=torch.int64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to before the first epoch."""
+        for buffer in (self.weights, self.means):
+            buffer.fill_(1.0)
+        for buffer in (self.total, self.count, self.epoch):
+            buffer.zero_()
 
     def forward(self, losses: Sequence[Tensor] | Tensor) -> Tensor:
         stacked = _stacked("DynamicWeightAverage", losses, self.terms)

@@ -248,6 +248,29 @@ def test_noise_has_the_gradients_spread_and_a_generator():
     assert float(draws.std(0).mean()) == pytest.approx(float(plain[0].std()), rel=0.05)
 
 
+@pytest.mark.parametrize("noise", [False, True])
+def test_sparse_gradients_are_modulated_too(noise):
+    table = nn.Embedding(50, 30, sparse=True)
+    rows = torch.tensor([3, 7, 7, 20])
+    up = torch.randn(4, 30)
+    (table(rows) * up).sum().backward()
+    plain = table.weight.grad.to_dense()
+    table.zero_grad()
+    generator = torch.Generator().manual_seed(0)
+    with GradientModulation([table], noise=noise, generator=generator) as modulation:
+        modulation.set(torch.tensor([0.5]))
+        (table(rows) * up).sum().backward()
+    assert table.weight.grad.is_sparse
+    found = table.weight.grad.to_dense()
+    held = torch.zeros(50, dtype=torch.bool)
+    held[rows] = True
+    assert not found[~held].any()
+    spread = float((found - 0.5 * plain)[held].std())
+    assert spread == pytest.approx(float(plain[held].std()) if noise else 0.0, rel=0.3, abs=1e-6)
+    torch.optim.SGD(table.parameters(), lr=0.1).step()
+    assert bool(table.weight.isfinite().all())
+
+
 def test_a_single_number_gets_no_noise():
     gate = nn.Parameter(torch.ones(1))
     with GradientModulation([[gate]], noise=True) as modulation:

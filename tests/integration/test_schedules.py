@@ -218,6 +218,28 @@ def test_uncertainty_weighting_finds_the_optimum():
     torch.testing.assert_close(module.log_variance.detach(), losses.log(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_loss_that_stays_0_keeps_uncertainty_weighting_finite(dtype):
+    """Its s_i falls without end; −30 (−11 in float16) is as low as it counts, and it comes back when the loss does."""
+    module = UncertaintyWeighting(2, dtype=dtype)
+    optimizer = torch.optim.SGD(module.parameters(), lr=10.0)
+    x = torch.zeros(2, dtype=dtype, requires_grad=True)
+    for _ in range(100):
+        optimizer.zero_grad()
+        total = module(x.square() + torch.tensor([0.0, 1.0], dtype=dtype))
+        total.backward()
+        optimizer.step()
+        assert bool(torch.stack([total, *x.grad, *module.log_variance.grad]).isfinite().all())
+    assert module.log_variance[0].item() < -400
+    least = 11.0 if dtype == torch.float16 else 30.0
+    assert float(module.weights[0]) == pytest.approx(math.exp(least) / 2, rel=1e-5)
+    s = module.log_variance.detach()[1].to(total.dtype)
+    torch.testing.assert_close(module(x.new_tensor([0.0, 1.0])).detach(), (torch.exp(-s) + s - least) / 2)
+    module.zero_grad()
+    module(torch.ones(2, dtype=dtype)).backward()
+    assert module.log_variance.grad[0].item() < 0
+
+
 def dwa_by_hand(history, temperature):
     if len(history) < 2:
         return torch.ones_like(history[0])
