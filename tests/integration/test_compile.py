@@ -37,12 +37,14 @@ def assert_agrees(record, backend, call, arguments, names=None):
         torch.testing.assert_close(a, b, **CLOSE, msg=key)
 
 
+@pytest.mark.quick("record", "backend")
 @pytest.mark.parametrize(("record", "backend", "name"), [c for c, _ in COMPILED], ids=[i for _, i in COMPILED])
 def test_whole_graph_forward_and_backward(record, backend, name):
     call = compiled(record, backend, "aot_eager")
     assert_agrees(record, backend, call, record.samples()[name], record.differentiable)
 
 
+@pytest.mark.quick("op")
 @pytest.mark.parametrize(
     ("op", "backend"),
     [("distill_loss", "cpu"), ("distill_loss", "reference"), ("mfd_loss", "reference"), ("mfd_loss", "cpu")],

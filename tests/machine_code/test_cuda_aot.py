@@ -64,6 +64,7 @@ def assert_good_machine_code(cubin: Path, source: str, arch: int) -> None:
         assert bool(re.search(r"\bUCGABAR_(ARV|WAIT)\b", sass)) == (arch >= 90), "barriers of clusters"
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize(("source", "arch"), CASES, ids=str)
 def test_kernels_compile_without_spills(source: str, arch: int, tmp_path: Path) -> None:
     cubin = tmp_path / f"{source}-{arch}.cubin"

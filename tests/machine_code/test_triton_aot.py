@@ -29,6 +29,7 @@ def assert_offsets_are_64_bit(ttir):
     assert not re.search(rf"arith.muli {re.escape(program[1])}\b", ttir)
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("name", NAMES)
 def test_machine_code_of_rows(compiler, name):
     report = compiler.report("aot_distill_loss", name)

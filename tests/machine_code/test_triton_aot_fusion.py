@@ -28,6 +28,7 @@ def compiler():
         yield found
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize(("module", "name"), CASES, ids=[name for _, name in CASES])
 def test_machine_code_of_fusion(compiler, module, name):
     report = compiler.report(module, name)

@@ -377,6 +377,7 @@ def test_python_zero_weights_compute_nothing(backend, road):
     assert math.isnan(run(backend, tensor, road).outputs["loss"].item())
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("shape", [(65537 + 2, 2), (3, 65537 + 2)])
 def test_more_than_65535(backend, shape):
     """No 16-bit grid limit: more than 65535 rows, and a row of more than 65535 classes."""

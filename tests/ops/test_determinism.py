@@ -3,11 +3,13 @@
 import pytest
 import torch
 from harness import evaluate, on
+from on_device import ON_GPU
 from op_db import CASE_IDS, CASES, RECORDS, samples_on
 
 from mfd_fast.testing import assert_bitwise_equal
 
-RUNS = {"reference": 50, "cpu": 50, "triton": 50, "cuda": 50}
+#: Interpreted programs run one after the other: only memory that nobody has written could differ, which poison shows.
+RUNS = {"reference": 50, "cpu": 50, "triton": 50 if ON_GPU else 5, "cuda": 50}
 
 
 @pytest.fixture

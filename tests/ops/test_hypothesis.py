@@ -153,6 +153,7 @@ def test_reference_in_its_own_dtype(case):
     agree("reference", *case)
 
 
+@pytest.mark.rest
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(calls(largest=40, backend="triton"))
 def test_triton(case):

@@ -116,12 +116,14 @@ def test_drawn_modal_pool(backend, call):
     check_modal_pool(backend, call)
 
 
+@pytest.mark.rest
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(call=pool_calls())
 def test_interpreted_modal_pool(call):
     check_modal_pool("triton", call)
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("backend", [b for b in FEATURE.backends if b != "reference"])
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(call=feature_calls(), names=st.sampled_from([("student",), FEATURE.differentiable]))
@@ -247,6 +249,7 @@ def test_mfd_loss_is_the_composition_of_the_public_ops(call, names):
     check_mfd_loss("cpu", call, names)
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("backend", [b for b in MFD.backends if b not in ("reference", "cpu")])
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(**DRAWS)

@@ -26,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_SOURCES = ("build", "dist", "*.so", "*.egg-info", "__pycache__", ".git", ".venv", ".*_cache", ".hypothesis")
 SITE = sysconfig.get_path("purelib")
 
+#: Most of it builds: an sdist, wheels, installs.
+pytestmark = pytest.mark.rest
+
 LOSS = """
 import torch, mfd_fast as mfd
 student, teacher = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
@@ -146,6 +149,7 @@ def pure(space: Path, unpacked: Path, wheel: Path) -> Path:
     return made(space / "pure", make)
 
 
+@pytest.mark.quick
 def test_the_sdist_carries_what_building_and_testing_need(unpacked: Path) -> None:
     for tree in ("mfd_fast", "csrc", "kernels", "tests", "benchmarks", "docs"):
         sources = ROOT / tree
@@ -208,6 +212,7 @@ def test_env_describes_the_machine(facts: dict[str, Any], installed: Path) -> No
     assert "mfd-fast = mfd_fast.cli:main" in next(installed.glob("*.dist-info/entry_points.txt")).read_text()
 
 
+@pytest.mark.quick
 def test_commands_name_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda _: None)
     assert cli.main(["demo"]) == 1
@@ -262,6 +267,7 @@ assert importlib.util.find_spec("kernels") is None
     assert str(unpacked / "kernels" / "triton" / "__init__.py") in said
 
 
+@pytest.mark.quick
 def test_a_package_named_kernels_is_not_shadowed_in_the_checkout(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("")
@@ -347,6 +353,7 @@ def test_wide_instructions_stay_in_their_files(unpacked: Path, wheel: Path) -> N
         assert not weak, f"{path.name}: {weak}"
 
 
+@pytest.mark.quick
 def test_native_sources_are_free_of_torch() -> None:
     for tree in ("csrc", "kernels"):
         for path in (ROOT / tree).rglob("*"):
@@ -367,6 +374,7 @@ def sources() -> list[Path]:
     return found
 
 
+@pytest.mark.quick
 def test_files_are_short_and_name_no_machine() -> None:
     assert len(sources()) > 20
     machine = re.compile(r"(?<![\w.])/(root|home|work|opt|Users)/")

@@ -6,6 +6,8 @@ parameter is there with each value of ``backend`` and of ``record``, where the t
     @pytest.mark.quick                        every case
     @pytest.mark.quick("backend", "name")     every combination of the values of these parameters
     @pytest.mark.rest                         no case
+
+That of a function counts before that of its file (``pytestmark``).
 """
 
 from __future__ import annotations
@@ -66,16 +68,13 @@ def covering(cases: list[Case], product: tuple[str, ...] = ()) -> list[int]:
 
 def quick_of_a_test(items: list[pytest.Item]) -> list[pytest.Item]:
     """Those of the cases of one test function that are quick."""
-    marks = {name: items[0].get_closest_marker(name) for name in ("quick", "rest")}
-    quick, rest = marks["quick"], marks["rest"]
-    if quick is not None and rest is not None:
-        raise pytest.UsageError(f"{items[0].nodeid} is marked both quick and rest")
-    if rest is not None:
+    mark = next((mark for mark in items[0].iter_markers() if mark.name in ("quick", "rest")), None)
+    if mark is not None and mark.name == "rest":
         return []
     cases = [dict(item.callspec.params) if hasattr(item, "callspec") else {} for item in items]
-    if not any(cases) or (quick is not None and not quick.args):
+    if not any(cases) or (mark is not None and not mark.args):
         return items
-    return [items[i] for i in covering(cases, quick.args if quick is not None else ())]
+    return [items[i] for i in covering(cases, mark.args if mark is not None else ())]
 
 
 def quick(items: list[pytest.Item]) -> set[str]:

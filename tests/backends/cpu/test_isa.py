@@ -28,6 +28,7 @@ def test_the_best_instruction_set_is_the_default_and_baseline_is_always_there():
     assert SUPPORTED[-1] == "baseline"
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("isa", OTHERS)
 @pytest.mark.parametrize("file", FILES)
 def test_battery_on_other_isas(isa, file):

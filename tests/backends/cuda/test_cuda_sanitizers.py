@@ -8,7 +8,10 @@ from pathlib import Path
 
 import cuda_emulator
 import every_sample
+import pytest
 from op_db import RECORDS, samples_on
+
+pytestmark = pytest.mark.rest
 
 # Optimizing takes longer than it saves.
 ADDRESS = ("-O0", "-fsanitize=address,undefined", "-fno-omit-frame-pointer")
