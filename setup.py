@@ -174,7 +174,11 @@ class SourceArchive(sdist):
 
 
 setup(
-    packages=[*find_packages(include=["mfd_fast", "mfd_fast.*"]), "mfd_fast.kernels.triton"],
+    packages=[
+        *find_packages(include=["mfd_fast", "mfd_fast.*"]),
+        "mfd_fast.kernels.triton",
+        *(f"mfd_fast.kernels.triton.{name}" for name in find_packages("kernels/triton")),
+    ],
     package_dir={"mfd_fast.kernels.triton": "kernels/triton"},
     package_data={"mfd_fast": ["py.typed"]},
     ext_modules=[] if PURE else [Extension(NATIVE, sources=[])],

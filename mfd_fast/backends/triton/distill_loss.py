@@ -1,4 +1,6 @@
-"""distill_loss on Triton: arguments, allocation and launches. The kernels are in ``kernels/triton/distill_loss.py``."""
+"""distill_loss on Triton: arguments, allocation and launches. The kernels are in ``kernels/triton/distill`` and
+``kernels/triton/topk``.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,8 @@ from .. import allocate
 from ..layout import STATISTICS
 from ..limits import beyond_kernels
 from . import interpreting
-from .blocks import Blocks
-from .launch import finish, gradient, kernels, launch, number, taken
-from .row_arguments import kind_of, row_arguments
+from .launch import aligned, constants, finish, gradient, kernels, launch, number, taken
+from .row_arguments import RowArguments, row_arguments
 from .scale import scale_gradient_
 from .teachers import has_exponents, mixture_backward
 
@@ -25,17 +26,8 @@ __all__ = ["can_run", "per_row", "per_row_backward", "scalar", "scale_gradient_"
 COUNT_BLOCK = 1024
 MAX_COUNTS = 128
 REDUCE_BLOCK = 1024
-# What one launch of topk_rows does not write: the gradients, or the terms.
-NO_GRADIENTS: dict[str, Any] = {
-    **dict.fromkeys(("d_student_ptr", "d_teacher_ptr", "d_temperature_ptr", "d_teacher_temperature_ptr")),
-    **dict.fromkeys(("grad_soft_ptr", "grad_hard_ptr")),
-    **dict.fromkeys(("grad_soft_stride", "grad_hard_stride", "s_width"), 0),
-}
-NO_TERMS: dict[str, Any] = {
-    **dict.fromkeys(("soft_ptr", "hard_ptr", "student_entropy_ptr", "teacher_entropy_ptr", "student_prob_ptr")),
-    **dict.fromkeys(("teacher_prob_ptr", "agreement_ptr")),
-    "TERMS": False,
-}
+# Numbers of the backward pass that the forward pass of topk_rows does not look at.
+UPSTREAM = ("grad_soft_stride", "grad_hard_stride", "s_width")
 MAX_TEACHERS = 8  # the kernels are unrolled over them
 MAX_COLUMNS = 2**31 - 2**16  # column numbers of a tile are int32
 
@@ -83,63 +75,49 @@ def scalar(
     sparse = soft and rows.topk is not None
     if rows.topk is not None and not sparse:  # the teacher is not read
         rows = rows.replace(topk=None, teacher=rows.student)
-    common, blocks = row_arguments(rows, (rows.student.shape[-1],))
-    programs = -(-rows.n_rows // blocks.rows)
+    common = row_arguments(rows, (rows.student.shape[-1],))
+    programs = -(-rows.n_rows // common.blocks.rows)
     partial = allocate.empty((programs,), torch.float64, rows.device)
-    divisor, divisor_ptr = number(normalizer, rows.student)
-    arguments = scalar_arguments(rows, common, blocks, weight, soft_weight, hard_weight, soft, hard)
-    by = {
-        "normalizer_ptr": divisor_ptr,
-        "counts_ptr": counts,
-        "normalizer": divisor,
-        "n_counts": n_counts,
-        "COUNTS": MAX_COUNTS,
-    }
-    arguments |= by | {"grad_ptr": written, "partial_ptr": partial}
-    kernel = kernels("topk_loss").topk_scalar if sparse else kernels("distill_loss").distill_scalar
-    launch(kernel, programs, rows.device, blocks.warps, taken(kernel, arguments))
-    launch(
-        kernels("reduce").reduce_loss,
-        1,
-        rows.device,
-        4,
-        by
-        | {
-            "partial_ptr": partial,
-            "loss_ptr": loss,
-            "n_partials": programs,
-            "DTYPE": common["DTYPE"],
-            "BLOCK": REDUCE_BLOCK,
-        },
-    )
+    terms, numbers = loss_arguments(rows, weight, soft_weight, hard_weight, normalizer)
+    terms = terms._replace(partial_ptr=partial, grad_ptr=written, counts_ptr=counts)
+    arguments = common.numbers | numbers | {"n_counts": n_counts, "width": rows.student.shape[-1] // common.unit}
+    arguments |= {"p": common.problem, "listed": common.listed, "loss": terms}
+    arguments["how"] = common.how(soft=soft, hard=hard, smooth=rows.label_smoothing != 0)
+    kernel = kernels("topk.scalar").topk_scalar if sparse else kernels("distill.scalar").distill_scalar
+    launch(kernel, programs, rows.device, common.blocks.warps, taken(kernel, arguments))
+    _reduce(terms, numbers["normalizer"], programs, n_counts, loss)
     return loss, None if grad is None or written is None else finish(written, grad)
 
 
-def scalar_arguments(
+def loss_arguments(
     rows: Rows,
-    common: dict[str, Any],
-    blocks: Blocks,
     weight: Tensor | None,
     soft_weight: float | Tensor,
     hard_weight: float | Tensor,
-    soft: bool,
-    hard: bool,
-) -> dict[str, Any]:
-    """Arguments of ``distill_scalar`` but for its outputs and its divisor."""
+    normalizer: float | Tensor | None,
+) -> tuple[Any, dict[str, float]]:
+    """`structs.Loss` without outputs and counts, and the numbers that go with it."""
     soft_number, soft_ptr = number(soft_weight, rows.student)
     hard_number, hard_ptr = number(hard_weight, rows.student)
-    return common | {
-        "weight_ptr": weight,
-        "soft_weight_ptr": soft_ptr,
-        "hard_weight_ptr": hard_ptr,
-        "soft_weight": soft_number,
-        "hard_weight": hard_number,
-        "width": rows.student.shape[-1] // common["UNIT"],
-        "KIND": common["KIND"] if soft else kind_of(None),
-        "HARD": hard,
-        "SMOOTH": hard and rows.label_smoothing != 0,
-        "LOOP": blocks.loop,
+    divisor, divisor_ptr = number(normalizer, rows.student)
+    pointers = (None, None, aligned(weight), soft_ptr, hard_ptr, divisor_ptr, None)
+    terms = kernels("rows.structs").Loss(*pointers, **constants({"COUNTS": MAX_COUNTS}))
+    return terms, {"soft_weight": soft_number, "hard_weight": hard_number, "normalizer": divisor}
+
+
+def _reduce(terms: Any, normalizer: float, programs: int, n_counts: int, loss: Tensor) -> None:
+    """The second stage of the loss: the partial sums in a fixed order, over the divisor."""
+    tl = kernels("rows.reduce").tl
+    arguments = {
+        "out_ptr": loss,
+        "loss": terms._replace(grad_ptr=None, weight_ptr=None, soft_weight_ptr=None, hard_weight_ptr=None),
+        "normalizer": normalizer,
+        "n_partials": programs,
+        "n_counts": n_counts,
+        "DTYPE": tl.float64 if loss.dtype == torch.float64 else tl.float32,
+        "BLOCK": REDUCE_BLOCK,
     }
+    launch(kernels("rows.reduce").reduce_loss, 1, loss.device, 4, arguments)
 
 
 def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...] | None]:
@@ -155,27 +133,15 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[T
         extra[:of_labels] = [allocate.empty((n,), dtype, device) for _ in range(of_labels)]
         extra[4] = allocate.empty((n,), torch.bool, device)
     if n:
-        common, blocks = row_arguments(rows, (), heavy=terms)
-        arguments = common | {
-            "soft_ptr": soft,
-            "hard_ptr": hard,
-            "stats_ptr": stats,
-            "student_entropy_ptr": extra[0],
-            "teacher_entropy_ptr": extra[1],
-            "student_prob_ptr": extra[2],
-            "teacher_prob_ptr": extra[3],
-            "agreement_ptr": extra[4],
-            "HARD": rows.labels is not None,
-            "SMOOTH": rows.labels is not None and rows.label_smoothing != 0,
-            "TERMS": terms,
-            "LOOP": blocks.loop,
+        common = row_arguments(rows, (), heavy=terms)
+        arguments = common.numbers | {"p": common.problem, "listed": common.listed}
+        arguments |= {
+            "out": kernels("distill.per_row").RowTerms(soft, hard, stats, *extra),
+            "of": _nothing(kernels("distill.backward").RowGradients),
         }
-        if rows.topk is None:
-            kernel = kernels("distill_rows").distill_rows
-        else:
-            kernel = kernels("topk_rows").topk_rows
-            arguments = taken(kernel, NO_GRADIENTS | arguments)
-        launch(kernel, -(-n // blocks.rows), device, blocks.warps, arguments)
+        arguments |= {"how": _per_row_how(rows, common, terms), **dict.fromkeys(UPSTREAM, 0)}
+        kernel = kernels("distill.per_row").distill_rows if rows.topk is None else kernels("topk.per_row").topk_rows
+        launch(kernel, -(-n // common.blocks.rows), device, common.blocks.warps, taken(kernel, arguments))
     return soft, hard, stats, tuple(extra) if terms else None
 
 
@@ -198,38 +164,38 @@ def per_row_backward(
     at_one = allocate.empty((n,), rows.dtype, rows.device) if several and isinstance(rows.divergence, NKD) else None
     wanted = (needs[2], needs[3] and not several)
     per_side = [allocate.empty((n,), rows.dtype, rows.device) if need else None for need in wanted]
-    common: dict[str, Any] = {}
-    blocks = None
+    common = None
     if n and any(needs):
         widths = (rows.student.shape[-1], *(logits.shape[-1] for logits in rows.teachers if rows.topk is None))
-        common, blocks = row_arguments(rows, widths)
-        arguments = common | {
-            "d_student_ptr": student,
-            "d_teacher_ptr": teacher if mixed is None else mixed,
-            "d_exponent_ptr": exponents,
-            "d_temperature_ptr": per_side[0],
-            "d_teacher_temperature_ptr": per_side[1],
-            "at_one_ptr": at_one,
-            "stats_ptr": stats.contiguous(),
-            "grad_soft_ptr": grad_soft,
-            "grad_hard_ptr": grad_hard,
+        common = row_arguments(rows, widths)
+        outputs = kernels("distill.backward").RowGradients(
+            stats_ptr=aligned(stats),
+            grad_soft_ptr=grad_soft,
+            grad_hard_ptr=grad_hard,
+            d_student_ptr=student,
+            d_teacher_ptr=teacher if mixed is None else mixed,
+            d_exponent_ptr=exponents,
+            d_temperature_ptr=per_side[0],
+            d_teacher_temperature_ptr=per_side[1],
+            at_one_ptr=at_one,
+        )
+        arguments = common.numbers | {"p": common.problem, "listed": common.listed, "of": outputs}
+        arguments["out"] = _nothing(kernels("distill.per_row").RowTerms)
+        arguments |= {
+            "how": _per_row_how(rows, common),
             "grad_soft_stride": grad_soft.stride(0),
             "grad_hard_stride": grad_hard.stride(0),
-            "s_width": widths[0] // common["UNIT"],
-            "t_width": (rows.classes if several else widths[-1]) // common["UNIT"],
-            "HARD": rows.labels is not None,
-            "SMOOTH": rows.labels is not None and rows.label_smoothing != 0,
-            "LOOP": blocks.loop,
+            "s_width": widths[0] // common.unit,
+            "t_width": (rows.classes if several else widths[-1]) // common.unit,
         }
         if rows.topk is None:
-            kernel = kernels("distill_loss_backward").distill_rows_backward
+            kernel = kernels("distill.backward").distill_rows_backward
         else:
-            kernel = kernels("topk_rows").topk_rows
-            arguments = taken(kernel, NO_TERMS | arguments)
-        launch(kernel, -(-n // blocks.rows), rows.device, blocks.warps, arguments)
+            kernel = kernels("topk.per_row").topk_rows
+        launch(kernel, -(-n // common.blocks.rows), rows.device, common.blocks.warps, taken(kernel, arguments))
     first = None if student is None or d_student is None else finish(student, d_student)
     if several:
-        found = mixture_backward(rows, common, blocks, mixed, exponents, at_one, (*needs[3:5], *of_teachers))
+        found = mixture_backward(rows, common, mixed, exponents, at_one, (*needs[3:5], *of_teachers))
         return first, found.teachers[0], per_side[0], found.temperature, found.weights, *found.teachers[1:]
     return (
         first,
@@ -238,17 +204,26 @@ def per_row_backward(
     )
 
 
+def _nothing(of: Any) -> Any:
+    """The argument tuple ``of`` where nothing of it is asked for."""
+    return of(*(None,) * len(of._fields))
+
+
+def _per_row_how(rows: Rows, common: RowArguments, terms: bool = False) -> Any:
+    return common.how(hard=rows.labels is not None, smooth=rows.label_smoothing != 0, terms=terms)
+
+
 def _count(rows: Rows) -> tuple[Tensor, int]:
     """Partial counts of the counted rows, and how many there are."""
     programs = min(-(-rows.n_rows // COUNT_BLOCK), MAX_COUNTS)
     counts = allocate.empty((programs,), torch.int64, rows.device)
     arguments = {
-        "labels_ptr": rows.labels,
-        "mask_ptr": rows.mask,
+        "labels_ptr": aligned(rows.labels),
+        "mask_ptr": aligned(rows.mask),
         "counts_ptr": counts,
         "n_rows": rows.n_rows,
         "ignore_index": rows.ignore_index,
         "BLOCK": COUNT_BLOCK,
     }
-    launch(kernels("reduce").count_rows, programs, rows.device, 4, arguments)
+    launch(kernels("rows.reduce").count_rows, programs, rows.device, 4, arguments)
     return counts, programs

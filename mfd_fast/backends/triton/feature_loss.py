@@ -1,4 +1,4 @@
-"""feature_loss on Triton: every tap in one launch. The kernels are in ``kernels/triton/feature_loss.py``."""
+"""feature_loss on Triton: every tap in one launch. The kernels are in ``kernels/triton/features``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...reference.feature_loss import KINDS
 from .. import allocate
 from ..layout import RowLayout, row_layout
 from . import interpreting
-from .launch import finish, gradient, kernels, launch, number
+from .launch import aligned, finish, gradient, kernels, launch, number
 from .reduce_columns import ColumnSums
 
 MAX_TAPS = 32  # the kernel is unrolled over them
@@ -53,28 +53,27 @@ def _tiles(problem: Any) -> tuple[tuple[bool, int, int], ...]:
 def _run(problem: Any, tiles: tuple[tuple[bool, int, int], ...], partial: Tensor | None, **per_tap: Any) -> None:
     """``per_tap``: tuples of the kernel's optional arguments; those that are missing are None."""
     taps = problem.taps
-    nothing = (None,) * len(taps)
-    names = ("weight_ptrs", "count_ptrs", "up_ptrs", "distance_ptrs", "d_student_ptrs", "d_teacher_ptrs")
-    tl = kernels("feature_loss").tl
-    zeros = (0.0,) * len(taps)
-    arguments: dict[str, Any] = {**dict.fromkeys(names, nothing), "weights": zeros, "weights_low": zeros, **per_tap}
+    module = kernels("features.taps")
+    tl = module.tl
+    fields: dict[str, Any] = dict.fromkeys(module.Taps._fields, (None,) * len(taps))
+    fields |= dict.fromkeys(("weights", "weights_low"), (0.0,) * len(taps))
     for side in ("student", "teacher"):
-        arguments |= _addresses(side, [getattr(tap, side) for tap in taps])
-    arguments |= {
-        "mask_ptrs": tuple(None if tap.mask is None else tap.mask.contiguous() for tap in taps),
+        fields |= _addresses(side, [getattr(tap, side) for tap in taps])
+    fields["mask_ptrs"] = tuple(aligned(tap.mask) for tap in taps)
+    arguments = {
+        "taps": module.Taps(**(fields | per_tap)),
         "partial_ptr": partial,
         # Numbers in tuples compile anew where they are 1 or divisible by 16: 2n + 3 never is.
         "coded_rows": tuple(2 * tap.student.shape[:-1].numel() + 3 for tap in taps),
         "widths": tuple(tap.student.shape[-1] for tap in taps),
-        "TAPS": len(taps),
         "TILES": tiles,
-        "KIND": KINDS.index(problem.kind),
+        "FEATURE_KIND": KINDS.index(problem.kind),
         "MEAN": problem.reduction == "mean",
         "DTYPE": tl.float64 if problem.dtype == torch.float64 else tl.float32,
     }
     programs = _programs(problem, tiles)
     if programs:
-        launch(kernels("feature_loss").match_taps, programs, problem.device, WARPS, arguments)
+        launch(module.match_taps, programs, problem.device, WARPS, arguments)
 
 
 def _addresses(side: str, tensors: Sequence[Tensor]) -> dict[str, Any]:
@@ -143,7 +142,7 @@ def distances_backward(problem: Any, grad_distances: Sequence[Tensor], needs: Se
         problem,
         _tiles(problem),
         None,
-        up_ptrs=tuple(grad.reshape(-1).contiguous() for grad in grad_distances),
+        up_ptrs=tuple(aligned(grad.reshape(-1)) for grad in grad_distances),
         d_student_ptrs=written[:count],
         d_teacher_ptrs=written[count:],
     )

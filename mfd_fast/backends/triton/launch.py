@@ -22,7 +22,7 @@ _modules: dict[str, ModuleType] = {}
 
 
 def kernels(name: str) -> ModuleType:
-    """Module ``mfd_fast.kernels.triton.<name>``, imported at the first use."""
+    """Module ``mfd_fast.kernels.triton.<name>`` (``folder.module``), imported at the first use."""
     module = _modules.get(name)
     if module is None:
         module = _modules[name] = importlib.import_module(f"mfd_fast.kernels.triton.{name}")
@@ -55,6 +55,24 @@ def launch(
         kernel[(programs,)](**arguments, **options)
 
 
+def constants(values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` as fields of an argument tuple that are known at compile time."""
+    from triton.language import constexpr
+
+    return {name: constexpr(value) for name, value in values.items()}
+
+
+def aligned(tensor: Tensor | None) -> Tensor | None:
+    """``tensor``, contiguous and at a multiple of 16 bytes: a copy where a view begins elsewhere.
+
+    Every alignment of a pointer would compile its kernel anew; what goes through here is small beside the logits.
+    """
+    if tensor is None or tensor.device.type == "meta":
+        return tensor
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def taken(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Those of ``arguments`` that ``kernel`` has."""
     return {name: arguments[name] for name in kernel.arg_names if name in arguments}
@@ -78,7 +96,7 @@ def number(value: float | Tensor | None, like: Tensor) -> tuple[float, Tensor | 
         return float(value), None
     if value.device != like.device:  # a 0-d CPU tensor: its value is at hand
         return float(value), None
-    return 1.0, value.contiguous()
+    return 1.0, aligned(value)
 
 
 def gradient(like: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""mfd_loss on Triton: one launch for the loss and all row gradients. The kernel is in ``kernels/triton/mfd_loss.py``.
+"""mfd_loss on Triton: one launch for the loss and all row gradients. The kernel is in ``kernels/triton/mfd``.
 
 A second launch adds up the partial sums of the programs in a fixed order: a program that waited for the others and
 did it in the same launch would do alone what this one spreads over the processors. The head weight's gradient is
@@ -21,9 +21,9 @@ from ..layout import row_layout
 from . import distill_loss
 from . import modal_pool as pooling
 from .blocks import common_unit
-from .launch import finish, kernels, launch, number
+from .launch import aligned, constants, finish, kernels, launch, number
 from .reduce_columns import ColumnSums
-from .row_arguments import kind_of, parameters
+from .row_arguments import kind_of, logits_argument, parameters
 
 ROWS = 16  # of a program: the least that a tensor core takes
 TILE_BYTES = 256  # of each row of a tile of a matrix product
@@ -83,7 +83,7 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
     query = sums.add((width,), pool.query.dtype, dtype) if need_query else None
     bias = sums.add((pool.modalities,), pool.bias.dtype, dtype) if need_bias else None
     head_bias = sums.add((classes,), p.head_bias.dtype, dtype) if need_head_bias else None
-    d_features, feature_outputs = pooling.feature_gradients(pool, need_features)
+    d_features, dx_ptrs, dx_stride = pooling.feature_gradients(pool, need_features)
     weights = allocate.empty((*p.leading, pool.modalities), dtype, device)
     predictions = allocate.empty(tuple(p.leading), torch.int64, device)
     if n == 0:
@@ -93,28 +93,35 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
     else:
         operand = _operand_dtype(p)
         pool_needed = need_query or need_bias or any(need_features)
-        scratch: dict[str, Any] = {
-            "y_ptr": allocate.empty((n, width), operand, device),
-            "z_ptr": allocate.empty((n, _padded(classes)), dtype, device),
-            "dz_ptr": allocate.empty((n, _padded(classes)), operand, device) if any(needs) else None,
-            "dy_ptr": allocate.empty((n, width), dtype, device) if pool_needed else None,
-        }
-        outputs = {
-            "weights_ptr": weights,
-            "predictions_ptr": predictions,
-            "terms_ptrs": tuple(partial for partial, _ in terms),
+        y = allocate.empty((n, width), operand, device)
+        z = allocate.empty((n, _padded(classes)), dtype, device)
+        dz = allocate.empty((n, _padded(classes)), operand, device) if any(needs) else None
+        module = kernels("mfd.single_pass")
+        pool_outputs = dict.fromkeys(kernels("pool.modal_pool").PoolGradients._fields)
+        pool_outputs |= {
+            "dx_ptrs": dx_ptrs,
             "query_partial_ptr": None if query is None else query[0],
             "bias_partial_ptr": None if bias is None else bias[0],
-            "head_bias_partial_ptr": None if head_bias is None else head_bias[0],
         }
-        arguments = _pool_arguments(pool) | _row_arguments(p) | scratch | outputs | feature_outputs
-        launch(kernels("mfd_loss").mfd_single_pass, sums.n_partials, device, WARPS, arguments, **OPTIONS)
+        outputs = module.Outputs(
+            y_ptr=y,
+            z_ptr=z,
+            dz_ptr=dz,
+            dy_ptr=allocate.empty((n, width), dtype, device) if pool_needed else None,
+            weights_ptr=weights,
+            predictions_ptr=predictions,
+            terms_ptrs=tuple(partial for partial, _ in terms),
+            head_bias_partial_ptr=None if head_bias is None else head_bias[0],
+            pool=kernels("pool.modal_pool").PoolGradients(**pool_outputs),
+        )
+        arguments = _arguments(p, z) | {"out": outputs, "dx_stride": dx_stride}
+        launch(module.mfd_single_pass, sums.n_partials, device, WARPS, arguments, **OPTIONS)
         sums.run()
         d_head_weight = None
         if need_head_weight:
             with torch.autocast(device.type, enabled=False):
-                dz = scratch["dz_ptr"][:, :classes]
-                d_head_weight = (dz.t() @ scratch["y_ptr"]).to(p.head_weight.dtype)
+                assert dz is not None
+                d_head_weight = (dz[:, :classes].t() @ y).to(p.head_weight.dtype)
     gradients = [
         None if query is None else query[1],
         None if bias is None else bias[1],
@@ -125,95 +132,111 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
     return (*(out for _, out in terms), weights, predictions), gradients
 
 
-def _pool_arguments(pool: Any) -> dict[str, Any]:
-    """The arguments of the pool, under the names that the single pass gives them."""
-    found = pooling.pool_arguments(pool)
-    names = {
-        "temperature_ptr": "pool_temperature_ptr",
-        "temperature": "pool_temperature",
-        "scale": "pool_scale",
-        "STEP": "POOL_STEP",
-        "EXACT": "POOL_EXACT",
-    }
-    dropped = ("scores_ptr", "n_rows", "DTYPE")
-    return {names.get(name, name): value for name, value in found.items() if name not in dropped}
-
-
-def _row_arguments(p: Any) -> dict[str, Any]:
-    """Head, teacher, labels, weights, divisor and the shapes of the tiles."""
-    rows = p.rows
+def _arguments(p: Any, z: Tensor) -> dict[str, Any]:
+    """Everything that the kernel reads, and the shapes of its tiles."""
+    rows, pool = p.rows, p.pool
     n, classes = rows.n_rows, rows.classes
-    head = p.head_weight if p.head_weight.stride(1) == 1 or p.pool.width == 1 else p.head_weight.contiguous()
-    teacher = row_layout(rows.teacher)
-    flat = teacher.inner >= n
-    outer = 0 if flat else teacher.outer_stride
-    unit = common_unit(classes, outer, teacher.row_stride)
-    soft, hard = is_used(p.soft_weight), rows.labels is not None and is_used(p.hard_weight)
-    features = row_layout(p.teacher_features) if is_used(p.feature_weight) else None
-    # Row counts must not reach the compiler as the inner counts of flat layouts.
-    inner, features_outer = 1, 0
-    if features is not None and features.inner < n:
-        inner, features_outer = features.inner, features.outer_stride
-    target = p.teacher_pool_weights.contiguous() if is_used(p.pool_weight) else None
-    numbers: dict[str, Any] = {}
-    for name, value in (
-        ("temperature", rows.temperature),
-        ("teacher_temperature", rows.teacher_temperature),
-        ("soft_weight", p.soft_weight),
-        ("hard_weight", p.hard_weight),
-        ("feature_weight", p.feature_weight),
-        ("pool_weight", p.pool_weight),
-    ):
-        numbers[name], numbers[f"{name}_ptr"] = number(value, head)
+    head = p.head_weight if p.head_weight.stride(1) == 1 or pool.width == 1 else p.head_weight.contiguous()
+    problem, pool_temperature = pooling.pool_problem(pool)
+    block_d = _tile(TILE_D, pool.width)
+    row_problem, numbers = _row_problem(p, z)
+    extra, extra_numbers = _extra(p, head)
     count = p.reduction == "mean" and p.normalizer is None
-    everything = rows.labels is None and rows.mask is None
     divisor = 1.0 if p.reduction == "sum" else float(n) if count else p.normalizer
-    numbers["normalizer"], numbers["normalizer_ptr"] = number(divisor, head)
-    numbers["a"], numbers["b"] = parameters(rows.divergence)
-    size = 1 << (classes - 1).bit_length()
-    vec = min(8, size)
-    lanes = min(32, size // vec)  # a warp per row
-    steps = (numbers["temperature_ptr"], numbers["teacher_temperature_ptr"])
-    return numbers | {
-        "head_ptr": head,
-        "head_stride": head.stride(0),
-        "head_bias_ptr": None if p.head_bias is None else p.head_bias.contiguous(),
-        "teacher_ptr": teacher.tensor,
-        "teacher_inner": 1 if flat else teacher.inner,
-        "teacher_outer": outer // unit,
-        "teacher_stride": teacher.row_stride // unit,
-        "T_FLAT": flat,
-        "labels_ptr": rows.labels,
-        "mask_ptr": rows.mask,
-        "weight_ptr": p.weight,
-        "features_ptr": None if features is None else features.tensor,
-        "features_inner": inner,
-        "features_outer": features_outer,
-        "features_stride": 0 if features is None else features.row_stride,
-        "F_FLAT": features is None or features.inner >= n,
-        "pool_target_ptr": target,
-        "smoothing": float(rows.label_smoothing),
+    loss, loss_numbers = distill_loss.loss_arguments(rows, p.weight, p.soft_weight, p.hard_weight, divisor)
+    operand_bytes = _operand_dtype(p).itemsize
+    tiles = {
+        "ROWS": ROWS,
+        "BLOCK_C": _tile(TILE_BYTES // operand_bytes, classes, pool.width),
+        "BLOCK_D": block_d,
+        "BLOCK_K": _tile(STEP_BYTES // operand_bytes, classes, pool.width),
+    }
+    return {
+        "pool": problem,
+        "rows": row_problem,
+        "loss": loss,
+        "extra": extra,
+        "pool_how": pooling.pool_how(pool, True, ROWS, block_d),
+        "how": _how(p, row_problem),
+        "tiles": kernels("mfd.single_pass").Tiles(**constants(tiles)),
+        "pool_temperature": pool_temperature,
+        "pool_scale": float(pool.scale),
         "n_rows": n,
         "ignore_index": rows.ignore_index,
-        "classes": classes // unit,
+        "width": pool.width,
         "z_stride": _padded(classes),
-        "T_STEP": 0 if steps[0] is None or steps[0].dim() == 0 else 1,
-        "TT_STEP": 0 if steps[1] is None or steps[1].dim() == 0 else 1,
-        "COUNT": count and not everything,
+        **numbers,
+        **extra_numbers,
+        **loss_numbers,
+    }
+
+
+def _row_problem(p: Any, z: Tensor) -> tuple[Any, dict[str, Any]]:
+    """`structs.RowProblem`, whose student's logits are those that the kernel parks, and its numbers."""
+    rows = p.rows
+    teacher = row_layout(rows.teacher)
+    flat = teacher.inner >= rows.n_rows
+    outer = 0 if flat else teacher.outer_stride
+    unit = common_unit(rows.classes, outer, teacher.row_stride)
+    temperature, temperature_ptr = number(rows.temperature, z)
+    teacher_temperature, teacher_temperature_ptr = number(rows.teacher_temperature, z)
+    a, b = parameters(rows.divergence)
+    problem = kernels("rows.structs").RowProblem(
+        student=logits_argument(z, temperature_ptr, 1, True),
+        teacher=logits_argument(teacher.tensor, teacher_temperature_ptr, unit, flat),
+        labels_ptr=aligned(rows.labels),
+        mask_ptr=aligned(rows.mask),
+        **dict.fromkeys(("more_ptrs", "more_inner", "more_outer", "more_row", "weights_ptr")),
+        **constants({"WEIGHTS_PER_ROW": False}),
+    )
+    numbers = {"temperature": temperature, "teacher_temperature": teacher_temperature, "a": a, "b": b}
+    numbers |= {"smoothing": float(rows.label_smoothing), "classes": rows.classes // unit}
+    # Row counts must not reach the compiler as the inner counts of flat layouts.
+    numbers |= {"teacher_inner": 1 if flat else teacher.inner, "teacher_outer": outer // unit}
+    return problem, numbers | {"teacher_stride": teacher.row_stride // unit}
+
+
+def _extra(p: Any, head: Tensor) -> tuple[Any, dict[str, Any]]:
+    """`single_pass.Extra` and its numbers."""
+    rows = p.rows
+    features = row_layout(p.teacher_features) if is_used(p.feature_weight) else None
+    target = aligned(p.teacher_pool_weights) if is_used(p.pool_weight) else None
+    feature_weight, feature_weight_ptr = number(p.feature_weight, head)
+    pool_weight, pool_weight_ptr = number(p.pool_weight, head)
+    count = p.reduction == "mean" and p.normalizer is None
+    everything = rows.labels is None and rows.mask is None
+    flat = features is None or features.inner >= rows.n_rows
+    flags = {"F_FLAT": flat, "FEATURE_KIND": KINDS.index(p.feature_kind), "COUNT": count and not everything}
+    pointers = (head, aligned(p.head_bias), None if features is None else features.tensor, target)
+    extra = kernels("mfd.single_pass").Extra(*pointers, feature_weight_ptr, pool_weight_ptr, **constants(flags))
+    numbers = {"feature_weight": feature_weight, "pool_weight": pool_weight, "head_stride": head.stride(0)}
+    numbers |= {"features_inner": 1, "features_outer": 0, "features_stride": 0}
+    if features is not None:
+        numbers["features_stride"] = features.row_stride
+        if not flat:
+            numbers |= {"features_inner": features.inner, "features_outer": features.outer_stride}
+    return extra, numbers
+
+
+def _how(p: Any, row_problem: Any) -> Any:
+    """`structs.How` of the rows of logits: a warp per row."""
+    rows = p.rows
+    soft, hard = is_used(p.soft_weight), rows.labels is not None and is_used(p.hard_weight)
+    size = 1 << (rows.classes - 1).bit_length()
+    vec = min(8, size)
+    fields = {
         "DIVERGENCE": kind_of(rows.divergence if soft else None),
         "HARD": hard,
         "SMOOTH": hard and rows.label_smoothing != 0,
+        "TERMS": False,
         "SQUARED": rows.scale_by_temperature,
-        "KIND": KINDS.index(p.feature_kind),
         # 16-bit logits do not deserve the slower exponentials.
-        "EXACT": torch.float32 in (_operand_dtype(p), teacher.tensor.dtype),
-        "CONTIGUOUS": unit >= 4,
-        "UNIT": unit,
-        "ROWS": ROWS,
-        "GROUP": WARPS,
-        "BLOCK_C": _tile(TILE_BYTES // _operand_dtype(p).itemsize, classes, p.pool.width),
-        "BLOCK_D": _tile(TILE_D, p.pool.width),
-        "BLOCK_K": _tile(STEP_BYTES // _operand_dtype(p).itemsize, classes, p.pool.width),
-        "LANES": lanes,
+        "EXACT": torch.float32 in (_operand_dtype(p), row_problem.teacher.ptr.dtype),
+        "FLOAT64": False,
+        "CONTIGUOUS": row_problem.teacher.UNIT.value >= 4,
+        "LOOP": True,
+        "ROWS": WARPS,
+        "LANES": min(32, size // vec),
         "VEC": vec,
     }
+    return kernels("rows.structs").How(**constants(fields))

@@ -1,4 +1,4 @@
-"""modal_pool on Triton: arguments, allocation and launches. The kernels are in ``kernels/triton/modal_pool.py``."""
+"""modal_pool on Triton: arguments, allocation and launches. The kernels are in ``kernels/triton/pool``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import allocate
 from ..layout import row_layout
 from . import interpreting
-from .launch import finish, gradient, kernels, launch, number
+from .launch import aligned, constants, finish, gradient, kernels, launch, number
 from .reduce_columns import ColumnSums
 
 MAX_MODALITIES = 32  # the loops over modalities are unrolled
@@ -59,55 +59,50 @@ def modalities(tensors: Sequence[Tensor], stacked: bool) -> list[Tensor]:
     return list(tensors[0].unbind(-2)) if stacked else list(tensors)
 
 
-def feature_arguments(p: Any) -> dict[str, Any]:
-    """Addresses of the features."""
-    n = p.leading.numel()
-    layouts = [row_layout(x) for x in modalities(p.features, p.stacked)]
+def features(tensors: Sequence[Tensor], n: int) -> Any:
+    """The argument tuple of rows of features, `modal_pool.Features`."""
+    layouts = [row_layout(x) for x in tensors]
     flat = all(layout.inner >= n for layout in layouts)
-    return {
-        "x_ptrs": tuple(layout.tensor for layout in layouts),
-        "x_inners": () if flat else tuple(layout.inner for layout in layouts),
-        "x_outers": () if flat else tuple(layout.outer_stride for layout in layouts),
-        "x_strides": tuple(layout.row_stride for layout in layouts),
-        "FLAT": flat,
-    }
+    inners = () if flat else tuple(layout.inner for layout in layouts)
+    outers = () if flat else tuple(layout.outer_stride for layout in layouts)
+    strides = tuple(layout.row_stride for layout in layouts)
+    pointers = tuple(layout.tensor for layout in layouts)
+    return kernels("pool.modal_pool").Features(pointers, inners, outers, strides, **constants({"FLAT": flat}))
 
 
-def pool_arguments(p: Any) -> dict[str, Any]:
-    """What every kernel that pools needs, but for the shape of its tiles."""
+def no_features() -> Any:
+    """The argument tuple of features that are not there."""
+    return kernels("pool.modal_pool").Features((None,), (), (), (0,), **constants({"FLAT": True}))
+
+
+def pool_problem(p: Any) -> tuple[Any, float]:
+    """`modal_pool.PoolProblem`, and the temperature where it is a number."""
     tau = p.temperature
     if isinstance(tau, Tensor) and tau.dim():
         tau = tau.reshape(-1)
     temperature, temperature_ptr = number(tau, p.features[0])
-    tl = kernels("modal_pool").tl
+    x = features(modalities(p.features, p.stacked), p.leading.numel())
+    pointers = [aligned(value) for value in (p.query, p.scores, p.bias, p.present)]
+    step = 0 if temperature_ptr is None or temperature_ptr.dim() == 0 else 1
+    numbers = {"M": p.modalities, "M_TILE": 1 << (p.modalities - 1).bit_length(), "STEP": step}
+    return kernels("pool.modal_pool").PoolProblem(x, *pointers, temperature_ptr, **constants(numbers)), temperature
+
+
+def pool_how(p: Any, loop: bool, rows: int, width: int) -> Any:
+    """`modal_pool.PoolHow`: arithmetic and tile."""
     floating = [t for t in (*p.features, p.scores) if t is not None]
-    return feature_arguments(p) | {
-        "query_ptr": _dense(p.query),
-        "scores_ptr": _dense(p.scores),
-        "bias_ptr": _dense(p.bias),
-        "present_ptr": _dense(p.present),
-        "temperature_ptr": temperature_ptr,
-        "temperature": temperature,
-        "scale": float(p.scale),
-        "n_rows": p.leading.numel(),
-        "width": p.width,
-        "M": p.modalities,
-        "M_TILE": 1 << (p.modalities - 1).bit_length(),
-        "STEP": 0 if temperature_ptr is None or temperature_ptr.dim() == 0 else 1,
-        "DTYPE": tl.float64 if p.dtype == torch.float64 else tl.float32,
-        # 16-bit features do not deserve the slower exponentials; float64 has its own.
-        "EXACT": any(t.dtype in (torch.float32, torch.float64) for t in floating),
-    }
+    # 16-bit features do not deserve the slower exponentials; float64 has its own.
+    exact = any(t.dtype in (torch.float32, torch.float64) for t in floating)
+    fields = {"EXACT": exact, "FLOAT64": p.dtype == torch.float64, "LOOP": loop, "ROWS": rows, "BLOCK_D": width}
+    return kernels("pool.modal_pool").PoolHow(**constants(fields))
 
 
 def _common(p: Any) -> tuple[dict[str, Any], PoolBlocks]:
     blocks = pool_blocks(p.modalities, p.width, p.dtype == torch.float64)
-    tile = {"LOOP": blocks.loop, "ROWS": blocks.rows, "BLOCK_D": blocks.width}
-    return pool_arguments(p) | tile, blocks
-
-
-def _dense(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.contiguous()
+    problem, temperature = pool_problem(p)
+    how = pool_how(p, blocks.loop, blocks.rows, blocks.width)
+    numbers = {"temperature": temperature, "scale": float(p.scale), "n_rows": p.leading.numel(), "width": p.width}
+    return {"p": problem, "how": how, **numbers}, blocks
 
 
 def forward(p: Any) -> tuple[Tensor, Tensor]:
@@ -119,19 +114,21 @@ def forward(p: Any) -> tuple[Tensor, Tensor]:
     if n:
         common, blocks = _common(p)
         outputs = {"pooled_ptr": written, "weights_ptr": weights}
-        launch(kernels("modal_pool").pool_forward, -(-n // blocks.rows), p.device, blocks.warps, common | outputs)
+        kernel = kernels("pool.modal_pool").pool_forward
+        launch(kernel, -(-n // blocks.rows), p.device, blocks.warps, common | outputs)
     return finish(written, pooled), weights
 
 
-def feature_gradients(p: Any, needs: Sequence[bool]) -> tuple[list[tuple[Tensor, Tensor] | None], dict[str, Any]]:
-    """(written, returned) per feature tensor, and the kernel's arguments for them."""
+def feature_gradients(
+    p: Any, needs: Sequence[bool]
+) -> tuple[list[tuple[Tensor, Tensor] | None], tuple[Tensor | None, ...], int]:
+    """(written, returned) per feature tensor; per modality where the kernel writes, and the stride of these rows."""
     found = [gradient(x) if need else None for x, need in zip(p.features, needs, strict=True)]
     if p.stacked:
         (one,) = found
         parts: list[Tensor | None] = [None] * p.modalities if one is None else list(one[0].unbind(-2))
-        return found, {"dx_ptrs": tuple(parts), "dx_stride": p.modalities * p.width}
-    pointers = tuple(None if pair is None else pair[0] for pair in found)
-    return found, {"dx_ptrs": pointers, "dx_stride": p.width}
+        return found, tuple(parts), p.modalities * p.width
+    return found, tuple(None if pair is None else pair[0] for pair in found), p.width
 
 
 def backward(
@@ -158,29 +155,26 @@ def backward(
     elif need_temperature:
         temperature_partial, d_temperature = sums.add((), p.dtype, torch.float64)
     scores = gradient(p.scores) if need_scores else None
-    d_features, feature_outputs = feature_gradients(p, need_features)
+    d_features, dx_ptrs, dx_stride = feature_gradients(p, need_features)
     if n == 0:
         for t in (d_query, d_bias, d_temperature):
             if t is not None:
                 t.zero_()
     else:
-        up = None if d_pooled is None else row_layout(d_pooled)
-        outputs = {
-            "weights_ptr": weights.contiguous(),
-            "d_pooled_ptr": None if up is None else up.tensor,
-            "d_pooled_inners": None if up is None or up.inner >= n else (up.inner,),
-            "d_pooled_outers": None if up is None or up.inner >= n else (up.outer_stride,),
-            "d_pooled_strides": None if up is None else (up.row_stride,),
-            "D_FLAT": up is None or up.inner >= n,
-            "d_weights_ptr": _dense(d_weights),
-            "d_scores_ptr": None if scores is None else scores[0],
-            "d_temperature_ptr": d_temperature if per_row else None,
-            "query_partial_ptr": query_partial,
-            "bias_partial_ptr": bias_partial,
-            "temperature_partial_ptr": temperature_partial,
-        }
-        arguments = common | feature_outputs | outputs
-        launch(kernels("modal_pool").pool_backward, programs, p.device, blocks.warps, arguments)
+        module = kernels("pool.modal_pool")
+        outputs = module.PoolGradients(
+            weights_ptr=aligned(weights),
+            d_pooled=features([d_pooled], n) if d_pooled is not None else no_features(),
+            d_weights_ptr=aligned(d_weights),
+            dx_ptrs=dx_ptrs,
+            d_scores_ptr=None if scores is None else scores[0],
+            d_temperature_ptr=d_temperature if per_row else None,
+            query_partial_ptr=query_partial,
+            bias_partial_ptr=bias_partial,
+            temperature_partial_ptr=temperature_partial,
+        )
+        arguments = common | {"of": outputs, "dx_stride": dx_stride}
+        launch(module.pool_backward, programs, p.device, blocks.warps, arguments)
         sums.run()
     d_scores = None if scores is None else finish(*scores)
     return [d_query, d_scores, d_bias, d_temperature, *(None if x is None else finish(*x) for x in d_features)]

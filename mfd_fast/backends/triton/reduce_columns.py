@@ -40,7 +40,7 @@ class ColumnSums:
         if not lengths:
             return
         launch(
-            kernels("reduce_columns").reduce_columns,
+            kernels("rows.reduce_columns").reduce_columns,
             sum(-(-length // BLOCK_C) for length in lengths),
             self.device,
             4,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ...divergences import DKD, JSD, NKD, AlphaBeta, Divergence, ForwardKL, SkewKL, SkewReverseKL
 from ...rows import Rows, TopKRows
@@ -12,9 +13,9 @@ from ...types import LogitTransform
 from .. import allocate
 from ..layout import row_layout
 from .blocks import LONG, Blocks, choose_blocks, choose_row_blocks, common_unit, power_of_two
-from .launch import kernels, number
+from .launch import aligned, constants, kernels, number
 
-# The names of the divergences in kernels/triton/divergences.py.
+# The names of the divergences in kernels/triton/distill/divergences.py.
 KINDS = {
     "forward_kl": "FORWARD",
     "reverse_kl": "REVERSE",
@@ -34,8 +35,8 @@ def constant(module: str, name: str) -> int:
 
 
 def kind_of(divergence: Divergence | None) -> int:
-    """KIND of the kernels, None: no soft term. From REVERSE on they are pointwise, which takes more registers."""
-    return constant("divergences", "NONE" if divergence is None else KINDS[divergence.name])
+    """DIVERGENCE of the kernels, None: no soft term. From REVERSE on they are pointwise, which takes more registers."""
+    return constant("distill.divergences", "NONE" if divergence is None else KINDS[divergence.name])
 
 
 def parameters(divergence: Divergence) -> tuple[float, float]:
@@ -48,8 +49,28 @@ def parameters(divergence: Divergence) -> tuple[float, float]:
     return first, second
 
 
-def row_arguments(rows: Rows, widths: tuple[int, ...], heavy: bool = False) -> tuple[dict[str, Any], Blocks]:
-    """Arguments that all row kernels share. ``widths``: row lengths of the gradients to be written."""
+class RowArguments(NamedTuple):
+    """What the row kernels share: the argument tuple of the rows (`structs.RowProblem`) and, of a sparse teacher, its
+    list (`values.Listed`), run-time numbers by their names, fields of `structs.How`, the tile, and what strides and
+    widths are divided by.
+    """
+
+    problem: Any
+    listed: Any
+    numbers: dict[str, Any]
+    options: dict[str, Any]
+    blocks: Blocks
+    unit: int
+
+    def how(self, *, soft: bool = True, hard: bool, smooth: bool, terms: bool = False) -> Any:
+        """`structs.How` with or without the soft term, labels, their smoothing and by-products."""
+        options = self.options if soft else self.options | {"DIVERGENCE": kind_of(None)}
+        options = options | {"HARD": hard, "SMOOTH": hard and smooth, "TERMS": terms}
+        return kernels("rows.structs").How(**constants(options))
+
+
+def row_arguments(rows: Rows, widths: tuple[int, ...], heavy: bool = False) -> RowArguments:
+    """``widths``: row lengths of the gradients to be written."""
     student, s_inner, s_outer, s_row = row_layout(rows.student)
     (teacher, t_inner, t_outer, t_row), *more = [row_layout(logits) for logits in rows.teachers]
     # Within one level the outer stride plays no part.
@@ -59,43 +80,28 @@ def row_arguments(rows: Rows, widths: tuple[int, ...], heavy: bool = False) -> t
     sparse = rows.topk is not None
     unit = common_unit(rows.classes, s_outer, s_row, *(() if sparse else (t_outer, t_row)), *strides, *widths)
     t_unit = 1 if sparse else unit
-    kind = kind_of(rows.divergence)
-    aligned = unit
     every = [student, teacher, *(logits for logits, *_ in more)]
-    if any(logits.data_ptr() % 16 for logits in every[: 1 if sparse else None]):
-        aligned = 1
-    standardized = is_standardized(rows.student_transform), is_standardized(rows.teacher_transform)
-    heaviest = isinstance(rows.divergence, AlphaBeta)
-    heavy |= heaviest or bool(more)
-    pair = isinstance(rows.divergence, (DKD, NKD))
-    heavy |= rows.classes > LONG and (pair or kind >= constant("divergences", "REVERSE") or any(standardized))
-    columns = max((rows.classes, *widths))
-    if sparse:
-        blocks = choose_row_blocks(columns, student.element_size(), aligned, slots(rows))
-    else:
-        widest = max(logits.element_size() for logits in every)
-        # JSD of 16-bit logits, twice as many to a vector, does not fit into the registers of 16 warps on sm_100.
-        heaviest |= isinstance(rows.divergence, JSD) and widest == 2
-        blocks = choose_blocks(columns, widest, aligned, heavy, heaviest)
-    tl = kernels("distill_loss").tl
+    aligned_unit = 1 if any(logits.data_ptr() % 16 for logits in every[: 1 if sparse else None]) else unit
+    blocks = _blocks(rows, every, max((rows.classes, *widths)), aligned_unit, heavy)
+    structs = kernels("rows.structs")
     temperature, temperature_ptr = number(rows.temperature, student)
     teacher_temperature, teacher_temperature_ptr = number(rows.teacher_temperature, student)
     a, b = parameters(rows.divergence)
-    s_scale, s_softcap, s_scaled, s_capped = _transform(rows.student_transform)
-    t_scale, t_softcap, t_scaled, t_capped = _transform(rows.teacher_transform)
-    arguments = {
-        "student_ptr": student,
-        "teacher_ptr": teacher,
-        "more_ptrs": tuple(logits for logits, *_ in more) or None,
-        "more_inner": tuple(inner for _, inner, _, _ in more) or None,
-        "more_outer": tuple(outer // unit for _, _, outer, _ in more) or None,
-        "more_row": tuple(row // unit for _, _, _, row in more) or None,
-        "weights_ptr": rows.teacher_weights,
-        "WEIGHTS_PER_ROW": rows.teacher_weights is not None and rows.teacher_weights.dim() == 2,
-        "labels_ptr": rows.labels,
-        "mask_ptr": rows.mask,
-        "temperature_ptr": temperature_ptr,
-        "teacher_temperature_ptr": teacher_temperature_ptr,
+    s_scale, s_softcap, s_flags = _transform(rows.student_transform)
+    t_scale, t_softcap, t_flags = _transform(rows.teacher_transform)
+    problem = structs.RowProblem(
+        student=logits_argument(student, temperature_ptr, unit, s_flat, *s_flags),
+        teacher=logits_argument(teacher, teacher_temperature_ptr, t_unit, t_flat, *t_flags),
+        labels_ptr=aligned(rows.labels),
+        mask_ptr=aligned(rows.mask),
+        more_ptrs=tuple(logits for logits, *_ in more) or None,
+        more_inner=tuple(inner for _, inner, _, _ in more) or None,
+        more_outer=tuple(outer // unit for _, _, outer, _ in more) or None,
+        more_row=tuple(row // unit for _, _, _, row in more) or None,
+        weights_ptr=aligned(rows.teacher_weights),
+        **constants({"WEIGHTS_PER_ROW": rows.teacher_weights is not None and rows.teacher_weights.dim() == 2}),
+    )
+    numbers = {
         "temperature": temperature,
         "teacher_temperature": teacher_temperature,
         "smoothing": float(rows.label_smoothing),
@@ -103,6 +109,8 @@ def row_arguments(rows: Rows, widths: tuple[int, ...], heavy: bool = False) -> t
         "s_softcap": s_softcap,
         "t_scale": t_scale,
         "t_softcap": t_softcap,
+        "a": a,
+        "b": b,
         "n_rows": rows.n_rows,
         "ignore_index": rows.ignore_index,
         "classes": rows.classes // unit,
@@ -112,32 +120,59 @@ def row_arguments(rows: Rows, widths: tuple[int, ...], heavy: bool = False) -> t
         "t_inner": t_inner,
         "t_outer": t_outer // t_unit,
         "t_row": t_row // t_unit,
-        "UNIT": unit,
-        "S_FLAT": s_flat,
-        "T_FLAT": t_flat,
-        "T_STEP": 0 if temperature_ptr is None or temperature_ptr.dim() == 0 else 1,
-        "TT_STEP": 0 if teacher_temperature_ptr is None or teacher_temperature_ptr.dim() == 0 else 1,
+    }
+    options = {
+        "DIVERGENCE": kind_of(rows.divergence),
         "SQUARED": rows.scale_by_temperature,
-        "S_SCALED": s_scaled,
-        "S_CAPPED": s_capped,
-        "KIND": kind,
-        "a": a,
-        "b": b,
-        "S_STANDARD": standardized[0],
-        "T_STANDARD": standardized[1],
-        "T_SCALED": t_scaled,
-        "T_CAPPED": t_capped,
-        "DTYPE": tl.float64 if rows.dtype == torch.float64 else tl.float32,
         # 16-bit logits do not deserve the slower exponentials; float64 has its own.
         "EXACT": any(logits.dtype == torch.float32 for logits in every) or rows.dtype == torch.float64,
+        "FLOAT64": rows.dtype == torch.float64,
         "CONTIGUOUS": blocks.contiguous,
+        "LOOP": blocks.loop,
         "ROWS": blocks.rows,
         "LANES": blocks.lanes,
         "VEC": blocks.vec,
     }
+    if rows.topk is None:
+        return RowArguments(problem, None, numbers, options, blocks, unit)
+    words = -(-rows.classes // 32)
+    numbers |= {"n_listed": rows.topk.indices.shape[-1], "words": words}
+    if rows.topk.tail == "zero" and isinstance(rows.divergence, ForwardKL):
+        options["DIVERGENCE"] = constant("distill.divergences", "FORWARD_POINT")
+    whole = {"SQUARED": False, "CONTIGUOUS": True, "LOOP": False, "ROWS": 1, "LANES": slots(rows), "VEC": 1}
+    tile = RowArguments(problem, None, numbers, options | whole, blocks, unit).how(hard=False, smooth=False)
+    return RowArguments(problem, _listed(rows, rows.topk, words, tile), numbers, options, blocks, unit)
+
+
+def logits_argument(
+    ptr: Tensor,
+    temperature_ptr: Tensor | None,
+    unit: int,
+    flat: bool,
+    scaled: bool = False,
+    capped: bool = False,
+    standard: bool = False,
+) -> Any:
+    """`structs.Logits`."""
+    step = 0 if temperature_ptr is None or temperature_ptr.dim() == 0 else 1
+    flags = {"UNIT": unit, "FLAT": flat, "STEP": step, "SCALED": scaled, "CAPPED": capped, "STANDARD": standard}
+    return kernels("rows.structs").Logits(ptr, temperature_ptr, **constants(flags))
+
+
+def _blocks(rows: Rows, logits: list[Tensor], columns: int, unit: int, heavy: bool) -> Blocks:
+    """The tile of a program; ``unit``: what addresses and strides of the rows share."""
     if rows.topk is not None:
-        arguments |= _of_topk(rows, rows.topk)
-    return arguments, blocks
+        return choose_row_blocks(columns, rows.student.element_size(), unit, slots(rows))
+    pointwise = kind_of(rows.divergence) >= constant("distill.divergences", "REVERSE")
+    pair = isinstance(rows.divergence, (DKD, NKD))
+    standardized = any(map(is_standardized, (rows.student_transform, rows.teacher_transform)))
+    heaviest = isinstance(rows.divergence, AlphaBeta)
+    heavy |= heaviest or len(logits) > 2
+    heavy |= rows.classes > LONG and (pair or pointwise or standardized)
+    widest = max(x.element_size() for x in logits)
+    # JSD of 16-bit logits, twice as many to a vector, does not fit into the registers of 16 warps on sm_100.
+    heaviest |= isinstance(rows.divergence, JSD) and widest == 2
+    return choose_blocks(columns, widest, unit, heavy, heaviest)
 
 
 def slots(rows: Rows) -> int:
@@ -145,28 +180,20 @@ def slots(rows: Rows) -> int:
     return power_of_two(rows.teacher.shape[-1] + 1)
 
 
-def _of_topk(rows: Rows, topk: TopKRows) -> dict[str, Any]:
-    words = -(-rows.classes // 32)
-    point = topk.tail == "zero" and isinstance(rows.divergence, ForwardKL)
-    return {
-        "indices_ptr": topk.indices,
-        "bits_ptr": allocate.empty((rows.n_rows, words), torch.int32, rows.device),
-        "listed": topk.indices.shape[-1],
-        "words": words,
-        "TAIL": constant("topk_values", topk.tail.upper()),
-        "LOGPROBS": topk.logprobs,
-        "SLOTS": slots(rows),
-        **({"KIND": constant("divergences", "FORWARD_POINT")} if point else {}),
-    }
+def _listed(rows: Rows, topk: TopKRows, words: int, tile: Any) -> Any:
+    flags = {"TAIL": constant("topk.values", topk.tail.upper()), "LOGPROBS": topk.logprobs, "SLOTS": slots(rows)}
+    bits = allocate.empty((rows.n_rows, words), torch.int32, rows.device)
+    return kernels("topk.values").Listed(aligned(topk.indices), bits, **constants(flags), tile=tile)
 
 
 def is_standardized(transform: LogitTransform | None) -> bool:
     return transform is not None and transform.standardize
 
 
-def _transform(transform: LogitTransform | None) -> tuple[float, float, bool, bool]:
-    """scale, softcap, whether there is a scale, whether there is a cap."""
+def _transform(transform: LogitTransform | None) -> tuple[float, float, tuple[bool, bool, bool]]:
+    """scale, softcap, and whether there is a scale, a cap, a standardisation."""
     if transform is None:
-        return 1.0, 1.0, False, False
+        return 1.0, 1.0, (False, False, False)
     softcap = transform.softcap
-    return transform.scale, 1.0 if softcap is None else softcap, transform.scale != 1.0, softcap is not None
+    flags = (transform.scale != 1.0, softcap is not None, transform.standardize)
+    return transform.scale, 1.0 if softcap is None else softcap, flags

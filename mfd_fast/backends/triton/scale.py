@@ -23,9 +23,9 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
         return gradient
     emulate = interpreting() and gradient.dtype == torch.bfloat16  # see launch.gradient
     target = gradient.float() if emulate else gradient
-    tl = kernels("scale").tl
+    tl = kernels("rows.scale").tl
     launch(
-        kernels("scale").scale_in_place,
+        kernels("rows.scale").scale_in_place,
         min(-(-n // BLOCK), MAX_PROGRAMS),
         gradient.device,
         8,
@@ -56,7 +56,7 @@ def scale_gradients_(gradients: Sequence[Tensor], factor: Tensor) -> None:
         "BLOCK": BLOCK,
     }
     programs = min(-(-longest // BLOCK), MAX_PROGRAMS)
-    launch(kernels("scale").scale_all_in_place, programs, filled[0].device, 8, arguments)
+    launch(kernels("rows.scale").scale_all_in_place, programs, filled[0].device, 8, arguments)
     for g, target in zip(filled, targets, strict=True):
         if target is not g:
             g.copy_(target)

@@ -1,16 +1,16 @@
-"""Backward of several teachers on Triton; the kernel is ``kernels/triton/mixture_backward.py``."""
+"""Backward of several teachers on Triton; the kernel is ``kernels/triton/distill/mixture_backward.py``."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ...divergences import DKD, NKD, AlphaBeta, Divergence, ReverseKL
 from ...rows import Rows
 from .. import allocate
-from .blocks import Blocks
-from .launch import finish, gradient, kernels, launch, taken
+from .launch import constants, finish, gradient, kernels, launch, taken
+from .row_arguments import RowArguments
 
 
 class TeacherGradients(NamedTuple):
@@ -28,8 +28,7 @@ def has_exponents(divergence: Divergence) -> bool:
 
 def mixture_backward(
     rows: Rows,
-    common: dict[str, Any],
-    blocks: Blocks | None,
+    common: RowArguments | None,
     mixed: Tensor | None,
     exponents: Tensor | None,
     at_one: Tensor | None,
@@ -45,19 +44,23 @@ def mixture_backward(
     temperature = allocate.empty((n,), rows.dtype, rows.device) if needs[0] else None
     weights = allocate.empty((n, count), rows.dtype, rows.device) if needs[1] else None
     pairs = [gradient(logits) for logits in rows.teachers] if any(needs[2:]) else []
-    if mixed is not None and blocks is not None:
+    if mixed is not None and common is not None:
         widths = tuple(logits.shape[-1] for logits in rows.teachers)
-        kernel = kernels("mixture_backward").mixture_backward
-        arguments = taken(kernel, common) | {
-            "ratio_ptr": mixed,
-            "exponent_ptr": exponents,
-            "at_one_ptr": at_one,
-            "d_ptrs": tuple(written for written, _ in pairs) or None,
-            "d_widths": tuple(width // common["UNIT"] for width in widths) if pairs else None,
-            "d_weights_ptr": weights,
-            "d_temperature_ptr": temperature,
-            "width": max(widths) // common["UNIT"] if pairs else common["classes"],
-        }
-        launch(kernel, -(-n // blocks.rows), rows.device, blocks.warps, arguments)
+        module = kernels("distill.mixture_backward")
+        outputs = module.MixtureGradients(
+            ratio_ptr=mixed,
+            exponent_ptr=exponents,
+            at_one_ptr=at_one,
+            d_ptrs=tuple(written for written, _ in pairs) or None,
+            d_widths=tuple(width // common.unit for width in widths) if pairs else None,
+            d_weights_ptr=weights,
+            d_temperature_ptr=temperature,
+        )
+        kernel = module.mixture_backward
+        # What the kernel does not look at must not compile it anew.
+        how = common.how(soft=False, hard=False, smooth=False)._replace(**constants({"SQUARED": False}))
+        width = max(widths) // common.unit if pairs else common.numbers["classes"]
+        arguments = common.numbers | {"p": common.problem, "of": outputs, "how": how, "width": width}
+        launch(kernel, -(-n // common.blocks.rows), rows.device, common.blocks.warps, taken(kernel, arguments))
     found = [finish(written, out) if need else None for (written, out), need in zip(pairs, needs[2:], strict=False)]
     return TeacherGradients(temperature, weights, found or [None] * count)

@@ -68,14 +68,14 @@ def power(d, c):
 
 
 @triton.jit
-def columns(LANES: tl.constexpr, VEC: tl.constexpr, CONTIGUOUS: tl.constexpr):
+def columns(how):
     """Column of each element of a tile, [1, LANES, VEC]: a lane holds VEC neighbours, or every LANES-th column."""
-    lane = tl.arange(0, LANES)[None, :, None]
-    vec = tl.arange(0, VEC)[None, None, :]
-    if CONTIGUOUS:
-        return lane * VEC + vec
+    lane = tl.arange(0, how.LANES)[None, :, None]
+    vec = tl.arange(0, how.VEC)[None, None, :]
+    if how.CONTIGUOUS:
+        return lane * how.VEC + vec
     else:
-        return lane + vec * LANES
+        return lane + vec * how.LANES
 
 
 @triton.jit

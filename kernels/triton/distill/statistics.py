@@ -1,6 +1,6 @@
 """Statistics of row pairs in one read: maxima, sums of exponentials, the sum of the online divergences, by-products.
 
-KIND is the divergence. DKD and NKD see the classes other than the label here; `with_label` brings the label back.
+DKD and NKD see the classes other than the label here; `with_label` brings the label back.
 """
 
 from typing import NamedTuple
@@ -8,8 +8,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .divergences import DKD, NKD, NONE
-from .rows import (
+from ..rows.arithmetic import (
     INF,
     LAST,
     LOG2E,
@@ -23,7 +22,8 @@ from .rows import (
     rescale_moment,
     soft_gap,
 )
-from .sides import read
+from ..rows.sides import read
+from .divergences import DKD, NKD, NONE
 
 
 class Sums(NamedTuple):
@@ -49,32 +49,16 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def but_label(x, col, label, KIND: tl.constexpr):
+def but_label(x, col, label, how):
     """x, -inf at the label where the divergence treats it apart."""
-    if (KIND == DKD) or (KIND == NKD):
+    if (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD):
         return tl.where(col == label[:, None, None], -INF, x)
     else:
         return x
 
 
 @triton.jit
-def tile_sums(
-    x,
-    y,
-    col,
-    keep,
-    ms,
-    mt,
-    cs,
-    ct,
-    rho,
-    label,
-    shift,
-    KIND: tl.constexpr,
-    HARD: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    TERMS: tl.constexpr,
-):
+def tile_sums(x, y, col, keep, ms, mt, s, t, rho, label, shift, how):
     """Lane sums of one tile relative to the maxima ms, mt [ROWS, LANES or 1, 1]; x, y are as `but_label` left them."""
     none = tl.zeros([x.shape[0], x.shape[1]], x.dtype)
     ss, st, cross, blocked, s1, t1, spread, xs, yt = none, none, none, none, none, none, none, none, none
@@ -82,22 +66,25 @@ def tile_sums(
     iy, nans = ix, ix
     dx = x - finite_max(ms)
     dy = y - finite_max(mt)
+    cs, ct = s.c[:, None, None], t.c[:, None, None]
     c1 = tl.full([1, 1, 1], LOG2E, cs.dtype)
-    if KIND != NONE:
+    if how.DIVERGENCE != NONE:
         es = power(dx, cs)
         et = power(dy, ct)
         ss, st = tl.sum(es, 2), tl.sum(et, 2)
-        if KIND <= NKD:
+        if how.DIVERGENCE <= NKD:
             cut = x == -INF
-            cross = tl.sum(et * tl.where((et > 0.0) & (cut == 0), soft_gap(dx, dy, rho, KIND == NKD), 0.0), 2)
+            gap = soft_gap(dx, dy, rho[:, None, None], how.DIVERGENCE == NKD)
+            cross = tl.sum(et * tl.where((et > 0.0) & (cut == 0), gap, 0.0), 2)
             blocked = tl.max(tl.where(cut, y, -INF), 2)
-    if HARD or (KIND == NKD):
+    if how.HARD or (how.DIVERGENCE == NKD):
         s1 = tl.sum(power(dx, c1), 2)
-    if KIND == NKD:
+    if how.DIVERGENCE == NKD:
         t1 = tl.sum(power(dy, c1), 2)
-    if SMOOTH:
-        spread = tl.sum(tl.where(keep & (col != label), x - shift, 0.0), 2)
-    if TERMS:
+    if how.SMOOTH:
+        others = keep & (col != label[:, None, None])
+        spread = tl.sum(tl.where(others, x - shift[:, None, None], 0.0), 2)
+    if how.TERMS:
         xs = entropy_sum(dx, cs)
         yt = entropy_sum(dy, ct)
         ix = first_column(x, ms, col)
@@ -109,94 +96,44 @@ def tile_sums(
 @triton.jit
 def over_lanes(sums):
     """Row sums of lane sums that are relative to one maximum per row."""
-    return Sums(
-        tl.sum(sums.ss, 1),
-        tl.sum(sums.st, 1),
-        tl.sum(sums.cross, 1),
-        tl.max(sums.blocked, 1),
-        tl.sum(sums.s1, 1),
-        tl.sum(sums.t1, 1),
-        tl.sum(sums.spread, 1),
-        tl.sum(sums.xs, 1),
-        tl.sum(sums.yt, 1),
-        tl.min(sums.ix, 1),
-        tl.min(sums.iy, 1),
-        tl.sum(sums.nans, 1),
-    )
+    ss, st, cross, blocked = tl.sum(sums.ss, 1), tl.sum(sums.st, 1), tl.sum(sums.cross, 1), tl.max(sums.blocked, 1)
+    s1, t1, spread = tl.sum(sums.s1, 1), tl.sum(sums.t1, 1), tl.sum(sums.spread, 1)
+    xs, yt, nans = tl.sum(sums.xs, 1), tl.sum(sums.yt, 1), tl.sum(sums.nans, 1)
+    return Sums(ss, st, cross, blocked, s1, t1, spread, xs, yt, tl.min(sums.ix, 1), tl.min(sums.iy, 1), nans)
 
 
 @triton.jit
-def hold_rows(
-    x,
-    y,
-    col,
-    keep,
-    s,
-    t,
-    label,
-    shift,
-    KIND: tl.constexpr,
-    HARD: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    TERMS: tl.constexpr,
-):
+def hold_rows(x, y, col, keep, s, t, label, shift, how):
     """max x, max y and Sums per row of a tile that holds whole rows."""
-    x, y = but_label(x, col, label, KIND), but_label(y, col, label, KIND)
+    x, y = but_label(x, col, label, how), but_label(y, col, label, how)
     ms, mt = tl.max(tl.max(x, 2), 1), tl.max(tl.max(y, 2), 1)
-    sums = tile_sums(
-        x,
-        y,
-        col,
-        keep,
-        ms[:, None, None],
-        mt[:, None, None],
-        s.c[:, None, None],
-        t.c[:, None, None],
-        divide(t.T, s.T)[:, None, None],
-        label[:, None, None],
-        shift[:, None, None],
-        KIND,
-        HARD,
-        SMOOTH,
-        TERMS,
-    )
+    rho = divide(t.T, s.T)
+    sums = tile_sums(x, y, col, keep, ms[:, None, None], mt[:, None, None], s, t, rho, label, shift, how)
     return ms, mt, over_lanes(sums)
 
 
 @triton.jit
-def add_sums(
-    a,
-    b,
-    ms,
-    mt,
-    to_ms,
-    to_mt,
-    cs,
-    ct,
-    rho,
-    KIND: tl.constexpr,
-    HARD: tl.constexpr,
-    TERMS: tl.constexpr,
-):
+def add_sums(a, b, ms, mt, to_ms, to_mt, s, t, rho, how):
     """a, relative to ms, mt, and b, relative to to_ms, to_mt; the result is relative to the latter."""
     ss, st, cross, blocked, s1, t1, xs, yt = a.ss, a.st, a.cross, a.blocked, a.s1, a.t1, a.xs, a.yt
     ix, iy = a.ix, a.iy
+    cs, ct = s.c[:, None], t.c[:, None]
     c1 = tl.full([1, 1], LOG2E, cs.dtype)
-    if KIND != NONE:
-        if KIND <= NKD:
-            shift = soft_gap(moved(ms, to_ms), moved(mt, to_mt), rho, KIND == NKD)
+    if how.DIVERGENCE != NONE:
+        if how.DIVERGENCE <= NKD:
+            shift = soft_gap(moved(ms, to_ms), moved(mt, to_mt), rho[:, None], how.DIVERGENCE == NKD)
             cross = rescale_moment(cross, st, shift, mt, to_mt, ct) + b.cross
             blocked = tl.maximum(blocked, b.blocked)
-        if TERMS:
+        if how.TERMS:
             xs = rescale_moment(xs, ss, moved(ms, to_ms), ms, to_ms, cs) + b.xs
             yt = rescale_moment(yt, st, moved(mt, to_mt), mt, to_mt, ct) + b.yt
             ix = tl.where(to_ms > ms, b.ix, tl.minimum(ix, b.ix))
             iy = tl.where(to_mt > mt, b.iy, tl.minimum(iy, b.iy))
         ss = rescale(ss, ms, to_ms, cs) + b.ss
         st = rescale(st, mt, to_mt, ct) + b.st
-    if HARD or (KIND == NKD):
+    if how.HARD or (how.DIVERGENCE == NKD):
         s1 = rescale(s1, ms, to_ms, c1) + b.s1
-    if KIND == NKD:
+    if how.DIVERGENCE == NKD:
         t1 = rescale(t1, mt, to_mt, c1) + b.t1
     return Sums(ss, st, cross, blocked, s1, t1, a.spread + b.spread, xs, yt, ix, iy, a.nans + b.nans)
 
@@ -211,64 +148,30 @@ def no_sums(SHAPE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def stream_rows(
-    s,
-    t,
-    col,
-    counted,
-    classes,
-    label,
-    shift,
-    KIND: tl.constexpr,
-    HARD: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    TERMS: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+def stream_rows(s, t, at, col, shift, how):
     """The same of rows longer than a tile; every lane keeps its own maximum until the end."""
-    sums = no_sums([ROWS, LANES], DTYPE)
-    ms = tl.full([ROWS, LANES], -INF, DTYPE)
+    none = no_sums([how.ROWS, how.LANES], s.T.dtype)
+    sums = none
+    ms = tl.full([how.ROWS, how.LANES], -INF, s.T.dtype)
     mt = ms
     rho = divide(t.T, s.T)
-    for first in range(0, classes, LANES * VEC):
+    for first in range(0, at.classes, how.LANES * how.VEC):
         here = col + first
-        keep = counted[:, None, None] & (here < classes)
-        x = but_label(read(s, here, keep, "evict_last"), here, label, KIND)
+        keep = at.counted[:, None, None] & (here < at.classes)
+        x = but_label(read(s, here, keep, "evict_last"), here, at.label, how)
         new_ms = tl.maximum(ms, tl.max(x, 2))
         y = x
         new_mt = new_ms
-        if KIND != NONE:
-            y = but_label(read(t, here, keep, "evict_last"), here, label, KIND)
+        if how.DIVERGENCE != NONE:
+            y = but_label(read(t, here, keep, "evict_last"), here, at.label, how)
             new_mt = tl.maximum(mt, tl.max(y, 2))
-        more = tile_sums(
-            x,
-            y,
-            here,
-            keep,
-            new_ms[:, :, None],
-            new_mt[:, :, None],
-            s.c[:, None, None],
-            t.c[:, None, None],
-            rho[:, None, None],
-            label[:, None, None],
-            shift[:, None, None],
-            KIND,
-            HARD,
-            SMOOTH,
-            TERMS,
-        )
-        cs, ct = s.c[:, None], t.c[:, None]
-        sums = add_sums(sums, more, ms, mt, new_ms, new_mt, cs, ct, rho[:, None], KIND, HARD, TERMS)
+        more = tile_sums(x, y, here, keep, new_ms[:, :, None], new_mt[:, :, None], s, t, rho, at.label, shift, how)
+        sums = add_sums(sums, more, ms, mt, new_ms, new_mt, s, t, rho, how)
         ms, mt = new_ms, new_mt
 
     row_ms, row_mt = tl.max(ms, 1), tl.max(mt, 1)
     to_ms, to_mt = row_ms[:, None] + tl.zeros_like(ms), row_mt[:, None] + tl.zeros_like(mt)
-    cs, ct = s.c[:, None], t.c[:, None]
-    none = no_sums([ROWS, LANES], DTYPE)
-    sums = add_sums(sums, none, ms, mt, to_ms, to_mt, cs, ct, rho[:, None], KIND, HARD, TERMS)
+    sums = add_sums(sums, none, ms, mt, to_ms, to_mt, s, t, rho, how)
     return row_ms, row_mt, over_lanes(sums)
 
 

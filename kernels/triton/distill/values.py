@@ -5,11 +5,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ..rows.arithmetic import INF, LOG2E, divide, finite_max, hard_value, power, rescale, valid_sum
+from ..rows.sides import label_logit, label_prob_at_one
 from .divergences import DKD, NKD, NONE, REVERSE
-from .row_gradients import Known, Means, centred_gap, know, online_value, pointwise_means
-from .row_statistics import Sums, hold_rows, stream_rows
-from .rows import INF, LOG2E, divide, finite_max, hard_value, power, rescale, valid_sum
-from .sides import label_logit, label_prob_at_one
+from .gradients import Known, Means, centred_gap, know, online_value, pointwise_means
+from .statistics import Sums, hold_rows, stream_rows
 
 
 class Soft(NamedTuple):
@@ -50,31 +50,9 @@ class Values(NamedTuple):
 
 
 @triton.jit
-def soft_value(
-    x,
-    y,
-    s,
-    t,
-    col,
-    counted,
-    bad,
-    label,
-    x_label,
-    y_label,
-    classes,
-    ms,
-    mt,
-    sums,
-    a,
-    b,
-    KIND: tl.constexpr,
-    LOOP: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-):
+def soft_value(x, y, s, t, at, col, x_label, y_label, ms, mt, sums, a, b, how):
     """`Soft` from the sums of the rows, which x, y hold or, with LOOP, are read again where D asks for it."""
-    APART: tl.constexpr = (KIND == DKD) or (KIND == NKD)
+    APART: tl.constexpr = (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD)
     none = tl.zeros_like(ms)
     value = none
     ss, st, s1, t1, s_top, t_top = sums.ss, sums.st, sums.s1, sums.t1, ms, mt
@@ -87,21 +65,21 @@ def soft_value(
         c1 = tl.full([1], LOG2E, s.c.dtype)
         s1 = rescale(s1, ms, s_top, c1) + power(to_s, c1)
         t1 = rescale(t1, mt, t_top, c1) + power(to_t, c1)
-    elif KIND != NONE:
+    elif how.DIVERGENCE != NONE:
         ss, st = valid_sum(ss), valid_sum(st)
-    ss = tl.where(bad, float("nan"), ss)
-    s1 = tl.where(bad, float("nan"), valid_sum(s1))
+    ss = tl.where(at.bad, float("nan"), ss)
+    s1 = tl.where(at.bad, float("nan"), valid_sum(s1))
 
-    known, pair = know(ms, ss, mt, st, s, t, x_label, y_label, a, b, KIND)
+    known, pair = know(ms, ss, mt, st, s, t, x_label, y_label, a, b, how)
     means = Means(none, none, none)
-    if KIND >= REVERSE:
-        value, means = pointwise_means(x, y, s, t, known, col, counted, classes, KIND, LOOP, ROWS, LANES, VEC)
-    elif KIND != NONE:
-        value = online_value(known, pair, sums.cross, sums.blocked, t, KIND)
+    if how.DIVERGENCE >= REVERSE:
+        value, means = pointwise_means(x, y, s, t, known, at, col, how)
+    elif how.DIVERGENCE != NONE:
+        value = online_value(known, pair, sums.cross, sums.blocked, t, how)
         mean = sums.cross * known.inv_t if APART else divide(sums.cross, st)
         rest = none
-        if not LOOP:
-            rest = centred_gap(x, y, col, label, s, t, known, mean, KIND)
+        if not how.LOOP:
+            rest = centred_gap(x, y, col, at.label, s, t, known, mean, how)
         means = Means(none, tl.where(value < INF, mean, value), rest)
     return Soft(value, s_top, s1, t_top, t1, known, means)
 
@@ -122,86 +100,27 @@ def surprise_at_one(x_label, s_top, s1):
 
 
 @triton.jit
-def row_values(
-    x,
-    y,
-    s,
-    t,
-    col,
-    keep,
-    counted,
-    bad,
-    label,
-    classes,
-    smoothing,
-    a,
-    b,
-    KIND: tl.constexpr,
-    HARD: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    TERMS: tl.constexpr,
-    LOOP: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+def row_values(x, y, s, t, at, col, smoothing, a, b, how):
     """Values of the rows that x, y hold or, with LOOP, that are read here. NaN where `bad` or without any logit."""
-    APART: tl.constexpr = (KIND == DKD) or (KIND == NKD)
-    none = tl.zeros([ROWS], DTYPE)
+    APART: tl.constexpr = (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD)
+    none = tl.zeros_like(s.T)
     x_label, y_label, hard, at_one, p1 = none, none, none, none, none
-    if HARD or APART:
-        x_label = label_logit(s, label, counted)
-    if APART or (HARD and TERMS):
-        y_label = label_logit(t, label, counted)
+    if how.HARD or APART:
+        x_label = label_logit(s, at.label, at.counted)
+    if APART or (how.HARD and how.TERMS):
+        y_label = label_logit(t, at.label, at.counted)
     shift = tl.where(tl.abs(x_label) < INF, x_label, 0.0)
-    if LOOP:
-        ms, mt, sums = stream_rows(
-            s, t, col, counted, classes, label, shift, KIND, HARD, SMOOTH, TERMS, ROWS, LANES, VEC, DTYPE
-        )
+    if how.LOOP:
+        ms, mt, sums = stream_rows(s, t, at, col, shift, how)
     else:
-        ms, mt, sums = hold_rows(x, y, col, keep, s, t, label, shift, KIND, HARD, SMOOTH, TERMS)
-    soft = soft_value(
-        x,
-        y,
-        s,
-        t,
-        col,
-        counted,
-        bad,
-        label,
-        x_label,
-        y_label,
-        classes,
-        ms,
-        mt,
-        sums,
-        a,
-        b,
-        KIND,
-        LOOP,
-        ROWS,
-        LANES,
-        VEC,
-    )
-    if KIND == NKD:
-        p1 = prob_at_one(t, label, counted, y_label, soft.t_top, soft.t1)
+        keep = at.counted[:, None, None] & (col < at.classes)
+        ms, mt, sums = hold_rows(x, y, col, keep, s, t, at.label, shift, how)
+    soft = soft_value(x, y, s, t, at, col, x_label, y_label, ms, mt, sums, a, b, how)
+    if how.DIVERGENCE == NKD:
+        p1 = prob_at_one(t, at.label, at.counted, y_label, soft.t_top, soft.t1)
         at_one = tl.where(p1 == 0.0, 0.0, p1 * surprise_at_one(x_label, soft.s_top, soft.s1))
-    if HARD:
-        eps, n_classes = tl.full([ROWS], smoothing, DTYPE), tl.full([ROWS], classes, DTYPE)
-        hard = hard_value(soft.s1, soft.s_top, x_label, sums.spread, eps, n_classes, SMOOTH)
-    return Values(
-        soft.value,
-        at_one,
-        hard,
-        soft.s_top,
-        soft.s1,
-        soft.t_top,
-        soft.t1,
-        p1,
-        x_label,
-        y_label,
-        soft.known,
-        soft.means,
-        sums,
-    )
+    if how.HARD:
+        eps, n_classes = tl.full([how.ROWS], smoothing, s.T.dtype), tl.full([how.ROWS], at.classes, s.T.dtype)
+        hard = hard_value(soft.s1, soft.s_top, x_label, sums.spread, eps, n_classes, how.SMOOTH)
+    tops = (soft.s_top, soft.s1, soft.t_top, soft.t1)
+    return Values(soft.value, at_one, hard, *tops, p1, x_label, y_label, soft.known, soft.means, sums)

@@ -5,16 +5,16 @@ import triton.language as tl
 
 
 @triton.jit
-def divisor(value, ptr, counts_ptr, n_counts, COUNTS: tl.constexpr, DTYPE: tl.constexpr):
+def divisor(loss, normalizer, n_counts, DTYPE: tl.constexpr):
     """[1]: what the sum over rows is divided by: the counted rows (at least 1), a 0-d tensor or a number."""
-    if counts_ptr is not None:
-        k = tl.arange(0, COUNTS)
-        counted = tl.sum(tl.load(counts_ptr + k, mask=k < n_counts, other=0), 0)
+    if loss.counts_ptr is not None:
+        k = tl.arange(0, loss.COUNTS)
+        counted = tl.sum(tl.load(loss.counts_ptr + k, mask=k < n_counts, other=0), 0)
         return tl.full([1], tl.maximum(counted, 1), DTYPE)
-    elif ptr is not None:
-        return tl.full([1], tl.load(ptr), DTYPE)
+    elif loss.normalizer_ptr is not None:
+        return tl.full([1], tl.load(loss.normalizer_ptr), DTYPE)
     else:
-        return tl.full([1], value, DTYPE)
+        return tl.full([1], normalizer, DTYPE)
 
 
 @triton.jit
@@ -52,21 +52,18 @@ def count_rows(labels_ptr, mask_ptr, counts_ptr, n_rows: tl.int64, ignore_index:
 
 @triton.jit(do_not_specialize=["n_partials", "n_counts"])
 def reduce_loss(
-    partial_ptr,
-    loss_ptr,
-    normalizer_ptr,
-    counts_ptr,
+    out_ptr,
+    loss,
     normalizer: tl.float64,
     n_partials: tl.int64,
     n_counts: tl.int64,
-    COUNTS: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """loss = sum of the partial losses, in a fixed order, over the divisor."""
+    """The sum of the partial losses of ``loss`` (`Loss`), in a fixed order, over its divisor."""
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(0, n_partials, BLOCK):
         k = first + tl.arange(0, BLOCK)
-        total += tl.load(partial_ptr + k, mask=k < n_partials, other=0.0).to(tl.float64)
-    by = divisor(normalizer, normalizer_ptr, counts_ptr, n_counts, COUNTS, tl.float64)
-    tl.store(loss_ptr + tl.arange(0, 1), (tl.sum(total, 0) / by).to(DTYPE))
+        total += tl.load(loss.partial_ptr + k, mask=k < n_partials, other=0.0).to(tl.float64)
+    by = divisor(loss, normalizer, n_counts, tl.float64)
+    tl.store(out_ptr + tl.arange(0, 1), (tl.sum(total, 0) / by).to(DTYPE))

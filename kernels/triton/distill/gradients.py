@@ -5,6 +5,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ..rows.arithmetic import INF, LN2, LOG2E, divide, finite_max, log_ratio, power, soft_gap
+from ..rows.sides import read
 from .divergences import (
     ALPHA_BETA,
     DKD,
@@ -24,9 +26,7 @@ from .divergences import (
     pointwise,
     slope_of_p,
 )
-from .row_statistics import but_label
-from .rows import INF, LN2, LOG2E, divide, finite_max, log_ratio, power, soft_gap
-from .sides import read
+from .statistics import but_label
 
 # log of a p below which quotients of p are not to be had from p itself.
 SMALL_LOG = tl.constexpr(-20.0)
@@ -107,19 +107,19 @@ def pair_term(p, q, log_p, log_q):
 
 
 @triton.jit
-def know(ms, ss, mt, st, s, t, x_label, y_label, a, b, KIND: tl.constexpr):
+def know(ms, ss, mt, st, s, t, x_label, y_label, a, b, how):
     """Known, and the pair's part of DKD."""
     none = tl.zeros_like(ss)
     one = none + 1.0
     inv_s, inv_t = divide(one, ss), divide(one, st)
     ratio, ratio_rest = split_ratio(ss, st)
     weight, s_label, s_other, t_label, t_other, pair = one, none, none, none, none, none
-    if (KIND == DKD) or (KIND == NKD):
+    if (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD):
         # An empty rest: no teacher mass, no second part; no student mass, q = 0 there.
         inv_s, inv_t = tl.where(ss == 0.0, 0.0, inv_s), tl.where(st == 0.0, 0.0, inv_t)
         ratio = tl.where(st == 0.0, 0.0, ratio)
         ratio_rest = tl.where(st == 0.0, 0.0, ratio_rest)
-        if KIND == DKD:
+        if how.DIVERGENCE == DKD:
             weight = tl.where(st == 0.0, 0.0, one * b)
             zq, zp = pair_logit(x_label, ms, ss, s.T), pair_logit(y_label, mt, st, t.T)
             q, q_rest, log_q, log_q_rest = log_pair(zq)
@@ -137,24 +137,9 @@ def know(ms, ss, mt, st, s, t, x_label, y_label, a, b, KIND: tl.constexpr):
         bad = (ss - ss) + (st - st)
         weight, pair = weight + bad, pair + bad
         s_label, s_other, t_label, t_other = s_label + bad, s_other + bad, t_label + bad, t_other + bad
-    known = Known(
-        ms,
-        ss,
-        inv_s,
-        mt,
-        st,
-        inv_t,
-        ratio,
-        ratio_rest,
-        log_ratio(ss, st, divide(ss, st)),
-        weight,
-        s_label,
-        s_other,
-        t_label,
-        t_other,
-        a,
-        b,
-    )
+    of_ratio = log_ratio(ss, st, divide(ss, st))
+    shares = (s_label, s_other, t_label, t_other)
+    known = Known(ms, ss, inv_s, mt, st, inv_t, ratio, ratio_rest, of_ratio, weight, *shares, a, b)
     return known, pair
 
 
@@ -169,20 +154,20 @@ def pair_slopes(k, s, t, x_label, y_label):
 
 
 @triton.jit
-def online_value(k, pair, cross, blocked, t, KIND: tl.constexpr):
+def online_value(k, pair, cross, blocked, t, how):
     """D of the online divergences (of NKD the second part), NaN kept, +inf where q is 0 and p is not.
 
     KL(p||q) = E_p[v-u] - log st + log ss, at least 0; CE(p, q) = E_p[-u] + log ss.
     """
     value = divide(divide(cross, k.st), t.T)
-    if KIND == NKD:
+    if how.DIVERGENCE == NKD:
         value = value + tl.log(k.ss)
     else:
         value = value + k.log_ratio
     # INF + NaN stays NaN.
     value = tl.where(power(blocked - k.mt, t.c) > 0.0, INF + (k.ss - k.ss) + (k.st - k.st), value)
     value = tl.where(value < 0.0, 0.0, value)
-    if KIND != FORWARD:
+    if how.DIVERGENCE != FORWARD:
         value = tl.where(k.weight == 0.0, k.ss - k.ss, k.weight * tl.where(k.ss == 0.0, INF, value))
     return value + pair
 
@@ -207,7 +192,7 @@ def log_quotient(dx, dy, either, s, t, k):
 
 
 @triton.jit
-def pointwise_tile(x, y, s, t, k, KIND: tl.constexpr):
+def pointwise_tile(x, y, s, t, k, how):
     """f, q g, p h, p q/m, q and p of a tile."""
     dx = x - finite_max(k.ms)[:, None, None]
     dy = y - finite_max(k.mt)[:, None, None]
@@ -216,45 +201,30 @@ def pointwise_tile(x, y, s, t, k, KIND: tl.constexpr):
     no_q, no_p = x == -INF, y == -INF
     r = log_quotient(dx, dy, no_q | no_p, s, t, k)
     qs, ps, log_q, log_p = q, p, q, p
-    if KIND == ALPHA_BETA:
+    if how.DIVERGENCE == ALPHA_BETA:
         dx, dy = tl.where(no_q, 0.0, dx), tl.where(no_p, 0.0, dy)
         qs = raised(dx, s.c[:, None, None], k.ss[:, None, None], k.a + k.b)
         ps = raised(dy, t.c[:, None, None], k.st[:, None, None], k.a + k.b)
         log_q = log_probability(dx, s.c[:, None, None], k.ss[:, None, None])
         log_p = log_probability(dy, t.c[:, None, None], k.st[:, None, None])
-    f, qg, ph, overlap = pointwise(q, p, qs, ps, log_q, log_p, r, no_q, no_p, k.a, k.b, KIND)
+    f, qg, ph, overlap = pointwise(q, p, qs, ps, log_q, log_p, r, no_q, no_p, k.a, k.b, how.DIVERGENCE)
     return f, qg, ph, overlap, q, p
 
 
 @triton.jit
-def pointwise_means(
-    x,
-    y,
-    s,
-    t,
-    k,
-    col,
-    counted,
-    classes,
-    KIND: tl.constexpr,
-    LOOP: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-):
+def pointwise_means(x, y, s, t, k, at, col, how):
     """D (at least 0, NaN kept) and `Means`. With LOOP the rows are read again, else x, y hold them."""
-    f_sum = tl.zeros([ROWS, LANES], s.T.dtype)
+    f_sum = tl.zeros([how.ROWS, how.LANES], s.T.dtype)
     g_sum, h_sum, overlaps = f_sum, f_sum, f_sum
-    last = classes if LOOP else 1
-    for first in range(0, last, LANES * VEC):
-        if LOOP:
+    last = at.classes if how.LOOP else 1
+    for first in range(0, last, how.LANES * how.VEC):
+        if how.LOOP:
             here = col + first
-            keep = counted[:, None, None] & (here < classes)
-            f, qg, ph, overlap, _q, _p = pointwise_tile(
-                read(s, here, keep, "evict_last"), read(t, here, keep, "evict_last"), s, t, k, KIND
-            )
+            keep = at.counted[:, None, None] & (here < at.classes)
+            x_here, y_here = read(s, here, keep, "evict_last"), read(t, here, keep, "evict_last")
+            f, qg, ph, overlap, _q, _p = pointwise_tile(x_here, y_here, s, t, k, how)
         else:
-            f, qg, ph, overlap, _q, _p = pointwise_tile(x, y, s, t, k, KIND)
+            f, qg, ph, overlap, _q, _p = pointwise_tile(x, y, s, t, k, how)
         f_sum += tl.sum(f, 2)
         g_sum += tl.sum(qg, 2)
         h_sum += tl.sum(ph, 2)
@@ -273,53 +243,53 @@ def difference(x, y, s, t, k):
 
 
 @triton.jit
-def student_soft(x, y, here, label, s, t, k, means, KIND: tl.constexpr):
+def student_soft(x, y, here, label, s, t, k, means, how):
     """dD/du."""
-    if KIND >= REVERSE:
-        _f, qg, _ph, overlap, q, _p = pointwise_tile(x, y, s, t, k, KIND)
-        if KIND == SKEW:
+    if how.DIVERGENCE >= REVERSE:
+        _f, qg, _ph, overlap, q, _p = pointwise_tile(x, y, s, t, k, how)
+        if how.DIVERGENCE == SKEW:
             return centred(qg, overlap, q, k.b, means.g[:, None, None], means.rest[:, None, None])
         return qg - q * means.g[:, None, None]
-    elif KIND == FORWARD:
+    elif how.DIVERGENCE == FORWARD:
         return difference(x, y, s, t, k)
     else:
-        x, y = but_label(x, here, label, KIND), but_label(y, here, label, KIND)
+        x, y = but_label(x, here, label, how), but_label(y, here, label, how)
         grad = difference(x, y, s, t, k) * k.weight[:, None, None]
-        if KIND == DKD:
+        if how.DIVERGENCE == DKD:
             q = power(x - finite_max(k.ms)[:, None, None], s.c[:, None, None]) * k.inv_s[:, None, None]
             grad = grad + q * k.s_other[:, None, None]
         return tl.where(here == label[:, None, None], k.s_label[:, None, None], grad)
 
 
 @triton.jit
-def gap_from_mean(x, y, s, t, k, mean, KIND: tl.constexpr):
+def gap_from_mean(x, y, s, t, k, mean, how):
     """soft_gap - mean, and exp((y - max y)/Tt)."""
     dx = x - finite_max(k.ms)[:, None, None]
     dy = y - finite_max(k.mt)[:, None, None]
-    gap = soft_gap(dx, dy, divide(t.T, s.T)[:, None, None], KIND == NKD) - mean[:, None, None]
+    gap = soft_gap(dx, dy, divide(t.T, s.T)[:, None, None], how.DIVERGENCE == NKD) - mean[:, None, None]
     return gap, power(dy, t.c[:, None, None])
 
 
 @triton.jit
-def teacher_soft(x, y, here, label, s, t, k, means, KIND: tl.constexpr):
+def teacher_soft(x, y, here, label, s, t, k, means, how):
     """dD/dv, 0 where p is 0. Of the KL p (r - K): in r - K the sums of exponentials cancel."""
-    if KIND >= REVERSE:
-        _f, _qg, ph, overlap, _q, p = pointwise_tile(x, y, s, t, k, KIND)
+    if how.DIVERGENCE >= REVERSE:
+        _f, _qg, ph, overlap, _q, p = pointwise_tile(x, y, s, t, k, how)
         slope = ph - p * means.h[:, None, None]
-        if KIND == SKEW_REVERSE:
+        if how.DIVERGENCE == SKEW_REVERSE:
             slope = centred(ph, overlap, p, k.a, means.h[:, None, None], means.rest[:, None, None])
         return tl.where(y == -INF, p, slope)
     else:
-        x, y = but_label(x, here, label, KIND), but_label(y, here, label, KIND)
-        gap, et = gap_from_mean(x, y, s, t, k, means.h, KIND)
+        x, y = but_label(x, here, label, how), but_label(y, here, label, how)
+        gap, et = gap_from_mean(x, y, s, t, k, means.h, how)
         p = et * k.inv_t[:, None, None]
         grad = tl.where(p == 0.0, 0.0, p * divide(gap - means.rest[:, None, None], t.T[:, None, None]))
-        if KIND != FORWARD:
+        if how.DIVERGENCE != FORWARD:
             grad = grad * k.weight[:, None, None]
             grad = tl.where(k.weight[:, None, None] == 0.0, 0.0, grad)
-        if KIND == DKD:
+        if how.DIVERGENCE == DKD:
             grad = grad + p * k.t_other[:, None, None]
-        if (KIND == DKD) or (KIND == NKD):
+        if (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD):
             grad = tl.where(here == label[:, None, None], k.t_label[:, None, None], grad)
         return grad
 
@@ -331,61 +301,61 @@ def scaled_mean(mean, exponent):
 
 
 @triton.jit
-def teacher_over_p(x, y, here, label, s, t, k, x_label, y_label, means, KIND: tl.constexpr):
+def teacher_over_p(x, y, here, label, s, t, k, x_label, y_label, means, how):
     """dD/dv over p where y = T log p of several teachers, also of a p that underflows; 0 where y is -inf.
 
     It is over*exp(exponent) of the pair (over, exponent); the exponents of a bounded or logarithmic dD/dp are 0.
     """
     exponent = tl.zeros_like(y)
-    if (KIND == REVERSE) or (KIND == ALPHA_BETA):
-        _f, _qg, ph, _overlap, _q, p = pointwise_tile(x, y, s, t, k, KIND)
+    if (how.DIVERGENCE == REVERSE) or (how.DIVERGENCE == ALPHA_BETA):
+        _f, _qg, ph, _overlap, _q, p = pointwise_tile(x, y, s, t, k, how)
         dx = x - finite_max(k.ms)[:, None, None]
         dy = y - finite_max(k.mt)[:, None, None]
         no_q = x == -INF
         log_p = divide(dy, t.T[:, None, None]) - tl.log(k.st)[:, None, None]
         far = log_p < SMALL_LOG
         r = log_quotient(dx, dy, no_q | (y == -INF), s, t, k)
-        over, exponent = far_slope_of_p(r, log_p, no_q, k.a, k.b, KIND)
+        over, exponent = far_slope_of_p(r, log_p, no_q, k.a, k.b, how.DIVERGENCE)
         over = tl.where(far, over, divide(ph, tl.where(far, 1.0, p)))
         exponent = tl.where(far & (y > -INF), exponent, 0.0)
         over = over - scaled_mean(means.h[:, None, None], exponent)
-    elif KIND >= REVERSE:
+    elif how.DIVERGENCE >= REVERSE:
         dx = x - finite_max(k.ms)[:, None, None]
         dy = y - finite_max(k.mt)[:, None, None]
         r = tl.where(x == -INF, FAR, log_quotient(dx, dy, (x == -INF) | (y == -INF), s, t, k))
-        over = slope_of_p(r, k.a, k.b, KIND) - means.h[:, None, None]
-        if KIND == SKEW_REVERSE:
+        over = slope_of_p(r, k.a, k.b, how.DIVERGENCE) - means.h[:, None, None]
+        if how.DIVERGENCE == SKEW_REVERSE:
             whole = means.rest[:, None, None]
             _over_p, over_q = mixture_logs(r, k.a, k.b)
             over = tl.where(whole < 0.5, k.a * (whole - tl.exp(over_q)), over)
     else:
         of_label = y
-        x, y = but_label(x, here, label, KIND), but_label(y, here, label, KIND)
-        gap, _et = gap_from_mean(x, y, s, t, k, means.h, KIND)
+        x, y = but_label(x, here, label, how), but_label(y, here, label, how)
+        gap, _et = gap_from_mean(x, y, s, t, k, means.h, how)
         over = divide(gap - means.rest[:, None, None], t.T[:, None, None])
-        if KIND != FORWARD:
+        if how.DIVERGENCE != FORWARD:
             log_rest = divide(finite_max(k.mt), t.T) + tl.log(k.st)
             up = tl.where(k.weight == 0.0, 0.0, -log_rest)
             beyond = up > WIDE
             factor = tl.where(beyond, k.weight, k.weight * tl.exp(tl.where(beyond, 0.0, up)))
             over = tl.where(k.weight[:, None, None] == 0.0, 0.0, over * factor[:, None, None])
             row_exponent = tl.where(beyond, up, 0.0)
-            own = tl.zeros_like(k.weight)
-            if KIND == DKD:
-                pull, own = pair_slopes(k, s, t, x_label, y_label)
-                over = over + scaled_mean(pull, row_exponent)[:, None, None]
+            label_slope = tl.zeros_like(k.weight)
+            if how.DIVERGENCE == DKD:
+                rest_slope, label_slope = pair_slopes(k, s, t, x_label, y_label)
+                over = over + scaled_mean(rest_slope, row_exponent)[:, None, None]
             at_label = here == label[:, None, None]
-            over = tl.where(at_label, own[:, None, None], over)
+            over = tl.where(at_label, label_slope[:, None, None], over)
             exponent = tl.where(at_label, 0.0, row_exponent[:, None, None])
             y = of_label
     return tl.where(y == -INF, 0.0, over), exponent
 
 
 @triton.jit
-def centred_gap(x, y, here, label, s, t, k, mean, KIND: tl.constexpr):
+def centred_gap(x, y, here, label, s, t, k, mean, how):
     """E_p[soft_gap - mean] of a tile of whole rows: what rounding left in mean = E_p[soft_gap]."""
-    x, y = but_label(x, here, label, KIND), but_label(y, here, label, KIND)
-    gap, et = gap_from_mean(x, y, s, t, k, mean, KIND)
+    x, y = but_label(x, here, label, how), but_label(y, here, label, how)
+    gap, et = gap_from_mean(x, y, s, t, k, mean, how)
     rest = tl.where((et > 0.0) & (x != -INF), et * gap, 0.0)
     return tl.sum(tl.sum(rest, 2), 1) * k.inv_t
 
@@ -401,24 +371,22 @@ def targets_gradient(x, here, label, of, like, SMOOTH: tl.constexpr):
 
 
 @triton.jit
-def student_gradient(
-    x, y, here, label, s, t, k, means, slope, of, KIND: tl.constexpr, HARD: tl.constexpr, SMOOTH: tl.constexpr
-):
+def student_gradient(x, y, here, label, s, t, k, means, slope, of, how):
     """slope*dD/du + the gradient of the targets, with respect to the transformed logits."""
-    if KIND == NONE:
-        return targets_gradient(x, here, label, of, s.c, SMOOTH)
+    if how.DIVERGENCE == NONE:
+        return targets_gradient(x, here, label, of, s.c, how.SMOOTH)
     else:
-        grad = student_soft(x, y, here, label, s, t, k, means, KIND) * slope[:, None, None]
-        if HARD or (KIND == NKD):
-            grad = grad + targets_gradient(x, here, label, of, s.c, SMOOTH)
+        grad = student_soft(x, y, here, label, s, t, k, means, how) * slope[:, None, None]
+        if how.HARD or (how.DIVERGENCE == NKD):
+            grad = grad + targets_gradient(x, here, label, of, s.c, how.SMOOTH)
         return grad
 
 
 @triton.jit
-def teacher_gradient(x, y, here, label, s, t, k, means, slope, of, KIND: tl.constexpr):
+def teacher_gradient(x, y, here, label, s, t, k, means, slope, of, how):
     """slope*dD/dv + the gradient of NKD's first part, with respect to the transformed logits."""
-    grad = teacher_soft(x, y, here, label, s, t, k, means, KIND) * slope[:, None, None]
-    if KIND == NKD:
+    grad = teacher_soft(x, y, here, label, s, t, k, means, how) * slope[:, None, None]
+    if how.DIVERGENCE == NKD:
         grad = grad + targets_gradient(y, here, label, of, t.c, False)
     return grad
 

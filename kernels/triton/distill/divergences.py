@@ -12,7 +12,7 @@ classes other than the label through it.
 import triton
 import triton.language as tl
 
-from .rows import INF, divide
+from ..rows.arithmetic import INF, divide
 
 NONE = tl.constexpr(-1)  # no soft term
 FORWARD = tl.constexpr(0)
@@ -144,7 +144,7 @@ def alpha_beta(qs, ps, log_q, log_p, r, no_q, no_p, a, b):
 
 
 @triton.jit
-def pointwise(q, p, qs, ps, log_q, log_p, r, no_q, no_p, a, b, KIND: tl.constexpr):
+def pointwise(q, p, qs, ps, log_q, log_p, r, no_q, no_p, a, b, DIVERGENCE: tl.constexpr):
     """f, q g, p h and p q/m of every class; the last is 0 but for SKEW and SKEW_REVERSE, see `centred`. Of ALPHA_BETA
     alone: q and p to the power a + b, qs and ps, and the logarithms.
 
@@ -152,20 +152,20 @@ def pointwise(q, p, qs, ps, log_q, log_p, r, no_q, no_p, a, b, KIND: tl.constexp
     and q in the mixture m), the exponents of ALPHA_BETA. no_q, no_p: where the logit is -inf.
     """
     overlap = tl.zeros_like(q)
-    if KIND == ALPHA_BETA:
+    if DIVERGENCE == ALPHA_BETA:
         f, qg, ph = alpha_beta(qs, ps, log_q, log_p, r, no_q, no_p, a, b)
     else:
         r = tl.where(no_q, FAR, tl.where(no_p, -FAR, r))
         r = tl.where(no_q & no_p, 0.0, r)
-        if KIND == REVERSE:
+        if DIVERGENCE == REVERSE:
             f = tl.where(no_p & (q > 0), INF, kl_term(q, p, -r))
             qg = -q * r
             ph = tl.where(r > 0, -p, q) * expm1(-tl.abs(r))
-        elif KIND == FORWARD_POINT:
+        elif DIVERGENCE == FORWARD_POINT:
             f = tl.where(no_q & (p > 0), INF, kl_term(p, q, r))
             qg = tl.where(r > 0, p, -q) * expm1(-tl.abs(r))
             ph = p * r
-        elif KIND == TVD:
+        elif DIVERGENCE == TVD:
             sign = tl.where(r > 0, 0.5, tl.where(r < 0, -0.5, r))
             f = -0.5 * tl.maximum(q, p) * expm1(-tl.abs(r))
             qg = -q * sign
@@ -174,11 +174,11 @@ def pointwise(q, p, qs, ps, log_q, log_p, r, no_q, no_p, a, b, KIND: tl.constexp
             m = a * p + b * q
             overlap = divide(p, tl.where(m == 0.0, 1.0, m)) * q
             over_p, over_q = mixture_logs(r, a, b)
-            if KIND == JSD:
+            if DIVERGENCE == JSD:
                 f = a * kl_term(p, m, over_p) + b * kl_term(q, m, over_q)
                 qg = q * (b * over_q)
                 ph = p * (a * over_p)
-            elif KIND == SKEW:
+            elif DIVERGENCE == SKEW:
                 w = expm1(over_p)
                 f = kl_term(p, m, over_p)
                 qg = -q * (b * w)
@@ -192,19 +192,19 @@ def pointwise(q, p, qs, ps, log_q, log_p, r, no_q, no_p, a, b, KIND: tl.constexp
 
 
 @triton.jit
-def slope_of_p(r, a, b, KIND: tl.constexpr):
+def slope_of_p(r, a, b, DIVERGENCE: tl.constexpr):
     """h of `pointwise`, also where p has no representation; REVERSE and ALPHA_BETA, whose h overflows there, have
     `far_slope_of_p`.
     """
-    if KIND == FORWARD_POINT:
+    if DIVERGENCE == FORWARD_POINT:
         h = r
-    elif KIND == TVD:
+    elif DIVERGENCE == TVD:
         h = tl.where(r > 0, 0.5, tl.where(r < 0, -0.5, r))
     else:
         over_p, over_q = mixture_logs(r, a, b)
-        if KIND == JSD:
+        if DIVERGENCE == JSD:
             h = a * over_p
-        elif KIND == SKEW:
+        elif DIVERGENCE == SKEW:
             h = over_p - a * expm1(over_p)
         else:
             h = -a * expm1(over_q)
@@ -212,11 +212,11 @@ def slope_of_p(r, a, b, KIND: tl.constexpr):
 
 
 @triton.jit
-def far_slope_of_p(r, log_p, no_q, a, b, KIND: tl.constexpr):
+def far_slope_of_p(r, log_p, no_q, a, b, DIVERGENCE: tl.constexpr):
     """h of REVERSE and ALPHA_BETA as (factor, exponent), h = factor*exp(exponent), from logarithms alone; the exponent
     is 0 where h has a representation.
     """
-    if KIND == REVERSE:
+    if DIVERGENCE == REVERSE:
         a, b = tl.zeros_like(a), tl.zeros_like(b) + 1.0
     # p^(a+b-1) (1 - exp(z))/b; q = 0 leaves 1/b.
     z = tl.where(no_q, 0.0, -b * r)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .rows import INF, LAST, LOG2E, finite_max, first_column, moved, power, rescale, rescale_moment
-from .sides import read
+from ..rows.arithmetic import INF, LAST, LOG2E, finite_max, first_column, moved, power, rescale, rescale_moment
+from ..rows.sides import read
 
 
 class Rest(NamedTuple):
@@ -70,34 +70,19 @@ def weighted(e, d):
 
 
 @triton.jit
-def rest_sums(
-    s,
-    bits,
-    col,
-    counted,
-    classes,
-    shift,
-    degree,
-    POWERS: tl.constexpr,
-    AT_ONE: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    TERMS: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+def rest_sums(s, bits, at, col, shift, degree, POWERS: tl.constexpr, AT_ONE: tl.constexpr, how):
     """`Rest` of the student's row, read once; every lane keeps its own maximum until the end."""
-    top = tl.full([1, LANES], -INF, DTYPE)
-    total = tl.zeros([1, LANES], DTYPE)
+    top = tl.full([1, how.LANES], -INF, s.T.dtype)
+    total = tl.zeros([1, how.LANES], s.T.dtype)
     moment, powers, power_moment, at_one, spread = total, total, total, total, total
-    column = tl.full([1, LANES], LAST, tl.int32)
-    nans = tl.zeros([1, LANES], tl.int32)
+    column = tl.full([1, how.LANES], LAST, tl.int32)
+    nans = tl.zeros([1, how.LANES], tl.int32)
     c = s.c[:, None]
     raised = c * degree.to(s.c.dtype)[:, None]
     c1 = tl.full([1, 1], LOG2E, s.c.dtype)
-    for first in range(0, classes, LANES * VEC):
+    for first in range(0, at.classes, how.LANES * how.VEC):
         here = col + first
-        keep = counted[:, None, None] & (here < classes)
+        keep = at.counted[:, None, None] & (here < at.classes)
         others = keep & (is_listed(bits, here, keep) == 0)
         x = tl.where(others, read(s, here, keep, "evict_last"), -INF)
         to = tl.maximum(top, tl.max(x, 2))
@@ -111,9 +96,9 @@ def rest_sums(
             powers = rescale(powers, top, to, raised) + tl.sum(e, 2)
         if AT_ONE:
             at_one = rescale(at_one, top, to, c1) + tl.sum(power(d, c1[:, :, None]), 2)
-        if SMOOTH:
+        if how.SMOOTH:
             spread += tl.sum(tl.where(others, x - shift[:, None, None], 0.0), 2)
-        if TERMS:
+        if how.TERMS:
             found = first_column(x, to[:, :, None], here)
             column = tl.where(to > top, found, tl.minimum(column, found))
             nans += tl.sum((x != x).to(tl.int32), 2)
@@ -122,14 +107,8 @@ def rest_sums(
     to = row_top[:, None] + tl.zeros_like(top)
     moment = rescale_moment(moment, total, moved(top, to), top, to, c)
     power_moment = rescale_moment(power_moment, powers, moved(top, to), top, to, raised)
-    return Rest(
-        row_top,
-        tl.sum(rescale(total, top, to, c), 1),
-        tl.sum(moment, 1),
-        tl.sum(rescale(powers, top, to, raised), 1),
-        tl.sum(power_moment, 1),
-        tl.sum(rescale(at_one, top, to, c1), 1),
-        tl.sum(spread, 1),
-        tl.min(tl.where(top == to, column, LAST), 1),
-        tl.sum(nans, 1),
-    )
+    total, moment = tl.sum(rescale(total, top, to, c), 1), tl.sum(moment, 1)
+    powers, power_moment = tl.sum(rescale(powers, top, to, raised), 1), tl.sum(power_moment, 1)
+    at_one, spread = tl.sum(rescale(at_one, top, to, c1), 1), tl.sum(spread, 1)
+    column = tl.min(tl.where(top == to, column, LAST), 1)
+    return Rest(row_top, total, moment, powers, power_moment, at_one, spread, column, tl.sum(nans, 1))

@@ -1,0 +1,1 @@
+"""feature_loss and its gradients."""

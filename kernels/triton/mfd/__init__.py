@@ -1,0 +1,1 @@
+"""mfd_loss in a single pass."""

@@ -1,0 +1,1 @@
+"""modal_pool and its gradients."""

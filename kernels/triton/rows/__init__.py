@@ -1,0 +1,1 @@
+"""What all row kernels share: arguments, tiles, reading rows, sums over rows."""

@@ -1,0 +1,1 @@
+"""distill_loss with a teacher that lists its largest classes."""
