@@ -11,3 +11,6 @@
 #endif
 
 #define MFD_MEMBER MFD_VECTOR_FN __attribute__((always_inline)) inline
+// `static`: each translation unit keeps its own copy, so that code compiled for one instruction set never
+// runs on another.
+#define MFD_INLINE static MFD_VECTOR_FN __attribute__((always_inline, unused)) inline

@@ -1,5 +1,5 @@
 // The CUDA launchers for Python.
-#include "bindings.h"
+#include "bindings/bindings.h"
 
 #include <pybind11/stl.h>
 
@@ -35,7 +35,7 @@ void start_forward(const Forward& f, const TopK* topk, const cuda::ScalarLoss* s
 }
 
 // Writes the weighted sum of the row losses to `loss`, and its gradient to `grad` where that is not 0.
-void scalar(const Problem& problem, const TopK* topk, bool use_soft, bool use_hard, Address weight,
+void scalar(const RowProblem& problem, const TopK* topk, bool use_soft, bool use_hard, Address weight,
             const Number& soft_weight, const Number& hard_weight, const Number& divisor, bool count_rows,
             Address workspace, Address loss, Address grad, Address scratch, int device, Address stream) {
   Forward f{};
@@ -54,7 +54,7 @@ void scalar(const Problem& problem, const TopK* topk, bool use_soft, bool use_ha
 }
 
 // Per-row values; the last five addresses are all 0 or all but the label probabilities are not.
-void per_row(const Problem& problem, const TopK* topk, Address soft, Address hard, Address stats,
+void per_row(const RowProblem& problem, const TopK* topk, Address soft, Address hard, Address stats,
              Address student_entropy, Address teacher_entropy, Address student_label_prob,
              Address teacher_label_prob, Address agreement, Address scratch, int device, Address stream) {
   Forward f{};
@@ -74,7 +74,7 @@ void per_row(const Problem& problem, const TopK* topk, Address soft, Address har
 }
 
 // `d_teachers` holds one address per teacher; `d_weights` is 0 for one.
-void per_row_backward(const Problem& problem, const TopK* topk, Address stats, Address grad_soft,
+void per_row_backward(const RowProblem& problem, const TopK* topk, Address stats, Address grad_soft,
                       int64_t grad_soft_stride, Address grad_hard, int64_t grad_hard_stride,
                       Address d_student, const std::vector<Address>& d_teachers, Address d_temperature,
                       Address d_teacher_temperature, Address d_weights, Address scratch, int device,
@@ -112,12 +112,12 @@ void per_row_backward(const Problem& problem, const TopK* topk, Address stats, A
 }
 
 // Bytes of device memory that a launch needs beside its outputs.
-int64_t scratch_bytes(const Problem& problem, const TopK* topk, bool backward, int device) {
+int64_t scratch_bytes(const RowProblem& problem, const TopK* topk, bool backward, int device) {
   if (topk) return cuda::topk_scratch(problem, *topk, device);
   return problem.mixture ? cuda::mixture_scratch(problem, backward, device) : 0;
 }
 
-py::tuple plan(const Problem& problem, const TopK* topk, bool use_soft, int device) {
+py::tuple plan(const RowProblem& problem, const TopK* topk, bool use_soft, int device) {
   static const char* const names[] = {"warp", "block", "cluster", "stream"};
   const cuda::Plan p =
       topk ? cuda::topk_plan(problem, *topk, device) : cuda::plan_of(problem, use_soft, device);

@@ -9,7 +9,7 @@ namespace {
 // Up to this many rows each block counts for itself.
 constexpr int64_t kCountInPlace = 8192;
 
-int64_t pair_bytes(const Problem& p, bool use_soft, int parts) {
+int64_t pair_bytes(const RowProblem& p, bool use_soft, int parts) {
   return parked_bytes(p.classes, p.student.dtype, parts) +
          (use_soft ? parked_bytes(p.classes, p.teacher.dtype, parts) : 0);
 }
@@ -24,7 +24,7 @@ bool is_lean(const Forward& f) {
 template <class S, class Group, bool kParked, bool kLean>
 void start_kernel(device::ForwardLaunch launch, const Plan& plan, const DeviceFacts& facts,
                   const Where& where) {
-  const Problem& p = launch.forward.problem;
+  const RowProblem& p = launch.forward.problem;
   const int in_block = plan.rung == Rung::kWarp ? plan.threads / 32 : 1;
   launch.states_at = static_cast<int>(states_at<Group>());
   launch.parking_at = static_cast<int>(parking_at<Group>(in_block));
@@ -48,7 +48,7 @@ void start_forward(const device::ForwardLaunch& launch, const Plan& plan, const 
 
 }  // namespace
 
-Plan plan_of(const Problem& p, bool use_soft, int device) {
+Plan plan_of(const RowProblem& p, bool use_soft, int device) {
   const DeviceFacts facts = facts_of(device);
   if (p.mixture && use_soft) return mixture_plan(p, facts);
   return choose_plan(facts, p.classes, p.is_double, parking_at<device::Cluster>(1),
@@ -56,7 +56,7 @@ Plan plan_of(const Problem& p, bool use_soft, int device) {
 }
 
 void describe_scalar(device::ForwardLaunch& launch, const ScalarLoss* scalar, const Where& where) {
-  const Problem& p = launch.forward.problem;
+  const RowProblem& p = launch.forward.problem;
   launch.soft_weight = launch.hard_weight = launch.divisor = {nullptr, 1.0};
   if (!scalar) return;
   launch.soft_weight = {scalar->soft_weight.address, scalar->soft_weight.value};
@@ -79,7 +79,7 @@ void describe_scalar(device::ForwardLaunch& launch, const ScalarLoss* scalar, co
 void forward(const Forward& f, const ScalarLoss* scalar, const Where& where) {
   const DeviceGuard guard(where.device);
   const DeviceFacts facts = facts_of(where.device);
-  const Problem& p = f.problem;
+  const RowProblem& p = f.problem;
   device::ForwardLaunch launch{};
   launch.forward = f;
   describe_scalar(launch, scalar, where);

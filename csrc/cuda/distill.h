@@ -1,7 +1,7 @@
 // Launchers of the row kernels. Nothing here waits for the device; every address is one of the device's.
 #pragma once
 
-#include "common/types.h"
+#include "common/problems/rows.h"
 
 namespace mfd {
 namespace cuda {
@@ -48,21 +48,21 @@ struct ScalarLoss {
   void* loss;  // 0-d, compute dtype
 };
 
-Plan plan_of(const Problem& problem, bool use_soft, int device);
+Plan plan_of(const RowProblem& problem, bool use_soft, int device);
 
 // `scalar` is null for per-row outputs.
 void forward(const Forward& f, const ScalarLoss* scalar, const Where& where);
 
 void backward(const Backward& g, const Where& where);
 
-// The same of several teachers, Problem::mixture; `scratch` is that many bytes of device memory.
-int64_t mixture_scratch(const Problem& problem, bool backward, int device);
+// The same of several teachers, RowProblem::mixture; `scratch` is that many bytes of device memory.
+int64_t mixture_scratch(const RowProblem& problem, bool backward, int device);
 void mixture_forward(const Forward& f, const ScalarLoss* scalar, void* scratch, const Where& where);
 void mixture_backward(const Backward& g, void* scratch, const Where& where);
 
 // Of a sparse teacher: the terms, the scalar loss, or any of the gradients, always from the logits.
-Plan topk_plan(const Problem& problem, const TopK& topk, int device);
-int64_t topk_scratch(const Problem& problem, const TopK& topk, int device);
+Plan topk_plan(const RowProblem& problem, const TopK& topk, int device);
+int64_t topk_scratch(const RowProblem& problem, const TopK& topk, int device);
 void topk_rows(const TopKPass& pass, const ScalarLoss* scalar, void* scratch, const Where& where);
 
 // grad *= *factor, of the dtype `factor_dtype`; nothing is touched where the factor is 1.

@@ -6,7 +6,7 @@ namespace mfd {
 namespace cuda {
 namespace {
 
-int64_t parked_pair(const Problem& p, int parts) {
+int64_t parked_pair(const RowProblem& p, int parts) {
   return parked_bytes(p.classes, p.student.dtype, parts) + parked_bytes(p.classes, Dtype::kFloat32, parts);
 }
 
@@ -15,19 +15,19 @@ int groups_in_block(const Plan& plan) {
 }
 
 template <class Group>
-int64_t forward_parking_at(const Problem& p, int groups) {
+int64_t forward_parking_at(const RowProblem& p, int groups) {
   return parking_at<Group>(groups) + states_bytes(p, groups);
 }
 
 // Rows of the mixture that a forward launch keeps in device memory.
-int64_t streamed_rows(const Problem& p, const Plan& plan, const DeviceFacts& facts) {
+int64_t streamed_rows(const RowProblem& p, const Plan& plan, const DeviceFacts& facts) {
   if (plan.rung != Rung::kStream) return 0;
   return blocks_of(plan, facts, p.n_rows, 1, forward_parking_at<device::Block>(p, 1), false);
 }
 
 template <class S, class Group>
-void start_kernel(device::MixtureLaunch launch, const Problem& p, const Plan& plan, const DeviceFacts& facts,
-                  const Where& where) {
+void start_kernel(device::MixtureLaunch launch, const RowProblem& p, const Plan& plan,
+                  const DeviceFacts& facts, const Where& where) {
   const int in_block = groups_in_block(plan);
   launch.parked = plan.rung != Rung::kStream;
   launch.states_at = static_cast<int>(states_at<Group>());
@@ -43,12 +43,12 @@ void start_kernel(device::MixtureLaunch launch, const Problem& p, const Plan& pl
 
 }  // namespace
 
-Plan mixture_plan(const Problem& p, const DeviceFacts& facts) {
+Plan mixture_plan(const RowProblem& p, const DeviceFacts& facts) {
   return choose_plan(facts, p.classes, p.is_double, forward_parking_at<device::Cluster>(p, 1),
                      [&](int parts) { return parked_pair(p, parts); });
 }
 
-int64_t mixture_scratch(const Problem& p, bool backward, int device) {
+int64_t mixture_scratch(const RowProblem& p, bool backward, int device) {
   const DeviceFacts facts = facts_of(device);
   if (backward) return backward_scratch(p, facts);
   return streamed_rows(p, mixture_plan(p, facts), facts) * row_bytes(p);
@@ -58,7 +58,7 @@ void mixture_forward(const Forward& f, const ScalarLoss* scalar, void* scratch, 
   static_assert(sizeof(device::MixtureLaunch) <= 4096, "what a kernel takes by value");
   const DeviceGuard guard(where.device);
   const DeviceFacts facts = facts_of(where.device);
-  const Problem& p = f.problem;
+  const RowProblem& p = f.problem;
   device::MixtureLaunch launch{};
   launch.forward = f;
   launch.forward.problem = mixed_problem(p, launch.teachers);

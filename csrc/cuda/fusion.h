@@ -1,7 +1,7 @@
 // Launchers of the fusion kernels. Nothing here waits for the device; every address is one of the device's.
 #pragma once
 
-#include "common/fusion.h"
+#include "common/problems/fusion.h"
 #include "cuda/distill.h"
 
 namespace mfd {
@@ -15,7 +15,7 @@ struct PoolPlan {
 };
 
 // `backward` shares the rows so that few partial sums have to be added up; then d_pooled's dtype counts too.
-PoolPlan pool_plan(const Pool& pool, bool backward, Dtype d_pooled, int device);
+PoolPlan pool_plan(const PoolProblem& pool, bool backward, Dtype d_pooled, int device);
 
 // Of PoolForward only what modal_pool itself needs is used: pool, pooled, pooled_dtype, weights.
 void pool_forward(const PoolForward& f, const PoolTypes& types, const Where& where);

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "bindings.h"
+#include "bindings/bindings.h"
 #include "cuda/fusion.h"
 
 namespace py = pybind11;
@@ -17,8 +17,8 @@ PoolTypes types_of(const std::tuple<int, int, int>& dtypes) {
 }
 
 // `dtypes`: of query, scores and bias.
-void pool_forward(const Pool& pool, const std::tuple<int, int, int>& dtypes, Address pooled, int pooled_dtype,
-                  Address weights, int device, Address stream) {
+void pool_forward(const PoolProblem& pool, const std::tuple<int, int, int>& dtypes, Address pooled,
+                  int pooled_dtype, Address weights, int device, Address stream) {
   PoolForward f{};
   f.pool = &pool;
   f.pooled = pointer(pooled);
@@ -28,13 +28,14 @@ void pool_forward(const Pool& pool, const std::tuple<int, int, int>& dtypes, Add
 }
 
 // (whether a row lies in shared memory, whether a block works on a row, blocks)
-std::tuple<bool, bool, int64_t> pool_plan(const Pool& pool, bool backward, int d_pooled_dtype, int device) {
+std::tuple<bool, bool, int64_t> pool_plan(const PoolProblem& pool, bool backward, int d_pooled_dtype,
+                                          int device) {
   const cuda::PoolPlan plan = cuda::pool_plan(pool, backward, static_cast<Dtype>(d_pooled_dtype), device);
   return {plan.parked, plan.whole, plan.blocks};
 }
 
-void pool_backward(const Pool& pool, const std::tuple<int, int, int>& dtypes, Address weights,
-                   const Rows& d_pooled, Address d_weights, const std::vector<Address>& d_features,
+void pool_backward(const PoolProblem& pool, const std::tuple<int, int, int>& dtypes, Address weights,
+                   const MatrixFields& d_pooled, Address d_weights, const std::vector<Address>& d_features,
                    int64_t d_row_stride, Address d_query, Address d_bias, Address d_temperature,
                    Address d_scores, Address d_row_temperature, Address query_partial, Address shared_partial,
                    int device, Address stream) {

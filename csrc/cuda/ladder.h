@@ -72,7 +72,7 @@ inline int64_t blocks_of(const Plan& plan, const DeviceFacts& facts, int64_t n_r
   return clusters * plan.cluster;
 }
 
-Plan mixture_plan(const Problem& p, const DeviceFacts& facts);
+Plan mixture_plan(const RowProblem& p, const DeviceFacts& facts);
 
 // What every forward launch gets of the scalar loss; starts the launch that counts many rows. `scalar` is
 // null for per-row outputs.

@@ -5,7 +5,7 @@
 #include <tuple>
 #include <vector>
 
-#include "bindings.h"
+#include "bindings/bindings.h"
 #include "cuda/mfd_loss.h"
 
 namespace py = pybind11;
@@ -18,18 +18,18 @@ using Number = std::tuple<Address, double>;
 // (address, dtype) of a contiguous tensor
 using Typed = std::tuple<Address, int>;
 
-PerRow number(const Number& n) {
+RowScalar number(const Number& n) {
   return {pointer(std::get<0>(n)), 0, std::get<1>(n)};
 }
 
 // `numbers`: the weights of the soft, hard, feature and pool terms, and the divisor. `outputs`: weights,
 // predictions and the four terms. `products`: y and dz, both 0 or neither, and dz's stride. `gradients`: of
 // query, bias and head bias, 0 where they are not wanted.
-void mfd_loss(const Problem& problem, const Pool& pool, const std::tuple<int, int, int>& types, bool use_soft,
-              bool use_hard, Address weight, const std::array<Number, 5>& numbers, bool count_rows,
-              const Rows& target, int kind, Address pool_target, const Typed& head, int64_t head_stride,
-              const Typed& head_bias, const std::array<Address, 2 + kMfdTerms>& outputs, bool wants_logits,
-              bool wants_pooled, const std::tuple<Address, Address, int64_t>& products,
+void mfd_loss(const RowProblem& problem, const PoolProblem& pool, const std::tuple<int, int, int>& types,
+              bool use_soft, bool use_hard, Address weight, const std::array<Number, 5>& numbers,
+              bool count_rows, const MatrixFields& target, int kind, Address pool_target, const Typed& head,
+              int64_t head_stride, const Typed& head_bias, const std::array<Address, 2 + kMfdTerms>& outputs,
+              bool wants_logits, bool wants_pooled, const std::tuple<Address, Address, int64_t>& products,
               const std::vector<Address>& d_features, int64_t d_row_stride,
               const std::array<Address, 3>& gradients, Address partial, Address tickets, int device,
               Address stream) {

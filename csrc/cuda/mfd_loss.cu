@@ -22,7 +22,7 @@ Layout layout_of(int64_t width, int64_t classes) {
   return l;
 }
 
-device::Number number(const PerRow& value) {
+device::Number number(const RowScalar& value) {
   return {value.rows, value.value};
 }
 
@@ -34,7 +34,7 @@ bool mfd_fits(int64_t width, int64_t classes, int device) {
 
 void mfd_loss(const MfdPass& pass, const Where& where) {
   const DeviceGuard guard(where.device);
-  const Problem& problem = pass.forward.problem;
+  const RowProblem& problem = pass.forward.problem;
   const Layout l = layout_of(pass.pool.width, problem.classes);
   device::MfdLaunch launch{};
   launch.pass = pass;

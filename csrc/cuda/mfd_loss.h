@@ -2,7 +2,7 @@
 // device's.
 #pragma once
 
-#include "common/mfd.h"
+#include "common/problems/mfd.h"
 #include "cuda/distill.h"
 
 namespace mfd {

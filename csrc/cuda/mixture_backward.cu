@@ -13,7 +13,7 @@ struct BackwardPlan {
   int64_t blocks, shared, mixed_at;
 };
 
-BackwardPlan backward_plan(const Problem& p, const DeviceFacts& facts) {
+BackwardPlan backward_plan(const RowProblem& p, const DeviceFacts& facts) {
   BackwardPlan plan{};
   plan.by_warp = !p.is_double && p.classes <= kWarpClasses;
   plan.threads = plan.by_warp ? 128 : 256;
@@ -40,7 +40,7 @@ void start_backward(const device::MixtureBackward& g, const BackwardPlan& plan, 
 
 }  // namespace
 
-int64_t backward_scratch(const Problem& p, const DeviceFacts& facts) {
+int64_t backward_scratch(const RowProblem& p, const DeviceFacts& facts) {
   const BackwardPlan plan = backward_plan(p, facts);
   return plan.in_shared ? 0 : plan.blocks * 2 * row_bytes(p);
 }
@@ -48,7 +48,7 @@ int64_t backward_scratch(const Problem& p, const DeviceFacts& facts) {
 void mixture_backward(const Backward& rows, void* scratch, const Where& where) {
   static_assert(sizeof(device::MixtureBackward) <= 4096, "what a kernel takes by value");
   const DeviceGuard guard(where.device);
-  const Problem& p = rows.problem;
+  const RowProblem& p = rows.problem;
   const BackwardPlan plan = backward_plan(p, facts_of(where.device));
   device::MixtureBackward g{};
   g.rows = rows;

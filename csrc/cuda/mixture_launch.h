@@ -8,7 +8,7 @@ namespace mfd {
 namespace cuda {
 
 // `p` as the kernels take it, the mixture in place of its first teacher; and its teachers.
-inline Problem mixed_problem(const Problem& p, device::Teachers& teachers) {
+inline RowProblem mixed_problem(const RowProblem& p, device::Teachers& teachers) {
   const Mixture& m = *p.mixture;
   static_assert(kMaxTeachers == device::kMaxTeachers, "one bound");
   if (m.count > kMaxTeachers) throw std::invalid_argument("mfd_fast: too many teachers");
@@ -17,7 +17,7 @@ inline Problem mixed_problem(const Problem& p, device::Teachers& teachers) {
   teachers.weights = m.weights;
   teachers.row_stride = m.row_stride;
   teachers.temperature = p.teacher_temperature;
-  Problem mixed = p;
+  RowProblem mixed = p;
   mixed.teacher = {nullptr, p.is_double ? Dtype::kFloat64 : Dtype::kFloat32, 1, 0, 0, p.classes, 1.0, 0.0,
                    false};
   mixed.teacher_temperature = {nullptr, 0, 1.0};
@@ -25,17 +25,17 @@ inline Problem mixed_problem(const Problem& p, device::Teachers& teachers) {
   return mixed;
 }
 
-inline int64_t states_bytes(const Problem& p, int groups) {
+inline int64_t states_bytes(const RowProblem& p, int groups) {
   return round_up(groups * p.mixture->count * static_cast<int64_t>(sizeof(device::TeacherState)), 16);
 }
 
 // A row of the mixture, in whole vectors.
-inline int64_t row_bytes(const Problem& p) {
+inline int64_t row_bytes(const RowProblem& p) {
   return round_up(p.classes, 8) * (p.is_double ? 8 : 4);
 }
 
 // Bytes of device memory for the rows of a backward launch.
-int64_t backward_scratch(const Problem& p, const DeviceFacts& facts);
+int64_t backward_scratch(const RowProblem& p, const DeviceFacts& facts);
 
 }  // namespace cuda
 }  // namespace mfd

@@ -24,7 +24,7 @@ struct Layout {
   int64_t pitch, scratch, parking, sum, group;  // bytes; of a group: its scratch, where the parts begin, all
 };
 
-Layout layout_of(const Pool& p, bool backward, Dtype d_pooled) {
+Layout layout_of(const PoolProblem& p, bool backward, Dtype d_pooled) {
   bool narrow = !backward || is_narrow(d_pooled);
   for (int m = 0; m < p.modalities; ++m) narrow = narrow && is_narrow(p.features[m].dtype);
   Layout l{};
@@ -45,7 +45,7 @@ int64_t shared_bytes(const PoolPlan& plan, const Layout& l) {
   return team_bytes() + groups * (plan.parked ? l.group : l.scratch);
 }
 
-device::PoolLaunch common_of(const Pool& pool, const PoolTypes& types, const PoolPlan& plan,
+device::PoolLaunch common_of(const PoolProblem& pool, const PoolTypes& types, const PoolPlan& plan,
                              const Layout& l) {
   device::PoolLaunch c{};
   c.pool = pool;
@@ -64,7 +64,7 @@ device::PoolLaunch common_of(const Pool& pool, const PoolTypes& types, const Poo
 
 }  // namespace
 
-PoolPlan pool_plan(const Pool& p, bool backward, Dtype d_pooled, int device) {
+PoolPlan pool_plan(const PoolProblem& p, bool backward, Dtype d_pooled, int device) {
   const DeviceFacts facts = facts_of(device);
   const Layout l = layout_of(p, backward, d_pooled);
   PoolPlan plan{};
@@ -89,7 +89,7 @@ PoolPlan pool_plan(const Pool& p, bool backward, Dtype d_pooled, int device) {
 
 void pool_forward(const PoolForward& f, const PoolTypes& types, const Where& where) {
   const DeviceGuard guard(where.device);
-  const Pool& p = *f.pool;
+  const PoolProblem& p = *f.pool;
   const PoolPlan plan = pool_plan(p, false, f.pooled_dtype, where.device);
   const Layout l = layout_of(p, false, f.pooled_dtype);
   device::PoolForwardLaunch launch{};
@@ -106,7 +106,7 @@ void pool_forward(const PoolForward& f, const PoolTypes& types, const Where& whe
 void pool_backward(const PoolBackward& g, const PoolTypes& types, const PoolPartials& partials,
                    const Where& where) {
   const DeviceGuard guard(where.device);
-  const Pool& p = *g.pool;
+  const PoolProblem& p = *g.pool;
   const Dtype d_pooled = g.d_pooled.data ? g.d_pooled.dtype : p.features[0].dtype;
   const PoolPlan plan = pool_plan(p, true, d_pooled, where.device);
   const Layout l = layout_of(p, true, d_pooled);

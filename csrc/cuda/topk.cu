@@ -11,7 +11,7 @@ struct Place {
   int64_t lists_at, bits_at, bytes, words;
 };
 
-Place place_of(const Problem& p, const TopK& topk, int parts, bool parked, bool bits_in_shared) {
+Place place_of(const RowProblem& p, const TopK& topk, int parts, bool parked, bool bits_in_shared) {
   Place place{};
   place.lists_at = parked ? parked_bytes(p.classes, p.student.dtype, parts) : 0;
   place.bits_at = place.lists_at + round_up(2 * topk.listed * (p.is_double ? 8 : 4), 16);
@@ -28,7 +28,7 @@ struct TopKPlan {
   int in_block;
 };
 
-TopKPlan plan_rows(const Problem& p, const TopK& topk, const DeviceFacts& facts) {
+TopKPlan plan_rows(const RowProblem& p, const TopK& topk, const DeviceFacts& facts) {
   const int64_t fixed = parking_at<device::Cluster, device::TopKState>(1);
   TopKPlan t{};
   t.plan = choose_plan(facts, p.classes, p.is_double, fixed,
@@ -63,11 +63,11 @@ void start_kernel(device::TopKLaunch launch, const TopKPlan& t, const DeviceFact
 
 }  // namespace
 
-Plan topk_plan(const Problem& p, const TopK& topk, int device) {
+Plan topk_plan(const RowProblem& p, const TopK& topk, int device) {
   return plan_rows(p, topk, facts_of(device)).plan;
 }
 
-int64_t topk_scratch(const Problem& p, const TopK& topk, int device) {
+int64_t topk_scratch(const RowProblem& p, const TopK& topk, int device) {
   const DeviceFacts facts = facts_of(device);
   const TopKPlan t = plan_rows(p, topk, facts);
   if (t.bits_in_shared) return 0;
@@ -78,7 +78,7 @@ void topk_rows(const TopKPass& pass, const ScalarLoss* scalar, void* scratch, co
   static_assert(sizeof(device::TopKLaunch) <= 4096, "what a kernel takes by value");
   const DeviceGuard guard(where.device);
   const DeviceFacts facts = facts_of(where.device);
-  const Problem& p = pass.forward.problem;
+  const RowProblem& p = pass.forward.problem;
   const TopKPlan t = plan_rows(p, pass.teacher, facts);
   device::TopKLaunch launch{};
   launch.forward = pass.forward;

@@ -2,13 +2,12 @@
 // two more before it for the gradients that need exact sums. A warp or a block per row.
 #pragma once
 
-#include "common/saved_row.h"
+#include "common/rows/saved_row.h"
+#include "common/vector/slopes.h"
 #include "distill_forward.cuh"
 
 namespace mfd {
 namespace device {
-
-#include "common/slopes.inl.h"
 
 enum class Sweep { kMeans, kDots, kGradients };
 
@@ -18,7 +17,7 @@ struct BackwardRow : Teacher {
   static constexpr int N = VectorOf<S>::kColumns;
 
   const Backward& g;
-  const Problem& p;
+  const RowProblem& p;
   const Group& group;
   int64_t index;
   bool bad;
@@ -41,13 +40,13 @@ struct BackwardRow : Teacher {
     if (Teacher::kMixed) row.tt = 1.0;  // known here, it takes no registers
     bad = p.labels && (row.label < 0 || row.label >= p.classes);
     if (bad) row.label = 0;
-    x = view_of<S>(p.student, i, row.apart ? row.label : -1);
-    y = view_of<S>(p.teacher, i, x.apart);
+    x = view_of<S>(p.student, i, row.decoupled ? row.label : -1);
+    y = view_of<S>(p.teacher, i, x.excluded);
     if constexpr (Teacher::kMixed) y.data = this->mixed;
     span = {0, (p.classes + N - 1) / N};
     if (p.student.standardize) find_centre<S, false>(group, x, x.data, span, p.classes);
     if (p.teacher.standardize) find_centre<S, false>(group, y, y.data, span, p.classes);
-    if (row.apart)
+    if (row.decoupled)
       set_label(row, p, logit_at<S>(x, x.data, row.label), this->teacher_logit(y, y.data, row.label),
                 this->odds_at_one());
     // NaN for the row, wherever a slope enters.
@@ -70,8 +69,8 @@ struct BackwardRow : Teacher {
                          T (&logits)[N], double x_dot, unsigned char* out, double& dot) const {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      // The logit that was set apart takes its place again.
-      if (row.apart && start + k == row.label) logits[k] = static_cast<T>(label);
+      // The logit that was excluded takes its place again.
+      if (row.decoupled && start + k == row.label) logits[k] = static_cast<T>(label);
       if (dots) {
         if (start + k < p.classes && gradient[k] != T(0)) dot += static_cast<double>(gradient[k] * logits[k]);
       } else {
@@ -142,7 +141,7 @@ struct BackwardRow : Teacher {
         }
       }
       if constexpr (Teacher::kMixed) {
-        if (last) this->keep_slopes(start, row.apart ? row.label : -1, row.slopes.pull, to_v);
+        if (last) this->keep_slopes(start, row.decoupled ? row.label : -1, row.slopes.rest_shift, to_v);
       }
       if (kind != Sweep::kDots) {
 #pragma unroll
@@ -167,7 +166,7 @@ struct BackwardRow : Teacher {
             const T h = static_cast<T>(to_student.hard) * (by_one(a[k] - max_s) * h_scale);
             value = value + (h - static_cast<T>(own ? to_student.share : to_student.shift));
           }
-          to_u[k] = row.apart && own ? static_cast<T>(to_student.apart) : value;
+          to_u[k] = row.decoupled && own ? static_cast<T>(to_student.decoupled) : value;
         }
         finish(!last, x, start, row.label_x + row.max_s, to_u, a, dots.x_dot, d_student, sums.x_dot);
       }
@@ -176,7 +175,7 @@ struct BackwardRow : Teacher {
         for (int k = 0; k < N; ++k) {
           T value = static_cast<T>(to_teacher.soft) * to_v[k];
           if (unit) value = value - static_cast<T>(to_teacher.unit) * (by_one(b[k] - max_t) * u_scale);
-          if (row.apart && start + k == row.label) value = value + static_cast<T>(to_teacher.apart);
+          if (row.decoupled && start + k == row.label) value = value + static_cast<T>(to_teacher.decoupled);
           to_v[k] = value;
         }
         finish(!last, y, start, row.label_y + row.max_t, to_v, b, dots.y_dot, d_teacher, sums.y_dot);
@@ -213,7 +212,7 @@ struct BackwardRow : Teacher {
 
   // Zeros for a row that is not counted.
   static MFD_DEVICE void skip(const Backward& g, const Group& group, int64_t index) {
-    const Problem& p = g.problem;
+    const RowProblem& p = g.problem;
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       void* gradient = side ? g.d_teacher : g.d_student;

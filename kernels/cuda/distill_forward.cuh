@@ -3,7 +3,7 @@
 // gradient.
 #pragma once
 
-#include "common/row_terms.h"
+#include "common/rows/row_terms.h"
 #include "distill_launch.cuh"
 #include "distill_sums.cuh"
 
@@ -37,7 +37,7 @@ struct ForwardRow : Teacher {
   static constexpr int N = VectorOf<S>::kColumns;
 
   const Forward& f;
-  const Problem& p;
+  const RowProblem& p;
   const Group& group;
   RowState* state;
   int64_t row, label;
@@ -66,8 +66,8 @@ struct ForwardRow : Teacher {
         exponents(ts, tt, wanted.unit,
                   !Teacher::kMixed && size_of(p.student.dtype) == 2 && size_of(p.teacher.dtype) == 2) {
     if (bad) label = 0;
-    x = view_of<S>(p.student, row, wanted.apart ? label : -1);
-    y = soft_term() ? view_of<S>(p.teacher, row, x.apart) : x;
+    x = view_of<S>(p.student, row, wanted.decoupled ? label : -1);
+    y = soft_term() ? view_of<S>(p.teacher, row, x.excluded) : x;
     if constexpr (Teacher::kMixed) y.data = this->mixed;
     x_global = x.data;
     y_global = y.data;
@@ -102,7 +102,7 @@ struct ForwardRow : Teacher {
       if (max_s > own.max_s || max_t > own.max_t) own.raise(exponents, max_s, max_t);
       own.add_student(exponents, wanted, a, tx);
       if (soft_term()) own.add_teacher(exponents, wanted, b, tx);
-      if (smooth) own.add_shifted(tx, start, p.classes, x.apart);
+      if (smooth) own.add_shifted(tx, start, p.classes, x.excluded);
     });
     return merge_threads<S, kLean>(group, own, exponents, ts, tt, p.classes);
   }
@@ -130,7 +130,7 @@ struct ForwardRow : Teacher {
     const double drifted = !kLean && kind == Pass::kGradient ? drift_gradient<S>(x, dot) : 0.0;
     const T hard = static_cast<T>(slopes.hard), shift = static_cast<T>(slopes.shift + drifted);
     const T label_shift = static_cast<T>(slopes.label_shift + drifted);
-    const int64_t own = f.use_hard || wanted.apart ? label : -1, width = p.student.width;
+    const int64_t own = f.use_hard || wanted.decoupled ? label : -1, width = p.student.width;
     unsigned char* out = static_cast<unsigned char*>(f.grad) + row * width * size_of(p.student.dtype);
     const bool wide = sizeof(T) == 4 && is_aligned(out);
     T value = 0, g_sum = 0, h_sum = 0;
@@ -189,7 +189,7 @@ struct ForwardRow : Teacher {
         T gradient = soft_term() ? es[k] * student - second[k] * teacher : T(0);
         if (wanted.hard) gradient = S::fma(exponents.hard(es[k], a[k] - max_s), hard, gradient);
         gradient = gradient - (start + k == own ? label_shift : shift);
-        if (wanted.apart && start + k == label) a[k] = static_cast<T>(label_x);
+        if (wanted.decoupled && start + k == label) a[k] = static_cast<T>(label_x);
         if (kind == Pass::kDots) {
           if (start + k < p.classes && gradient != T(0)) v[0] += static_cast<double>(gradient * a[k]);
           continue;
@@ -221,7 +221,7 @@ struct ForwardRow : Teacher {
     for (int side = 0; side < 2; ++side) {
       const double of_label = side ? label_t : label_s;
       if (v[side] == -kInf) v[side] = 0;  // a row of only -inf
-      if (!wanted.apart) continue;
+      if (!wanted.decoupled) continue;
       if (of_label > 0 || (of_label == 0 && column > v[side])) v[side] = column;
       if (of_label != of_label) v[2] = 1;
     }
@@ -249,8 +249,8 @@ struct ForwardRow : Teacher {
       f.agreement[row] = agreement;
     }
     if (!kLean && f.student_label_prob) {
-      put(f.student_label_prob, wanted.apart ? r.target.student.label : exp(r.label / ts) / r.sums.sum_s);
-      put(f.teacher_label_prob, wanted.apart ? r.target.teacher.label : exp(label_t / tt) / r.sums.sum_t);
+      put(f.student_label_prob, wanted.decoupled ? r.target.student.label : exp(r.label / ts) / r.sums.sum_s);
+      put(f.teacher_label_prob, wanted.decoupled ? r.target.teacher.label : exp(label_t / tt) / r.sums.sum_t);
     }
     return (soft_term() ? soft * r.soft : 0.0) + (f.use_hard ? hard * r.hard : 0.0);
   }
@@ -279,7 +279,8 @@ struct ForwardRow : Teacher {
     const bool labelled = p.labels != nullptr, pointwise = is_pointwise_term();
     const double label_x = labelled ? logit_at<S>(x, x_global, label) : 0.0, label_s = label_x - r.max_s;
     const double label_t = labelled && soft_term() ? this->teacher_logit(y, y_global, label) - r.max_t : 0.0;
-    if (wanted.apart && f.use_hard && p.smoothing != 0) r.mean_x += label_s / static_cast<double>(p.classes);
+    if (wanted.decoupled && f.use_hard && p.smoothing != 0)
+      r.mean_x += label_s / static_cast<double>(p.classes);
     bool agreement = false;
     double loss = 0, dot = 0;
     // Whatever needs another look at the row before its gradient.

@@ -2,7 +2,7 @@
 // mean, and the loss.
 #pragma once
 
-#include "common/row_math.h"
+#include "common/rows/row_math.h"
 #include "group.cuh"
 
 namespace mfd {
@@ -66,7 +66,7 @@ MFD_DEVICE double over_block(double value, double* of_warp) {
 // What the weights of the terms are divided by. Uses the shared memory of the states.
 template <class T>
 MFD_DEVICE double find_divisor(const ForwardLaunch& launch) {
-  const Problem& p = launch.forward.problem;
+  const RowProblem& p = launch.forward.problem;
   double divisor = value_of<T>(launch.divisor);
   if (launch.count_rows) {
     int64_t counted = 0;
@@ -115,7 +115,7 @@ MFD_DEVICE void finish_loss(const ForwardLaunch& launch, int64_t partials) {
 
 // Partial counts of the counted rows, one per block.
 template <int kUnused = 0>
-__global__ void count_rows(const __grid_constant__ Problem p, int64_t* counts) {
+__global__ void count_rows(const __grid_constant__ RowProblem p, int64_t* counts) {
   double* scratch = reinterpret_cast<double*>(dynamic_shared());
   int64_t counted = 0;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;

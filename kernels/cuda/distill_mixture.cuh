@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(Residency<Group>::kThreads, 1)
   unsigned char* shared = dynamic_shared();
   const Group group(reinterpret_cast<typename Group::Shared*>(shared));
   const Forward& f = launch.forward;
-  const Problem& p = f.problem;
+  const RowProblem& p = f.problem;
   const int mine = group.index_in_block();
   RowState* state = reinterpret_cast<RowState*>(shared + launch.states_at) + mine;
   TeacherState* teachers =

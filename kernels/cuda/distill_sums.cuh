@@ -124,11 +124,11 @@ struct ThreadSums {
     }
   }
 
-  // sum (x - max) of the columns from `start`, but for the class that is set apart.
-  MFD_DEVICE void add_shifted(const T (&tx)[N], int64_t start, int64_t classes, int64_t apart) {
+  // sum (x - max) of the columns from `start`, but for the excluded class.
+  MFD_DEVICE void add_shifted(const T (&tx)[N], int64_t start, int64_t classes, int64_t decoupled) {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const bool counts = start + k < classes && start + k != apart;
+      const bool counts = start + k < classes && start + k != decoupled;
       x = x + (counts ? tx[k] : T(0));
       columns = columns + (counts ? T(1) : T(0));
     }

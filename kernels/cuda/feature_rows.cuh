@@ -2,12 +2,11 @@
 // kPadded: the rows lie in shared memory with zeros after them.
 #pragma once
 
+#include "common/vector/features.h"
 #include "matrix_rows.cuh"
 
 namespace mfd {
 namespace device {
-
-#include "common/features.inl.h"
 
 // act(KindConstant<kind>()).
 template <int kKind>

@@ -1,7 +1,7 @@
 // Rows of matrices in and out of memory, and their copies in shared memory.
 #pragma once
 
-#include "common/fusion_math.h"
+#include "common/rows/fusion_math.h"
 #include "rows.cuh"
 
 namespace mfd {
@@ -21,7 +21,7 @@ MFD_INLINE Source source_at(const void* data, Dtype dtype) {
 }
 
 template <class S>
-MFD_INLINE Source source_of(const Matrix& m, int64_t row) {
+MFD_INLINE Source source_of(const RowMatrix& m, int64_t row) {
   return source_at<S>(static_cast<const unsigned char*>(m.data) + matrix_offset(m, row) * size_of(m.dtype),
                       m.dtype);
 }

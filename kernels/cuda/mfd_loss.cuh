@@ -11,7 +11,7 @@
 // A row that is not counted has no modalities and no logits: nothing of it is read, its gradients are 0.
 #pragma once
 
-#include "common/mfd.h"
+#include "common/problems/mfd.h"
 #include "distill_forward.cuh"
 #include "feature_rows.cuh"
 #include "mma.cuh"
@@ -92,7 +92,7 @@ struct MfdBlock {
 
   const MfdLaunch& launch;
   const MfdPass& p;
-  const Problem& problem;
+  const RowProblem& problem;
   const Warp warp;
   Parked y, z;
   MfdShared& shared;
@@ -281,13 +281,13 @@ struct MfdBlock {
     const bool on = x.has(m);
     const Source dy = source_of_parked(of_y), query = source_at<F32>(p.pool.query, p.types.query);
     const double a = on ? static_cast<double>(own.pool.a[m]) : 0.0;
-    double pull = 0;
+    double rest_shift = 0;
     if (p.pool_target && own.counted) {
       const double target = on ? static_cast<double>(p.pool_target[row * p.pool.modalities + m]) : 0.0;
-      pull = shared.pool_weight * own.share * pool_kl_gradient(a, over_warp<Sum>(target), target);
+      rest_shift = shared.pool_weight * own.share * pool_kl_gradient(a, over_warp<Sum>(target), target);
     }
     const double g = pool_dots<F32, false, false>(warp, x, dy);
-    const double ds = pool_score_gradient(a, g, at<float>(p.pool.temperature, row), on, pull);
+    const double ds = pool_score_gradient(a, g, at<float>(p.pool.temperature, row), on, rest_shift);
     own.pool.c[m] = static_cast<float>(ds * p.pool.scale);
     warp.sync();
     pool_gradients(warp, x, own.pool, dy, query, p.d_features, p.d_row_stride, p.d_query != nullptr,

@@ -2,13 +2,12 @@
 // temperature 1. It lies in shared memory where it fits, else in a scratch row of the group.
 #pragma once
 
-#include "common/target_math.h"
+#include "common/rows/target_math.h"
+#include "common/vector/mixture.h"
 #include "rows.cuh"
 
 namespace mfd {
 namespace device {
-
-#include "common/mixture.inl.h"
 
 constexpr int kMaxTeachers = 32;  // kernels take them by value
 
@@ -18,7 +17,7 @@ struct Teachers {
   int count;
   const void* weights;
   int64_t row_stride;
-  PerRow temperature;
+  RowScalar temperature;
 };
 
 // One row of one teacher. offset: log w - log sum exp of the softened logits.
@@ -44,12 +43,12 @@ struct MixedTeacher {
   MFD_DEVICE const Odds* odds_at_one() const { return &odds; }
   MFD_DEVICE bool wants_gradients() const { return slopes != nullptr; }
 
-  // Keeps dD/d(log p) of a vector, with that of a label that is set apart, minus its pull.
-  MFD_DEVICE void keep_slopes(int64_t start, int64_t apart, double pull, const T (&to_v)[N]) const {
+  // Keeps dD/d(log p) of a vector, with that of the label of a decoupled target, minus its rest_shift.
+  MFD_DEVICE void keep_slopes(int64_t start, int64_t decoupled, double rest_shift, const T (&to_v)[N]) const {
     if (!slopes) return;
     T kept[N];
 #pragma unroll
-    for (int k = 0; k < N; ++k) kept[k] = start + k == apart ? static_cast<T>(-pull) : to_v[k];
+    for (int k = 0; k < N; ++k) kept[k] = start + k == decoupled ? static_cast<T>(-rest_shift) : to_v[k];
     store_wide(slopes + start * int64_t{sizeof(T)}, kDtype, kept);
   }
 };
@@ -62,8 +61,8 @@ struct LogSumExp {
   double max, lse;  // log sum exp((y - max)/T)
 };
 
-// One pass over a row. NaN where it holds no distribution, -inf for a row without classes beside the one set
-// apart.
+// One pass over a row. NaN where it holds no distribution, -inf for a row without classes beside the
+// excluded one.
 template <class S, class Group>
 MFD_INLINE LogSumExp row_lse(const Group& group, const View& view, const Span& span, int64_t classes,
                              double temperature, bool fast) {
@@ -87,12 +86,12 @@ MFD_INLINE LogSumExp row_lse(const Group& group, const View& view, const Span& s
   group.template reduce<Max>(top);
   double total[1] = {static_cast<double>(sum) * static_cast<double>(exponent(max - static_cast<T>(top[0])))};
   group.template reduce<Sum>(total);
-  return {top[0], log(total[0] == 0 && view.apart < 0 ? kNan : total[0])};
+  return {top[0], log(total[0] == 0 && view.excluded < 0 ? kNan : total[0])};
 }
 
 // Reads every teacher's row once, and again what standardises it and NKD's sum at temperature 1.
 template <class S, class Group>
-MFD_INLINE void measure_teachers(const Group& group, const Teachers& m, const Problem& p, int64_t row,
+MFD_INLINE void measure_teachers(const Group& group, const Teachers& m, const RowProblem& p, int64_t row,
                                  int64_t label, const Span& span, TeacherState* states) {
   typedef typename S::T T;
   const double temperature = at<T>(m.temperature, row);
@@ -111,7 +110,7 @@ MFD_INLINE void measure_teachers(const Group& group, const Teachers& m, const Pr
     t.offset = log(t.weight) - t.lse;
     if (p.divergence == Divergence::kNKD) {
       const double logit = logit_at<S>(view, view.data, label);
-      view.apart = label;
+      view.excluded = label;
       const LogSumExp rest = row_lse<S>(group, view, span, p.classes, 1.0, fast);
       const Odds odds = odds_of(logit - rest.max, 1.0, rest.lse);
       t.unit_max = rest.max;
@@ -151,8 +150,8 @@ MFD_INLINE typename S::T log_share(const TeacherState& t, typename S::T inverse,
 
 // Writes this group's part of log p to `mixed`, where column 0 would lie; what MixedTeacher knows of it.
 template <class S, class Group>
-MFD_INLINE MixedTeacher<S> mix_teachers(const Group& group, const Teachers& m, const Problem& p, int64_t row,
-                                        int64_t label, const Span& span, TeacherState* states,
+MFD_INLINE MixedTeacher<S> mix_teachers(const Group& group, const Teachers& m, const RowProblem& p,
+                                        int64_t row, int64_t label, const Span& span, TeacherState* states,
                                         unsigned char* mixed) {
   typedef typename S::T T;
   typedef MixedTeacher<S> Mixed;
@@ -188,7 +187,7 @@ MFD_INLINE MixedTeacher<S> mix_teachers(const Group& group, const Teachers& m, c
 }
 
 // The label of a row, 0 for one out of range, -1 without labels.
-MFD_INLINE int64_t readable_label(const Problem& p, int64_t row) {
+MFD_INLINE int64_t readable_label(const RowProblem& p, int64_t row) {
   if (!p.labels) return -1;
   const int64_t label = p.labels[row];
   return label < 0 || label >= p.classes ? 0 : label;

@@ -4,7 +4,7 @@
 //   sum to 1 do not notice.
 #pragma once
 
-#include "common/unheard_teacher.h"
+#include "common/rows/unheard_teacher.h"
 #include "distill_backward.cuh"
 #include "mixture.cuh"
 
@@ -31,7 +31,7 @@ struct TeacherGradients {
   enum class Pass { kShare, kDot, kGradient };
 
   const MixtureBackward& g;
-  const Problem& p;
+  const RowProblem& p;
   const Group& group;
   const SavedRow& row;
   const MixedTeacher<S>& mixed;
@@ -63,7 +63,7 @@ struct TeacherGradients {
       const double x = logit_at<S>(student, student.data, c), y = logit_at<S>(view, view.data, c);
       const double log_p = load_one<double>(mixed.mixed + c * int64_t{sizeof(T)}, MixedTeacher<S>::kDtype);
       const double log_pk = (y - t.max) * inverse - t.lse;
-      sum[0] += unheard_share(p, row, linear, x, log_pk, log_p, row.apart && c == row.label);
+      sum[0] += unheard_share(p, row, linear, x, log_pk, log_p, row.decoupled && c == row.label);
     }
     group.template reduce<Sum>(sum);
     return sum[0];
@@ -79,10 +79,10 @@ struct TeacherGradients {
     const T max = static_cast<T>(t.max), by_t = static_cast<T>(inverse), lse = static_cast<T>(t.lse);
     const T weight = static_cast<T>(t.weight), total = static_cast<T>(share);
     const T soft = static_cast<T>(row.grad_soft * row.soft_scale * inverse);
-    const double drive =
+    const double target_loss =
         unit ? row.grad_soft * times(t.weight * t.unit_label, -row.target.hard_student.log_label) : 0.0;
-    const T drive_scale = static_cast<T>(drive * (unit ? inverse_mass(t.unit_lse) : 0.0)),
-            unit_max = static_cast<T>(t.unit_max), at_label = static_cast<T>(times(drive, t.unit_rest));
+    const T drive_scale = static_cast<T>(target_loss * (unit ? inverse_mass(t.unit_lse) : 0.0)),
+            unit_max = static_cast<T>(t.unit_max), at_label = static_cast<T>(times(target_loss, t.unit_rest));
     const Exponent<S> at_one(1.0, false);
     unsigned char* out = output(g, k, index);
     const bool wide = sizeof(T) == 4 && is_aligned(out);
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(256, sizeof(typename S::T) == 8 ? 1 : 0)
   typedef BackwardRow<S, Group, MixedTeacher<S>> Row;
   unsigned char* shared = dynamic_shared();
   const Group group(reinterpret_cast<typename Group::Shared*>(shared));
-  const Problem& p = g.rows.problem;
+  const RowProblem& p = g.rows.problem;
   const int mine = group.index_in_block();
   TeacherState* states = reinterpret_cast<TeacherState*>(shared + g.teachers_at) + mine * g.teachers.count;
   const int64_t groups = static_cast<int64_t>(gridDim.x) * group.in_block();

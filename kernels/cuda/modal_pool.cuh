@@ -10,9 +10,9 @@ namespace mfd {
 namespace device {
 
 // What both directions need. Dynamic shared memory, in bytes: the team's own, and for each group its scratch,
-// its parked rows `pitch` bytes apart, and its sum for the query's gradient.
+// its parked rows `pitch` bytes decoupled, and its sum for the query's gradient.
 struct PoolLaunch {
-  Pool pool;
+  PoolProblem pool;
   PoolTypes types;
   bool fast;   // features and scores of 16 bits
   bool whole;  // a block per row
@@ -29,7 +29,7 @@ struct PoolForwardLaunch {
 struct PoolBackwardLaunch {
   PoolLaunch common;
   const void* weights;  // [N, M]
-  Matrix d_pooled;
+  RowMatrix d_pooled;
   const void* d_weights;
   void* d_features[kMaxModalities];  // row i at element i*d_row_stride
   int64_t d_row_stride;
@@ -55,7 +55,7 @@ template <class T>
 struct PoolPlace {
   Team team;
   int index;
-  int64_t first, groups;  // its first row, and how far apart its rows are
+  int64_t first, groups;  // its first row, and how far decoupled its rows are
   PoolScratch<T>* scratch;
   unsigned char *parked, *sum;
 
@@ -74,7 +74,7 @@ struct PoolPlace {
 template <class S, bool kParked>
 __global__ void __launch_bounds__(256, 2) pool_forward(const __grid_constant__ PoolForwardLaunch launch) {
   typedef typename S::T T;
-  const Pool& p = launch.common.pool;
+  const PoolProblem& p = launch.common.pool;
   const PoolPlace<T> place(launch.common);
   const Team& team = place.team;
   const int lane = lane_of();
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(256, kParked ? 2 : 1)
   typedef typename S::T T;
   constexpr int N = VectorOf<S>::kColumns;
   constexpr Dtype kDtype = sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
-  const Pool& p = launch.common.pool;
+  const PoolProblem& p = launch.common.pool;
   const PoolPlace<T> place(launch.common);
   const Team& team = place.team;
   const int lane = lane_of();

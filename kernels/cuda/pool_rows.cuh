@@ -18,14 +18,14 @@ struct PoolScratch {
 // The features of one row. kParked: copies in shared memory, modality m at parked + m*pitch.
 template <class S, bool kParked>
 struct PoolRow {
-  const Pool& pool;
+  const PoolProblem& pool;
   int64_t row;
   unsigned present;  // bit m: modality m takes part
   unsigned char* parked;
   int pitch;
 
   // All lanes of a warp call it together.
-  MFD_DEVICE PoolRow(const Pool& p, int64_t r, bool counted, unsigned char* at, int bytes)
+  MFD_DEVICE PoolRow(const PoolProblem& p, int64_t r, bool counted, unsigned char* at, int bytes)
       : pool(p), row(r), parked(at), pitch(bytes) {
     const int m = lane_of();
     bool on = counted && m < p.modalities;
@@ -95,7 +95,7 @@ template <class S, bool kParked, class Group>
 MFD_INLINE typename S::T pool_weight(const Group& group, const PoolRow<S, kParked>& x, const PoolTypes& types,
                                      bool fast, bool wants_log, double* log_weight) {
   typedef typename S::T T;
-  const Pool& p = x.pool;
+  const PoolProblem& p = x.pool;
   const int m = lane_of();
   const bool on = x.has(m);
   double score = 0;
@@ -143,11 +143,11 @@ MFD_INLINE void pool_sum(const Group& group, const PoolRow<S, kParked>& x, const
   });
 }
 
-// In lane m: d loss/d s_m; a, g: the weight and d loss/d a_m in lane m, `pull` a further gradient of
+// In lane m: d loss/d s_m; a, g: the weight and d loss/d a_m in lane m, `rest_shift` a further gradient of
 // s_m/temperature (0 for none).
-MFD_INLINE double pool_score_gradient(double a, double g, double temperature, bool on, double pull) {
+MFD_INLINE double pool_score_gradient(double a, double g, double temperature, bool on, double rest_shift) {
   const double mean = over_warp<Sum>(on ? a * g : 0.0);
-  return on ? (score_gradient(a, g, mean) + pull) / temperature : 0.0;
+  return on ? (score_gradient(a, g, mean) + rest_shift) / temperature : 0.0;
 }
 
 // Gradients of the features of one row, dx_m = a_m*dy + c_m*query, and this thread's columns of
@@ -159,7 +159,7 @@ MFD_INLINE void pool_gradients(const Group& group, const PoolRow<S, kParked>& x,
                                bool wants_query, const Add& add) {
   typedef typename S::T T;
   constexpr int N = VectorOf<S>::kColumns;
-  const Pool& p = x.pool;
+  const PoolProblem& p = x.pool;
   const int64_t width = p.width, offset = x.row * d_row_stride;
   over_columns<S>(group, width, [&](int64_t start) {
     T up[N] = {}, q[N] = {}, sum[N] = {};

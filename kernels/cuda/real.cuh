@@ -1,47 +1,23 @@
-// float32 and float64 arithmetic of one thread under the names that common/divergences.inl.h asks of a vector
-// type, and the exponential of the softmax.
+// float32 and float64 arithmetic of one thread under the names that common/vector/divergences.h asks of a
+// vector type, and the exponential of the softmax.
 #pragma once
 
 #include <math.h>
 
-#include "common/row_math.h"
+#include "common/rows/row_math.h"
+#include "common/vector/divergences.h"
+#include "common/vector/exponent.h"
 #include "device.cuh"
 
 namespace mfd {
 namespace device {
 
-#define MFD_INLINE static MFD_DEVICE
-
-struct F32 {
-  typedef float T;
-  typedef float V;
-  static constexpr float kLowest = -3.402823466e38f;
-  static constexpr float kLeast = 1.175494351e-38f;
-  MFD_INLINE V splat(T v) { return v; }
-  MFD_INLINE V select(bool mask, V a, V b) { return mask ? a : b; }
-  MFD_INLINE V max(V a, V b) { return fmaxf(a, b); }
-  MFD_INLINE V min(V a, V b) { return fminf(a, b); }
-  MFD_INLINE V fma(V a, V b, V c) { return fmaf(a, b, c); }
-};
-
-struct F64 {
-  typedef double T;
-  typedef double V;
-  static constexpr double kLowest = -1.7976931348623157e308;
-  static constexpr double kLeast = 2.2250738585072014e-308;
-  MFD_INLINE V splat(T v) { return v; }
-  MFD_INLINE V select(bool mask, V a, V b) { return mask ? a : b; }
-  MFD_INLINE V max(V a, V b) { return fmax(a, b); }
-  MFD_INLINE V min(V a, V b) { return fmin(a, b); }
-  MFD_INLINE V fma(V a, V b, V c) { return ::fma(a, b, c); }
-};
-
 // Finite at 0.
 MFD_INLINE float log_of(float x) {
-  return logf(fmaxf(x, F32::kLeast));
+  return logf(fmaxf(x, 1.175494351e-38f));
 }
 MFD_INLINE double log_of(double x) {
-  return log(fmax(x, F64::kLeast));
+  return log(fmax(x, 2.2250738585072014e-308));
 }
 MFD_INLINE float exp_of(float x) {
   return expf(x);
@@ -76,8 +52,41 @@ MFD_INLINE double tanh_of(double x) {
   return tanh(x);
 }
 
-#include "common/divergences.inl.h"
-#include "common/exponent.inl.h"
+struct F32 {
+  typedef float T;
+  typedef float V;
+  static constexpr float kLowest = -3.402823466e38f;
+  static constexpr float kLeast = 1.175494351e-38f;
+  MFD_INLINE V splat(T v) { return v; }
+  MFD_INLINE V select(bool mask, V a, V b) { return mask ? a : b; }
+  MFD_INLINE V max(V a, V b) { return fmaxf(a, b); }
+  MFD_INLINE V min(V a, V b) { return fminf(a, b); }
+  MFD_INLINE V fma(V a, V b, V c) { return fmaf(a, b, c); }
+  MFD_INLINE V exp_of(V x) { return device::exp_of(x); }
+  MFD_INLINE V expm1_of(V x) { return device::expm1_of(x); }
+  MFD_INLINE V expm1_below(V x) { return device::expm1_below(x); }
+  MFD_INLINE V log1p_above(V x) { return device::log1p_above(x); }
+  MFD_INLINE V log_of(V x) { return device::log_of(x); }
+  MFD_INLINE V tanh_of(V x) { return device::tanh_of(x); }
+};
+
+struct F64 {
+  typedef double T;
+  typedef double V;
+  static constexpr double kLowest = -1.7976931348623157e308;
+  static constexpr double kLeast = 2.2250738585072014e-308;
+  MFD_INLINE V splat(T v) { return v; }
+  MFD_INLINE V select(bool mask, V a, V b) { return mask ? a : b; }
+  MFD_INLINE V max(V a, V b) { return fmax(a, b); }
+  MFD_INLINE V min(V a, V b) { return fmin(a, b); }
+  MFD_INLINE V fma(V a, V b, V c) { return ::fma(a, b, c); }
+  MFD_INLINE V exp_of(V x) { return device::exp_of(x); }
+  MFD_INLINE V expm1_of(V x) { return device::expm1_of(x); }
+  MFD_INLINE V expm1_below(V x) { return device::expm1_below(x); }
+  MFD_INLINE V log1p_above(V x) { return device::log1p_above(x); }
+  MFD_INLINE V log_of(V x) { return device::log_of(x); }
+  MFD_INLINE V tanh_of(V x) { return device::tanh_of(x); }
+};
 
 // exp(t/T) for t <= 0: exactly 0 where the result would be below 2^-126 (so -inf gives 0), NaN where t is
 // NaN.

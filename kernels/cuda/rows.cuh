@@ -96,18 +96,18 @@ MFD_INLINE void store_wide(unsigned char* p, Dtype dtype, const double (&x)[1]) 
 struct View {
   const Side* side;
   const unsigned char* data;
-  bool wide;      // whole vectors may be loaded
-  int64_t apart;  // the class that is set apart: it reads as -inf; -1 for none
+  bool wide;         // whole vectors may be loaded
+  int64_t excluded;  // the excluded class: it reads as -inf; -1 for none
   Centre centre;
 };
 
 template <class S>
-MFD_INLINE View view_of(const Side& side, int64_t row, int64_t apart) {
+MFD_INLINE View view_of(const Side& side, int64_t row, int64_t decoupled) {
   View v;
   v.side = &side;
   v.data = static_cast<const unsigned char*>(side.data) + row_offset(side, row) * size_of(side.dtype);
   v.wide = sizeof(typename S::T) == 4 && is_aligned(v.data);
-  v.apart = apart;
+  v.excluded = decoupled;
   v.centre = {0.0, 1.0, 0.0};
   return v;
 }
@@ -154,14 +154,14 @@ MFD_INLINE void load_logits(const View& v, int64_t start, int64_t classes,
     for (int k = 0; k < N; ++k)
       if (start + k < classes) x[k] = transformed<S>(v, x[k], standardize);
   }
-  if (standardize && v.apart >= start && v.apart < start + N) {
+  if (standardize && v.excluded >= start && v.excluded < start + N) {
 #pragma unroll
     for (int k = 0; k < N; ++k)
-      if (start + k == v.apart) x[k] = static_cast<typename S::T>(-kInf);
+      if (start + k == v.excluded) x[k] = static_cast<typename S::T>(-kInf);
   }
 }
 
-// Transformed value of one logit, also of the class set apart, from global memory.
+// Transformed value of one logit, also of the excluded class, from global memory.
 template <class S>
 MFD_INLINE double logit_at(const View& v, const unsigned char* global, int64_t column) {
   const Side& side = *v.side;

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(Residency<Group>::kThreads, 1)
     topk_rows(const __grid_constant__ TopKLaunch launch) {
   unsigned char* shared = dynamic_shared();
   const Group group(reinterpret_cast<typename Group::Shared*>(shared));
-  const Problem& p = launch.forward.problem;
+  const RowProblem& p = launch.forward.problem;
   const int mine = group.index_in_block();
   TopKState* state = reinterpret_cast<TopKState*>(shared + launch.states_at) + mine;
   unsigned char* place = shared + launch.parking_at + mine * launch.parking_bytes;

@@ -1,9 +1,9 @@
-// The classes that a sparse teacher does not list: a bitmap, one bit per column of a block, tells them apart
-// while the student's logits stream past. No sum is the difference of two others, so that a tiny rest keeps
-// its digits.
+// The classes that a sparse teacher does not list: a bitmap, one bit per column of a block, tells them
+// decoupled while the student's logits stream past. No sum is the difference of two others, so that a tiny
+// rest keeps its digits.
 #pragma once
 
-#include "common/topk_math.h"
+#include "common/rows/topk_math.h"
 #include "distill_sums.cuh"
 
 namespace mfd {

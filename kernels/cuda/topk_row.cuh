@@ -1,18 +1,17 @@
 // One row with a sparse teacher.
 #pragma once
 
-#include "common/saved_row.h"
+#include "common/rows/saved_row.h"
+#include "common/vector/slopes.h"
 #include "distill_forward.cuh"
 #include "topk_by_products.cuh"
 
 namespace mfd {
 namespace device {
 
-#include "common/slopes.inl.h"
-
 struct TopKLaunch : ForwardLaunch {
   TopK topk;
-  PerRow grad_soft, grad_hard;                  // further factors of the two terms' gradients
+  RowScalar grad_soft, grad_hard;               // further factors of the two terms' gradients
   void* d_values;                               // [N, listed], the values' dtype; null when not wanted
   void *d_temperature, *d_teacher_temperature;  // [N]; null when not wanted
   bool parked;                                  // whether the student's row is
@@ -29,7 +28,7 @@ struct TopKState {
   TopKSlopes slopes;
   ValueFactors values;
   double h_scale, unit_scale;  // 1/sum exp(x - max) over all classes, and over those of a renormalised NKD
-  double label, share;         // gradient of a label set apart; hard*share leaves that of another
+  double label, share;         // gradient of a decoupled label; hard*share leaves that of another
 };
 
 template <class S, class Group>
@@ -40,12 +39,12 @@ struct TopKRow {
 
   const TopKLaunch& g;
   const Forward& f;
-  const Problem& p;
+  const RowProblem& p;
   const Group& group;
   TopKState* state;
   int64_t row, label, listed;
   double ts, tt, degree;
-  bool use_hard, renormalized, whole, apart, unit, all_classes, powers, reads;
+  bool use_hard, renormalized, whole, decoupled, unit, all_classes, powers, reads;
   Span span;
   int64_t first, last;  // columns of this block
   View x;
@@ -72,7 +71,7 @@ struct TopKRow {
         use_hard(f.use_hard && at<T>(launch.grad_hard, r) != 0),
         renormalized(launch.topk.tail == Tail::kRenormalize),
         whole(launch.topk.tail != Tail::kZero),
-        apart(sets_label_apart(p.divergence)),
+        decoupled(decouples_target(p.divergence)),
         unit(p.divergence == Divergence::kNKD),
         all_classes(!renormalized || use_hard || f.student_entropy),
         powers(!whole && p.divergence == Divergence::kAlphaBeta && degree != 1.0),
@@ -96,7 +95,7 @@ struct TopKRow {
   }
 
   MFD_DEVICE bool is_mine(int64_t column) const { return column >= first && column < last; }
-  MFD_DEVICE bool is_apart(int64_t column) const { return apart && column == label; }
+  MFD_DEVICE bool is_decoupled(int64_t column) const { return decoupled && column == label; }
 
   // Calls act(k, column) for the listed classes of this block.
   template <class Act>
@@ -143,7 +142,7 @@ struct TopKRow {
         sums[7] += static_cast<double>(ly[k]);
         sums[8] = 1;
       }
-      if (is_apart(column)) return;
+      if (is_decoupled(column)) return;
       most[1] = fmax(most[1], static_cast<double>(lx[k]));
       most[2] = fmax(most[2], static_cast<double>(ly[k]));
     });
@@ -166,7 +165,7 @@ struct TopKRow {
     const double max_t = fmax(most[2], static_cast<double>(static_cast<T>(rest_y)));
     double of_list[6] = {};
     over_listed([&](int64_t k, int64_t column) {
-      if (is_apart(column)) return;
+      if (is_decoupled(column)) return;
       const T a = lx[k], b = ly[k];
       of_list[0] += static_cast<double>(by_ts(a - static_cast<T>(max_s)));
       of_list[1] += static_cast<double>(by_tt(b - static_cast<T>(max_t)));
@@ -176,7 +175,7 @@ struct TopKRow {
       if (spread) of_list[5] += static_cast<double>(a - static_cast<T>(over_all));
     });
     group.template reduce<Sum>(of_list);
-    const Found found = {sums[7], sums[8] != 0, most[3] != 0 || (apart && sums[8] == 0)};
+    const Found found = {sums[7], sums[8] != 0, most[3] != 0 || (decoupled && sums[8] == 0)};
     if (group.rank() == 0) {
       if (found.bad)
         for (int k = 0; k < 6; ++k) of_list[k] = kNan;
@@ -199,7 +198,7 @@ struct TopKRow {
     const bool readable = label >= 0 && label < p.classes;
     st.all.label = readable ? logit_at<S>(x, x_global, label) : 0.0;
     const double beside_h = rest.sum_h * exp(rest.max - over_all);
-    if (use_hard || (unit && !renormalized)) settle_hard(st.all, apart, beside_h + of_list[2]);
+    if (use_hard || (unit && !renormalized)) settle_hard(st.all, decoupled, beside_h + of_list[2]);
     s.rest = rest_y;
     s.max_s = max_s;
     s.max_t = max_t;
@@ -208,7 +207,7 @@ struct TopKRow {
     s.sum_s = beside + of_list[0];
     s.sum_t = of_list[1] + (rest_y == -kInf ? 0.0 : exp((rest_y - max_t) / tt));
     settle_sums(p, ts, tt, beside, renormalized ? 0.0 : rest.sum_s, s);
-    if (!apart) return;
+    if (!decoupled) return;
     s.label_x = st.all.label - max_s;
     s.label_y = label_y - max_t;
     if (!unit) return;
@@ -231,8 +230,9 @@ struct TopKRow {
     const T lse_s = static_cast<T>(s.lse_s), lse_t = static_cast<T>(s.lse_t);
     const T mean_g = static_cast<T>(s.mean_g), mean_h = static_cast<T>(s.mean_h);
     const LinearSlope<S> slope(
-        {s.slopes.student, s.slopes.teacher, s.slopes.relation, s.mean_h, s.slopes.pull, unit});
-    const bool whole_list = kind <= Sweep::kPoints && !renormalized && !apart && !powers && group.part() == 0;
+        {s.slopes.student, s.slopes.teacher, s.slopes.rest_weight, s.mean_h, s.slopes.rest_shift, unit});
+    const bool whole_list =
+        kind <= Sweep::kPoints && !renormalized && !decoupled && !powers && group.part() == 0;
     const int64_t end = listed + (whole_list ? 1 : 0);
     for (int64_t k = group.rank(); k < end; k += group.threads()) {
       const bool at_rest = k == listed;
@@ -242,7 +242,7 @@ struct TopKRow {
           put_value(k, static_cast<T>(kNan));
         continue;
       }
-      const bool own = !at_rest && is_apart(column);
+      const bool own = !at_rest && is_decoupled(column);
       T q, w, r, log_q, log_p, a = 0, b = 0;
       if (at_rest) {
         const double seen = whole ? s.log_p : -kInf;
@@ -266,7 +266,7 @@ struct TopKRow {
         continue;
       }
       T to_u = 0, to_v = 0;
-      if (kind == Sweep::kPoints || !apart) {
+      if (kind == Sweep::kPoints || !decoupled) {
         with_divergence<S>(p, s.far, [&](const auto& divergence) {
           Point<S> point = divergence(q, w, r, log_q, log_p);
           if (unit) point = {T(0), T(0), -weighed<S>(w, log_q)};
@@ -320,7 +320,7 @@ struct TopKRow {
       const double y = static_cast<double>(b);
       if (!own)
         of_value = to_value.soft * static_cast<double>(to_v) -
-                   (unit ? to_value.drive * exp(y - s.max_t - to_value.lse_u) : 0.0);
+                   (unit ? to_value.target_loss * exp(y - s.max_t - to_value.lse_u) : 0.0);
       if (to_value.rest != 0) of_value -= to_value.rest * exp(y - s.rest);
       put_value(k, static_cast<T>(of_value));
     }
@@ -347,7 +347,7 @@ struct TopKRow {
     const T power = static_cast<T>(powers ? -slopes.powers * exp(below * degree / ts) : 0.0);
     const T h = static_cast<T>(at_one ? slopes.at_one * state->h_scale * exp(below) : 0.0);
     const T shift = static_cast<T>(slopes.shift), share = static_cast<T>(state->share);
-    const int64_t own = use_hard && !apart ? label : -1, width = p.student.width;
+    const int64_t own = use_hard && !decoupled ? label : -1, width = p.student.width;
     unsigned char* out = student_gradient();
     const bool wide = sizeof(T) == 4 && is_aligned(out);
     double sum = 0;
@@ -379,7 +379,7 @@ struct TopKRow {
     TopKState& st = *state;
     SoftTerm& s = st.s;
     const ClassPoint of_list = {v[0], v[1], v[2]};
-    if (apart) {
+    if (decoupled) {
       settle_target(p, ts, tt, of_list, s);
     } else {
       ClassPoint rest = {v[3], v[4], v[5]};
@@ -391,18 +391,19 @@ struct TopKRow {
     const double to_hard = use_hard ? weight * factors.hard * at<T>(g.grad_hard, row) : 0.0;
     st.slopes = topk_slopes(p, renormalized, powers, to_soft, to_hard, ts, st.all, s);
     st.share = st.slopes.hard * label_share(p);
-    st.label = apart ? apart_gradient(p, st.all, s, st.slopes) : 0.0;
+    st.label = decoupled ? decoupled_gradient(p, st.all, s, st.slopes) : 0.0;
     st.h_scale = use_hard || (unit && !renormalized) ? inverse_mass(st.all.lse_h) : 0.0;
     st.unit_scale =
         unit && renormalized ? inverse_mass(whole_lse(s.target.hard_student, s.label_x, log(s.sum_h))) : 0.0;
     st.values = value_factors(p, to_soft, ts, tt, s);
     if (group.part() != 0) return 0.0;
-    const double soft = (p.scale_by_temperature ? ts * ts : 1.0) * s.value + (unit ? s.slopes.drive : 0.0);
+    const double soft =
+        (p.scale_by_temperature ? ts * ts : 1.0) * s.value + (unit ? s.slopes.target_loss : 0.0);
     double hard_term = 0;
     if (use_hard) {
       RowSums sums{};
       const double label_x = st.all.label - st.all.max;
-      sums.mean_x = (st.all.rest.sum_x + (apart ? label_x : 0.0)) / static_cast<double>(p.classes);
+      sums.mean_x = (st.all.rest.sum_x + (decoupled ? label_x : 0.0)) / static_cast<double>(p.classes);
       hard_term = cross_entropy(sums, st.all.lse_h, label_x, p.smoothing);
     }
     put(f.soft, soft);

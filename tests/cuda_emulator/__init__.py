@@ -23,15 +23,21 @@ THREADS = ("-DMFD_EMULATOR_THREADS", "-pthread")
 def sources() -> list[Path]:
     """What the module is compiled from."""
     launchers = [path for ending in ("*.cu", "*.cpp") for path in sorted((ROOT / "csrc" / "cuda").glob(ending))]
-    return [*launchers, ROOT / "csrc" / "common" / "bindings.cpp", HERE / "module.cpp", HERE / "emulator.cpp"]
+    return [*launchers, ROOT / "csrc" / "bindings" / "problems.cpp", HERE / "module.cpp", HERE / "emulator.cpp"]
 
 
 def _stamp(command: Iterable[str]) -> str:
     """Names a build by its command and by every file it may read."""
     digest = hashlib.sha256(shlex.join(command).encode())
-    trees = (ROOT / "csrc" / "common", ROOT / "csrc" / "cuda", ROOT / "kernels" / "cuda", HERE)
-    files = [path for tree in trees for path in tree.iterdir() if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
-    for path in sorted([*files, ROOT / "csrc" / "bindings.h"]):
+    trees = (
+        ROOT / "csrc" / "bindings",
+        ROOT / "csrc" / "common",
+        ROOT / "csrc" / "cuda",
+        ROOT / "kernels" / "cuda",
+        HERE,
+    )
+    files = [path for tree in trees for path in tree.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    for path in sorted(files):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

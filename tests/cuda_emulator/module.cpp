@@ -1,10 +1,10 @@
 // The CUDA kernels and launchers, compiled by the host compiler, as a Python module.
-#include "bindings.h"
+#include "bindings/bindings.h"
 #include "cuda_runtime.h"
 
 PYBIND11_MODULE(_cuda_emulated, m) {
   m.doc() = "The CUDA kernels of mfd_fast on the CPU, for checking.";
-  mfd::bind_problem(m);
+  mfd::bind_problems(m);
   mfd::bind_cuda(m);
   // Which device is emulated: compute capability as 90, processors, bytes of shared memory per block.
   m.def("launches", &mfd_emulator::launches);

@@ -2,4 +2,4 @@
 #define MFD_ISA_NAME "avx2"
 #define MFD_LANES 8
 
-#include "cpu/kernels.inl.h"
+#include "cpu/isa/kernels.h"

@@ -2,4 +2,4 @@
 #define MFD_ISA_NAME "avx512"
 #define MFD_LANES 16
 
-#include "cpu/kernels.inl.h"
+#include "cpu/isa/kernels.h"

@@ -2,4 +2,4 @@
 #define MFD_ISA_NAME "baseline"
 #define MFD_LANES 4
 
-#include "cpu/kernels.inl.h"
+#include "cpu/isa/kernels.h"

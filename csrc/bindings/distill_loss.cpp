@@ -1,0 +1,105 @@
+// distill_loss and distill_terms on the CPU.
+#include <pybind11/stl.h>
+
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "cpu/runtime/distill.h"
+
+namespace py = pybind11;
+
+namespace mfd {
+namespace {
+
+// `topk` is null for a teacher of all classes.
+double run_forward(const Forward& f, const TopK* topk, bool wants_sum, int threads) {
+  if (!topk) return forward(f, wants_sum, threads);
+  constexpr RowScalar kOne = {nullptr, 0, 1.0};
+  return mfd::topk({f, *topk, kOne, kOne, nullptr, nullptr, nullptr}, wants_sum, threads);
+}
+
+// Writes the weighted sum of the row losses to `loss`, and its gradient to `grad` where that is not 0.
+void scalar(const RowProblem& problem, const TopK* topk, bool use_soft, bool use_hard, Address weight,
+            double soft_factor, double hard_factor, Address loss, Address grad, bool stream, int threads) {
+  Forward f{};
+  f.problem = problem;
+  f.use_soft = use_soft;
+  f.use_hard = use_hard;
+  f.weight = {pointer(weight), 1, 1.0};
+  f.soft_factor = soft_factor;
+  f.hard_factor = hard_factor;
+  f.grad = pointer(grad);
+  f.stream = stream;
+  put_value(loss, problem.is_double, run_forward(f, topk, true, threads));
+}
+
+// Per-row values; the last five addresses are all 0 or all but the label probabilities are not.
+void per_row(const RowProblem& problem, const TopK* topk, Address soft, Address hard, Address stats,
+             Address student_entropy, Address teacher_entropy, Address student_label_prob,
+             Address teacher_label_prob, Address agreement, int threads) {
+  Forward f{};
+  f.problem = problem;
+  f.use_soft = true;
+  f.use_hard = problem.labels != nullptr;
+  f.soft = pointer(soft);
+  f.hard = pointer(hard);
+  f.stats = pointer(stats);
+  f.student_entropy = pointer(student_entropy);
+  f.teacher_entropy = pointer(teacher_entropy);
+  f.student_label_prob = pointer(student_label_prob);
+  f.teacher_label_prob = pointer(teacher_label_prob);
+  f.agreement = pointer<unsigned char>(agreement);
+  run_forward(f, topk, false, threads);
+}
+
+void per_row_backward(const RowProblem& problem, const TopK* topk, Address stats, Address grad_soft,
+                      int64_t grad_soft_stride, Address grad_hard, int64_t grad_hard_stride,
+                      Address d_student, const std::vector<Address>& d_teachers, Address d_temperature,
+                      Address d_teacher_temperature, Address d_weights, bool stream, int threads) {
+  std::vector<void*> teachers;
+  for (const Address d_teacher : d_teachers) teachers.push_back(pointer(d_teacher));
+  if (topk) {
+    TopKPass pass{};
+    pass.forward.problem = problem;
+    pass.forward.use_soft = true;
+    pass.forward.use_hard = problem.labels != nullptr;
+    pass.forward.weight = {nullptr, 0, 1.0};
+    pass.forward.soft_factor = pass.forward.hard_factor = 1.0;
+    pass.forward.grad = pointer(d_student);
+    pass.forward.stream = stream;
+    pass.teacher = *topk;
+    pass.grad_soft = {pointer(grad_soft), grad_soft_stride, 0.0};
+    pass.grad_hard = {pointer(grad_hard), grad_hard_stride, 0.0};
+    pass.d_values = teachers[0];
+    pass.d_temperature = pointer(d_temperature);
+    pass.d_teacher_temperature = pointer(d_teacher_temperature);
+    mfd::topk(pass, false, threads);
+    return;
+  }
+  backward({problem,
+            pointer(stats),
+            {pointer(grad_soft), grad_soft_stride, 0.0},
+            {pointer(grad_hard), grad_hard_stride, 0.0},
+            pointer(d_student),
+            problem.mixture ? nullptr : teachers[0],
+            pointer(d_temperature),
+            pointer(d_teacher_temperature),
+            stream,
+            teachers.data(),
+            pointer(d_weights)},
+           threads);
+}
+
+}  // namespace
+
+void bind_distill_loss(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.attr("statistics") = kStats;
+  m.def("count_rows", &count_rows);
+  m.def("lists_are_valid", &lists_are_valid, release());
+  m.def("scalar", &scalar, release());
+  m.def("per_row", &per_row, release());
+  m.def("per_row_backward", &per_row_backward, release());
+}
+
+}  // namespace mfd
