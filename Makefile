@@ -56,7 +56,15 @@ $(TRAINERS)/packages: pyproject.toml constraints-trainers.txt $(VENV)/python
 
 # Every Triton kernel with every option and every CUDA source for every GPU: it takes long.
 aot: $(VENV)/packages-test $(VENV)/native
+ifdef TRITON
+	test -d build/triton/$(TRITON) || \
+	$(BIN)/python -m pip install --quiet --no-deps --target build/triton/$(TRITON) triton==$(TRITON)
+	MFD_FAST_AOT=each MFD_FAST_AOT_TRITON=$(CURDIR)/build/triton/$(TRITON) $(BIN)/python -m pytest -q -n $(WORKERS) \
+	--dist worksteal tests/machine_code/test_triton_aot.py tests/machine_code/test_triton_aot_fusion.py \
+	-k "test_machine_code or test_the_triton" $(ARGS)
+else
 	MFD_FAST_AOT=complete $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests/machine_code
+endif
 
 # On a machine with a GPU, with the packages of $(PYTHON) and no environment of our own; `make gpu ARGS=--help`.
 # DEVICE=cpu rehearses it; PART=build names one part.

@@ -1,8 +1,11 @@
 """Triton kernels compiled for GPUs that are not here: no spills, wide loads, shared memory and 64-bit offsets.
 
-``MFD_FAST_AOT=complete`` compiles every kernel with every option, length, dtype and capability (`make aot`).
+``MFD_FAST_AOT=complete`` compiles every kernel with every option, length, dtype and capability (`make aot`), ``each``
+every kernel with every option on every capability; MFD_FAST_AOT_TRITON names a folder with the Triton that does it
+(`make aot TRITON=3.6.0`).
 """
 
+import importlib.metadata
 import os
 import re
 
@@ -13,13 +16,22 @@ import pytest
 # Shared memory that one block may use, bytes (CUDA C++ programming guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
-NAMES = jobs.COMPLETE if os.environ.get("MFD_FAST_AOT") == "complete" else jobs.NAMES
+NAMES = getattr(jobs, os.environ.get("MFD_FAST_AOT", "names").upper())
+TRITON = os.environ.get("MFD_FAST_AOT_TRITON")
 
 
 @pytest.fixture(scope="module")
 def compiler():
-    with aot.Compiler() as found:
+    with aot.Compiler(TRITON) as found:
         yield found
+
+
+def test_the_triton_that_was_asked_for_compiles(compiler):
+    if TRITON is None:
+        assert compiler.version() == importlib.metadata.version("triton")
+    else:
+        (installed,) = importlib.metadata.distributions(name="triton", path=[TRITON])
+        assert compiler.version() == installed.version
 
 
 def assert_offsets_are_64_bit(ttir):
@@ -56,9 +68,12 @@ KEYED += [f"{kernel}-1000-bf16-90-bucket" for kernel in jobs.SPARSE_KERNELS]
 
 @pytest.mark.parametrize("name", KEYED)
 def test_numbers_of_rows_are_run_time_values(compiler, name):
-    """Other temperatures, parameters, smoothing, row counts and strides of the same alignment compile nothing new."""
+    """Other temperatures, parameters, smoothing, row counts and strides of the same alignment compile nothing new.
+
+    Nor do labels, masks and weights that begin anywhere.
+    """
     first, *others = compiler.keys("aot_distill_loss", name)
-    assert len(others) == 4
+    assert len(others) == 6
     assert all(other == first for other in others)
 
 

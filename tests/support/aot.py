@@ -44,10 +44,13 @@ class Compiler:
     ``module.launches(name)`` returns the arguments of :func:`compile_kernel`; ``module`` lies beside this file.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, triton: str | None = None) -> None:
+        """``triton``: a folder with another Triton than the environment's."""
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         self._cache = tempfile.TemporaryDirectory()
         environment["TRITON_CACHE_DIR"] = self._cache.name
+        if triton is not None:
+            environment["PYTHONPATH"] = triton
         command = [sys.executable, __file__]
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -67,6 +70,11 @@ class Compiler:
     def keys(self, module: str, name: str) -> list[str]:
         """Keys in the launcher's cache of every call of ``module.variants(name)``."""
         found: list[str] = self._ask("keys", module, name)
+        return found
+
+    def version(self) -> str:
+        """Of the Triton that compiles."""
+        found: str = self._ask("version", "triton", "")
         return found
 
     def _ask(self, *question: str) -> Any:
@@ -185,6 +193,8 @@ def _widths(operations: list[str], *names: str) -> dict[str, int]:
 
 def _answer(task: str, module: str, name: str) -> Any:
     jobs = importlib.import_module(module)
+    if task == "version":
+        return jobs.__version__
     if task == "keys":
         return [specialization_key(k, a, 90) for k, a, *_ in jobs.variants(name)]
     return asdict(compile_kernel(*jobs.launches(name)))

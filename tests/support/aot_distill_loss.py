@@ -85,6 +85,12 @@ def _names() -> list[str]:
     return names
 
 
+def each(names: list[str]) -> list[str]:
+    """The names ``kernel-x-dtype-capability...`` on every capability."""
+    parts = [name.split("-") for name in names]
+    return sorted({"-".join((*p[:3], str(cc), *p[4:])) for p in parts for cc in CAPABILITIES})
+
+
 def _complete() -> list[str]:
     """Every kernel with every option, length and dtype on every capability."""
     shapes = list(itertools.product(CLASSES, DTYPES, CAPABILITIES))
@@ -95,6 +101,7 @@ def _complete() -> list[str]:
 
 
 NAMES = _names()
+EACH = each(NAMES)
 COMPLETE = sorted({*NAMES, *_complete()})
 
 
@@ -109,9 +116,9 @@ def launched(name: str) -> list[str]:
 
 
 def variants(name: str) -> list[Launch]:
-    """The same launch with other numbers; all must use one compiled kernel."""
+    """The same launch with other numbers and slices of what is beside the logits; all must use one compiled kernel."""
     changes = [{}, {"temperature": 7.5}, {"n": 17, "label_smoothing": 0.3}, {"n": 1, "ignore_index": 1}]
-    changes.append(OTHER_NUMBERS.get(name.split("-")[4], {}))
+    changes += [OTHER_NUMBERS.get(name.split("-")[4], {}), {"skipped": 1}, {"skipped": 3}]
     return [_recorded(name, change) for change in changes]
 
 
@@ -132,8 +139,11 @@ def _problem(name: str, changes: dict[str, Any]) -> tuple[Any, torch.Tensor]:
         teacher = mfd.TopK(torch.zeros(indices.shape, dtype=student.dtype), indices, tail=options.pop("tail"))
     elif len(teacher) == 1:
         teacher = teacher[0]
-    labels, mask = torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.bool)
-    return check_rows("aot", student, teacher, labels, mask=mask, **options), torch.ones(n)
+    skipped = options.pop("skipped", 0)
+    labels = torch.zeros(n + skipped, dtype=torch.int64)[skipped:]
+    mask = torch.ones(n + skipped, dtype=torch.bool)[skipped:]
+    weight = torch.ones(n + skipped)[skipped:]
+    return check_rows("aot", student, teacher, labels, mask=mask, **options), weight
 
 
 def _scalar(rows: Any, weight: torch.Tensor) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from aot_distill_loss import DIVERGENCES
+from aot_distill_loss import DIVERGENCES, each
 from aot_recorder import Launch, recorded
 
 from mfd_fast.backends.triton import mfd_loss, scale
@@ -17,6 +17,7 @@ NAMES = [f"mfd_single_pass-{SHAPE}-bf16-{cc}" for cc in (80, 90, 100)]
 NAMES += [f"mfd_single_pass-{SHAPE}-fp32-90", f"scale_all_in_place-{SHAPE}-bf16-90"]
 # Forward KL is what a name without a divergence has.
 OTHERS = {d: f"mfd_single_pass-{SHAPE}-bf16-90-{d}" for d in DIVERGENCES if d != "forward"}
+EACH = each(NAMES)
 COMPLETE = [*NAMES, *OTHERS.values()]
 NAMES += [OTHERS["alphabeta"], OTHERS["dkd"]]
 
@@ -36,6 +37,7 @@ def variants(name: str) -> list[Launch]:
         {"temperature": 7.5, "soft_weight": 0.1},
         {"n": 17, "label_smoothing": 0.3},
         {"n": 1},
+        {"skipped": 1},
     ]
     return [recorded(kernel, int(capability), lambda c=c: _run(shape, dtype, **c)) for c in changes]
 
@@ -48,6 +50,7 @@ def _run(shape: str, dtype_name: str, n: int = 2, **options: Any) -> None:
     def zeros(*size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=dtype)
 
+    skipped = options.pop("skipped", 0)
     given = {
         "teacher_features": zeros(n, width),
         "present": torch.ones(n, count, dtype=torch.bool),
@@ -61,14 +64,14 @@ def _run(shape: str, dtype_name: str, n: int = 2, **options: Any) -> None:
         "feature_kind": "cosine",
         "teacher_pool_weights": torch.zeros(n, count),
         "pool_weight": 0.2,
-        "mask": torch.ones(n, dtype=torch.bool),
-        "weight": torch.ones(n),
+        "mask": torch.ones(n + skipped, dtype=torch.bool)[skipped:],
+        "weight": torch.ones(n + skipped)[skipped:],
         "label_smoothing": 0.1,
         "reduction": "mean",
         "normalizer": None,
         **options,
     }
-    labels = torch.zeros(n, dtype=torch.int64)
+    labels = torch.zeros(n + skipped, dtype=torch.int64)[skipped:]
     problem = check_mfd_loss(
         "aot",
         [zeros(n, width) for _ in range(count)],

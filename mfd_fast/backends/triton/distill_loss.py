@@ -16,7 +16,7 @@ from .. import allocate
 from ..layout import STATISTICS
 from ..limits import beyond_kernels
 from . import interpreting
-from .launch import aligned, constants, finish, gradient, kernels, launch, number, taken
+from .launch import aligned, constants, finish, gradient, kernels, launch, number, realigned, taken
 from .row_arguments import RowArguments, row_arguments
 from .scale import scale_gradient_
 from .teachers import has_exponents, mixture_backward
@@ -168,6 +168,7 @@ def per_row_backward(
     if n and any(needs):
         widths = (rows.student.shape[-1], *(logits.shape[-1] for logits in rows.teachers if rows.topk is None))
         common = row_arguments(rows, widths)
+        grad_soft, grad_hard = realigned(grad_soft), realigned(grad_hard)
         outputs = kernels("distill.backward").RowGradients(
             stats_ptr=aligned(stats),
             grad_soft_ptr=grad_soft,

@@ -63,13 +63,15 @@ def constants(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def aligned(tensor: Tensor | None) -> Tensor | None:
-    """``tensor``, contiguous and at a multiple of 16 bytes: a copy where a view begins elsewhere.
+    """``tensor``, contiguous and at a multiple of 16 bytes: a copy where a view begins elsewhere."""
+    return None if tensor is None else realigned(tensor.contiguous())
+
+
+def realigned(tensor: Tensor) -> Tensor:
+    """``tensor`` at a multiple of 16 bytes.
 
     Every alignment of a pointer would compile its kernel anew; what goes through here is small beside the logits.
     """
-    if tensor is None or tensor.device.type == "meta":
-        return tensor
-    tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
