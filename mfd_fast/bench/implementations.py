@@ -5,42 +5,15 @@ A new implementation is one record: a name, why it may be missing, and a functio
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 
 from .. import backends
 from .case import Case
 from .gate import Call
+from .implementation import Implementation, UnfitError
 from .ops import of, options_of
+from .rivals import RIVALS
 from .workloads import Workload
-
-
-class UnfitError(Exception):
-    """This implementation cannot do this workload; the message says why."""
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One contestant.
-
-    Attributes:
-        name: what ``--against`` takes.
-        prepare: ``(workload, device) -> f(**arguments)``; raises :class:`UnfitError`.
-        missing: ``device -> reason`` why it cannot run at all here, or None.
-        strict: the gate asks it to obey the tolerance rule without lenience.
-        compiles: the first call compiles for one shape.
-        charged: what is timed beside its own kernel, because the op starts from raw logits.
-    """
-
-    name: str
-    title: str
-    prepare: Callable[[Workload, torch.device], Call]
-    missing: Callable[[torch.device], str | None] = lambda _: None
-    strict: bool = False
-    compiles: bool = False
-    charged: str = ""
 
 
 def eager_call(workload: Workload) -> Call:
@@ -132,6 +105,4 @@ def backend_choices(case: Case) -> tuple[str, dict[str, str]]:
 
 def every() -> dict[str, Implementation]:
     """All baselines and rivals by name."""
-    from .rivals import RIVALS
-
     return {record.name: record for record in (*BASELINES, *RIVALS)}

@@ -161,10 +161,21 @@ def busy(machine: dict[str, Any]) -> str:
 
 
 def save(found: dict[str, Any], path: Path) -> None:
-    """The whole file or none of it: a process that is killed meanwhile leaves the former one."""
+    """Writes JSON with a line per entry, and per element of an entry that is a list: a workload is one line.
+
+    The whole file or none of it: a process that is killed meanwhile leaves the former one.
+    """
+
+    def text(value: Any) -> str:
+        return json.dumps(value, allow_nan=False)
+
+    def entry(value: Any) -> str:
+        return "[\n" + ",\n".join(map(text, value)) + "\n]" if isinstance(value, list) and value else text(value)
+
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f"{text(key)}: {entry(value)}" for key, value in found.items())
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    fresh.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     fresh.replace(path)
 
 

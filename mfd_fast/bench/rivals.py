@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gate import Call
-from .implementations import Implementation, UnfitError
+from .implementation import Implementation, UnfitError
 from .ops import options_of
 from .workloads import Workload
 

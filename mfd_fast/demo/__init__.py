@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="time torch.compile of the eager steps too (default: unless --quick)",
     )
-    add("--output", type=Path, default=Path("mfd_fast_demo"), metavar="DIR", help="default ./mfd_fast_demo")
+    add("--output", type=Path, default=Path("build", "demo"), metavar="DIR", help="default build/demo")
     add("--quick", action="store_true", help="2 seeds, 2 epochs, small timings: shows that it runs, proves nothing")
     return parser
 

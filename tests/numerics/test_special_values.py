@@ -1,4 +1,4 @@
-"""Every row of the special-values table of the row losses, on every backend; none is skipped."""
+"""NaN, infinities, rows that do not exist and other special values of the row losses, on every backend."""
 
 import math
 

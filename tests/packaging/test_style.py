@@ -1,5 +1,6 @@
 """What the tree promises about itself: file sizes, layers, doctests."""
 
+import ast
 import doctest
 import importlib
 import pathlib
@@ -52,6 +53,47 @@ def test_pybind11_is_included_by_the_bindings_alone():
     users = {p for p in SOURCES if p.is_relative_to(ROOT / "csrc") and "pybind11" in p.read_text()}
     assert {p for p in SOURCES if p.parent == ROOT / "csrc" / "bindings" and p.suffix == ".cpp"} < users
     assert all(p.parent.name == "bindings" or p.stem.endswith("bindings") for p in users)
+
+
+def imports(tree):
+    """Module -> the modules of the package that it imports, wherever in it."""
+    paths = {p.relative_to(tree.parent).with_suffix("").parts: p for p in tree.rglob("*.py")}
+    files = {".".join(parts[:-1] if parts[-1] == "__init__" else parts): p for parts, p in paths.items()}
+    found = {}
+    for module, path in files.items():
+        package = module if path.stem == "__init__" else module.rpartition(".")[0]
+        wanted = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                wanted |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                outer = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+                base = ".".join([*outer, *filter(None, [node.module])])
+                wanted |= {n if (n := f"{base}.{alias.name}") in files else base for alias in node.names}
+        found[module] = wanted & files.keys() - {module}
+    return found
+
+
+def circles(graph):
+    """What is left when every module without imports among the left ones is taken away, again and again."""
+    left = dict(graph)
+    while free := [module for module, wanted in left.items() if not wanted & left.keys()]:
+        for module in free:
+            del left[module]
+    return left
+
+
+def test_no_modules_import_each_other(tmp_path):
+    """Nor inside functions: what needs that has its layers wrong."""
+    graph = imports(ROOT / "mfd_fast")
+    assert len(graph) > 50
+    assert circles(graph) == {}
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "__init__.py").write_text("")
+    (tree / "one.py").write_text("from .other import x\n")
+    (tree / "other.py").write_text("def f():\n    from . import one\n")
+    assert set(circles(imports(tree))) == {"tree.one", "tree.other"}
 
 
 def modules():

@@ -127,6 +127,8 @@ def test_a_suite_measures_what_fits_its_time_and_names_the_rest(tmp_path):
     assert re.fullmatch(r"[a-z0-9-]+-\d{4}-\d\d-\d\d-[0-9a-z.-]+", machine.slug(found["machine"]))
     results.save(found, tmp_path / "found.json")
     assert results.load(tmp_path / "found.json") == found
+    lines = (tmp_path / "found.json").read_text().splitlines()
+    assert sum(line.startswith('{"workload": ') for line in lines) == 2
     spent = run.run_suite(suite, small, torch.device("cpu"), minutes=0.0, quiet=True)
     assert spent["results"] == []
     assert [left["reason"] for left in spent["left_out"]] == ["the suite's time was spent"] * 2
