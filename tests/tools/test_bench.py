@@ -179,17 +179,21 @@ def test_a_rival_is_charged_for_its_softmaxes(divergence, monkeypatch):
         assert Gate(workload, built).check(rivals._liger_logits(workload)).red is None
 
 
+#: A wrong ratio is there every time, one that other processes have spoilt is not: as in test_bench_regression.
+TRIES = 5
+
+
 def test_a_planted_slowdown_is_reported_as_one(one_thread):
     """The kernel runs twice per call; the comparison of two result files sees it in eager's units."""
     own = OPS["distill_loss"].call({"temperature": 2.0}, "cpu")
     planted = contestant("planted", lambda _: lambda **arguments: (own(**arguments), own(**arguments))[1])
     workload = Workload("distill_loss", {"rows": 128, "classes": 4000})
-    before = measure(workload, dataclasses.replace(settings("eager", "planted"), least=25), planted)
-    assert (
-        1 / 3
-        < results.entry(before, before["primary"])["median"] / results.entry(before, "planted")["median"]
-        < 1 / 1.5
-    )
+    for _ in range(TRIES):
+        before = measure(workload, dataclasses.replace(settings("eager", "planted"), least=25), planted)
+        medians = [results.entry(before, name)["median"] for name in ("planted", before["primary"])]
+        if 1.5 < medians[0] / medians[1] < 3:
+            break
+    assert 1.5 < medians[0] / medians[1] < 3
     after = {**before, "primary": "planted"}
     (change,) = compare.changes({"results": [before]}, {"results": [after]})
     assert change.yardstick == "eager"
