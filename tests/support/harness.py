@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import mfd_fast as mfd
-from mfd_fast.testing import assert_close_to_float64
+from mfd_fast.testing import assert_close_to_float64, poison
 
 Arguments = dict[str, Any]
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -100,6 +101,28 @@ def upstream(output: Tensor, seed: int) -> Tensor:
     return torch.randn(output.shape, generator=rng).half().bfloat16().to(output.dtype)
 
 
+#: Bytes of larger storages are not compared.
+MOST_WATCHED = 64 << 20
+
+
+@contextlib.contextmanager
+def watched(tensors: dict[str, Tensor], poisoned: bool = True) -> Iterator[None]:
+    """No element of the tensors' storages is written, no version counted up; with ``poisoned``, every element of what
+    backends allocate is written, and nothing beyond it.
+    """
+    before = []
+    for name, t in tensors.items():
+        storage = t.untyped_storage()
+        if t.device.type == "cpu" and storage.nbytes() <= MOST_WATCHED and not t.is_inference():
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
+            before.append((name, t, t._version, whole, whole.clone()))
+    with poison() if poisoned else contextlib.nullcontext():
+        yield
+    for name, t, version, whole, kept in before:
+        assert torch.equal(whole, kept), f"{name} was written"
+        assert t._version == version, f"{name}: {t._version - version} writes in place were counted"
+
+
 def evaluate(
     record: OpRecord,
     call: Callable[..., Any],
@@ -107,10 +130,17 @@ def evaluate(
     *,
     names: tuple[str, ...] | None = None,
     grad_outputs: Callable[[Tensor, int], Tensor] = upstream,
+    poisoned: bool = True,
 ) -> Result:
-    """Outputs and the gradients of all differentiable arguments, for random upstream gradients."""
+    """Outputs and the gradients of all differentiable arguments, for random upstream gradients; :func:`watched`."""
     names = record.differentiable if names is None else names
-    arguments = requiring_grad(arguments, names)
+    with watched(named_tensors(arguments), poisoned):
+        return _evaluate(record, call, requiring_grad(arguments, names), grad_outputs)
+
+
+def _evaluate(
+    record: OpRecord, call: Callable[..., Any], arguments: Arguments, grad_outputs: Callable[[Tensor, int], Tensor]
+) -> Result:
     raw = call(**arguments)
     outputs = raw if isinstance(raw, dict) else record.outputs(raw)
     leaves = {k: t for k, t in named_tensors(arguments).items() if t.requires_grad}
@@ -120,7 +150,8 @@ def evaluate(
     result = Result({k: v.detach() for k, v in outputs.items()})
     if leaves and ends:
         ups = [grad_outputs(end, seed) for end, seed in zip(ends, seeds, strict=True)]
-        grads = torch.autograd.grad(ends, list(leaves.values()), ups, allow_unused=True, materialize_grads=True)
+        with watched({f"grad_output {k}": up for k, up in enumerate(ups)}, poisoned=False):
+            grads = torch.autograd.grad(ends, list(leaves.values()), ups, allow_unused=True, materialize_grads=True)
         result.grads = dict(zip(leaves, grads, strict=True))
     return result
 
@@ -181,4 +212,5 @@ __all__ = [
     "stacked",
     "to_float64",
     "upstream",
+    "watched",
 ]
