@@ -67,10 +67,11 @@ else
 endif
 
 # On a machine with a GPU, with the packages of $(PYTHON) and no environment of our own; `make gpu ARGS=--help`.
-# DEVICE=cpu rehearses it; PART=build names one part.
+# DEVICE=cpu rehearses it; PART=smoke names one part; RESULTS=folder; MINUTES of this call.
 DEVICE ?= cuda
 gpu:
-	$(PYTHON) tests/gpu --device $(DEVICE) $(addprefix --part ,$(PART)) $(addprefix --minutes ,$(MINUTES)) $(ARGS)
+	$(PYTHON) tests/gpu --device $(DEVICE) $(addprefix --part ,$(PART)) $(addprefix --minutes ,$(MINUTES)) \
+	  $(addprefix --results ,$(RESULTS)) $(ARGS)
 
 lint: $(VENV)/packages-test
 	echo "lint: ruff, codespell, clang-format"

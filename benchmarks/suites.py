@@ -214,4 +214,26 @@ GPU = Suite(
     200.0,
 )
 
-SUITES = {suite.name: suite for suite in (CPU, QUICK, GPU)}
+#: The first minutes on a GPU: the shapes that decide most, in that order.
+GPU_FIRST = Suite(
+    "gpu-first",
+    "cuda",
+    (
+        Entry(distill(8192, 128256, "bfloat16", targets=Targets(floor=1 / 0.85, eager=2, compile=2))),
+        Entry(distill(16384, 32000, "bfloat16", targets=Targets(floor=1 / 0.85, eager=2, compile=2))),
+        Entry(distill(8192, 1000, "bfloat16", options={"hard_weight": 0.5}, targets=Targets(eager=5, compile=2))),
+        Entry(distill(1024, 100, "bfloat16", targets=Targets(eager=5, compile=2))),
+        Entry(pool(16384, 4, 1024, "bfloat16", targets=Targets(floor=1 / 0.8))),
+        Entry(features(8192, 12, 1024, "bfloat16", targets=Targets(floor=1 / 0.8))),
+        Entry(head(1024, 3, 768, 1000, "bfloat16", targets=Targets(eager=8, compile=1.5))),
+        Entry(head(64, 2, 512, 31, "bfloat16", targets=Targets(eager=8, compile=1.5))),
+        Entry(distill(16384, 32000, "bfloat16", options={"divergence": "jsd"}, targets=_AS_KL, plain=_PLAIN_KL)),
+        Entry(distill(16384, 32000, "bfloat16", options={"divergence": "dkd"}, targets=_AS_KL, plain=_PLAIN_KL)),
+    ),
+    0.8,
+    10,
+    2.0,
+    100.0,
+)
+
+SUITES = {suite.name: suite for suite in (CPU, QUICK, GPU, GPU_FIRST)}

@@ -30,7 +30,7 @@ PRIMARY_ALONE = ("eager", "compile")
 class Settings:
     """``against``: names of other implementations; ``backend``: the only one of mfd_fast's to be measured.
 
-    ``graphs``: mfd_fast and eager PyTorch on a GPU are also captured and replayed as CUDA graphs.
+    ``launches``: count kernels on a GPU, for which the profiler takes seconds to load. ``graphs``: mfd_fast and eager PyTorch on a GPU are also captured and replayed as CUDA graphs.
     """
 
     device: torch.device
@@ -39,6 +39,7 @@ class Settings:
     seconds: float = 3.0
     least: int = LEAST_ROUNDS
     flush: bool = False
+    launches: bool = True
     graphs: bool = False
     compile_seconds_left: float = float("inf")
     said: Callable[[str], None] = lambda _: None
@@ -116,7 +117,7 @@ def _measure(workload: Workload, settings: Settings, extra: dict[str, Implementa
             entry["host"] = as_json(on_host[name]) if name in on_host else None
         if name in calls:
             entry["extra_bytes"] = memory.peak_extra_bytes(steps[name], device)
-            entry["launches"] = memory.launches(steps[name], device)
+            entry["launches"] = memory.launches(steps[name], device) if settings.launches else None
     return {
         "workload": workload.as_json(),
         "bytes": work.nbytes,

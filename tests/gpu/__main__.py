@@ -1,39 +1,44 @@
-"""`make gpu`: everything that needs a GPU, in calls of less than 9 minutes, each going on where the last one stopped.
+"""`make gpu`: what a GPU can tell in nine minutes, in the order of its worth, and going on where the last call stopped.
 
-Parts: build (the native module for this GPU), battery-cuda and battery-triton (the battery's tests of each backend, on
-the device), special (tests/gpu: more than 2**31 elements, streams, graphs, torch.compile, every rung, a second
-device), sanitizer (compute-sanitizer), bench (the suite `gpu`). Whatever is done for this state of the sources is kept
-in build/gpu and not done again. After each part benchmarks/results/<gpu>-<date>-<commit>.json is written anew.
+Parts: facts (versions, ceilings), smoke (every op, every rung, against float64), speed (device time, host time, eager),
+compare (torch.compile, Liger, CUDA graphs, launches), battery (the tests of both backends), streams (streams, capture,
+more than 2**31 elements), sanitizer (compute-sanitizer behind a planted fault).
 
-Exit status: 0 all parts are done and green, 1 something is red, 3 call again.
-`--device cpu` rehearses all of it without a GPU, small, with the emulator and the interpreter.
+Into the folder of the results go journal.jsonl (a line for every item as it ends), results.json and report.txt (anew
+after every part) and log.txt. Another call with the same folder, or with a copy of it as --before, goes on from there.
+
+Exit status: 0 all is done and green, 1 something is red, 3 call again, 4 the GPU no longer answers.
+`--device cpu` rehearses all of it without a GPU, small, with stand-ins.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import sanitizer
-import shares
+import parts
+import report
 import staging
+from journal import RED, Journal, last_line
+from supervise import DeviceGoneError, Limits, Supervisor
 
 ROOT = staging.ROOT
-#: Seconds that the last workload of the benchmark, or the last test, may take beyond the time of the call.
-SLACK = {"bench": 150.0, "battery": 20.0}
-#: Seconds without which no tool of compute-sanitizer is started.
-ENOUGH = 200.0
-#: Of tests in a rehearsal.
-FEW = 24
+GREEN_STATUS, RED_STATUS, AGAIN, GONE = 0, 1, 3, 4
+#: A part that has less of its time than this is not begun.
+LEAST = 3.0
+#: Of the log; what is before is dropped between two parts.
+LOG_BYTES = 4 << 20
+PREDICTIONS = ROOT / "docs" / "predictions.md"
+PROBE = "import torch; torch.zeros(8, device='cuda').add_(1); torch.cuda.synchronize()"
 
 
 def digest() -> str:
@@ -47,177 +52,191 @@ def digest() -> str:
 
 
 class Run:
-    """One call: its time, its options, the state that it shares with other calls."""
+    """One call: its time, its options, the folder that it shares with others."""
 
     def __init__(self, asked: argparse.Namespace) -> None:
-        self.asked, self.device = asked, asked.device
-        self.until = time.time() + 60 * asked.minutes
-        self.folder = staging.HOME / f"{digest()}-{self.device}"
-        if asked.fresh:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self.asked, self.device, self.folder = asked, asked.device, asked.results
+        self.begin = time.time()
+        self.until = self.begin + 60 * asked.minutes
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = self.folder / "checks.json"
-        self.checks: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.journal, self.log = Journal(self.folder / "journal.jsonl"), self.folder / "log.txt"
+        self.gone = ""
+        self.notes: dict[str, list[str]] = {}
+        self.spent: dict[str, float] = {}
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Earlier results of the same sources on the same kind of device are gone on with, others are set aside."""
+        before = self.asked.before
+        if before and (before / "journal.jsonl").exists() and not self.journal.path.exists():
+            shutil.copyfile(before / "journal.jsonl", self.journal.path)
+        self.journal.mend()
+        sources = f"{digest()} {self.device}"
+        said = [line["sources"] for line in self.journal.lines() if "sources" in line]
+        if said and (self.asked.fresh or said[-1] != sources):
+            self.journal.path.replace(self.journal.path.with_name("journal-of-other-sources.jsonl"))
+            said = []
+        if not said:
+            self.journal.say(sources=sources)
+        for line in self.journal.lines():
+            if "spent" in line:
+                self.spent[line["part"]] = self.spent.get(line["part"], 0.0) + line["spent"]
+
+    def prepare(self) -> None:
+        """The package laid out with a native module: one at hand, or one built here. Without it only Triton runs."""
+        begin, why = time.time(), ""
+        module = staging.module(self.device)
+        if module is None:
+            try:
+                module = self.build()
+            except Exception as error:
+                why = f"the native module was not built: {last_line(error)}"
+        staging.lay_out(module)
+        if self.device == "cuda" and not why:
+            try:
+                staging.planted()
+            except Exception as error:
+                why = f"the planted fault was not compiled: {last_line(error)}"
+        if why:
+            self.journal.end("build", "native module", RED, why)
+        else:
+            self.journal.end("build", "native module", "green", seconds=round(time.time() - begin, 1))
+        self.journal.plan("build", "all", 1)
+        self.spend("build", time.time() - begin)
+        self.write()
+
+    def build(self) -> Path | None:
+        """In a process of its own, so that what the compilers say is in the log."""
+        with open(self.log, "ab") as log:
+            command = [sys.executable, str(ROOT / "tests" / "gpu"), "--device", self.device, "--build"]
+            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True, timeout=max(self.left(), 1.0))
+        return staging.module(self.device)
 
     def left(self) -> float:
         return self.until - time.time()
 
-    def keep(self, part: str, **said: Any) -> None:
-        self.checks[part] = {**self.checks.get(part, {}), **said}
-        self.file.write_text(json.dumps(self.checks, indent=1))
+    def spend(self, part: str, seconds: float) -> None:
+        self.spent[part] = self.spent.get(part, 0.0) + seconds
+        self.journal.say(part=part, spent=round(seconds, 1))
 
-    def build(self, part: str) -> None:
-        log = self.folder / "build.log"
-        begin, out, err = time.time(), os.dup(1), os.dup(2)
-        with open(log, "wb") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+    def is_done(self, part: str) -> bool:
+        return self.check(part)["not_reached"] == 0
+
+    def check(self, part: str) -> dict[str, Any]:
+        shares = next((self.shares(p) for p in parts.PARTS if p.name == part), ("all",))
+        return report.check_of(self.journal, part, shares, self.spent.get(part, 0.0), self.notes.get(part, []))
+
+    def shares(self, part: parts.Part) -> tuple[str, ...]:
+        return part.shares if self.device == "cuda" else part.rehearsal
+
+    def run(self, wanted: Sequence[parts.Part]) -> None:
+        """Every part within its share of the time that is left; what an early end leaves goes to those behind it."""
+        open_parts = [part for part in wanted if not self.is_done(part.name)]
+        scale = self.left() / max(sum(part.seconds for part in open_parts), 1e-9)
+        end = time.time()
+        for part in open_parts:
+            end = min(end + scale * part.seconds, self.until)
+            begin = time.time()
+            if end - begin < min(LEAST, scale * part.seconds) / 2:
+                continue
             try:
-                facts = staging.build(self.device)
-                verdict: dict[str, Any] = {"verdict": "green", **facts}
-            except (subprocess.CalledProcessError, RuntimeError, OSError, ImportError) as error:
-                verdict = {"verdict": "red", "why": f"{type(error).__name__}: {error}"}
-            finally:
-                os.dup2(out, 1)
-                os.dup2(err, 2)
-        if verdict["verdict"] == "red":
-            print(log.read_text(errors="replace")[-6000:])
-        self.keep(part, done=verdict["verdict"] == "green", seconds=round(time.time() - begin), **verdict)
+                self.supervise(part, end)
+            except DeviceGoneError as error:
+                self.gone = str(error)
+            except Exception as error:
+                traceback.print_exc()
+                self.journal.end(part.name, "the part itself", RED, last_line(error), extra=True)
+            spent = time.time() - begin
+            self.spend(part.name, spent)
+            check = self.check(part.name)
+            print(f"gpu: {part.name:<10} {check['verdict']:<13} {spent:5.1f} s of {end - begin:5.1f} s", flush=True)
+            self.write()
+            if self.gone:
+                print(f"gpu: STOPPED: {self.gone}", flush=True)
+                return
 
-    def tests(self, part: str) -> None:
-        """Those of a backend, or those of tests/gpu."""
-        backend = part.removeprefix("battery-") if part.startswith("battery-") else None
-        several = self.asked.processes if backend else 1  # tests/gpu may need the whole memory
-        rehearsal = self.device == "cpu"
-        begin = time.time()
-        found = shares.run(
-            self.folder / part,
-            self.device,
-            self.until - SLACK["battery"],
-            several,
-            backend=backend,
-            first=FEW if rehearsal else None,
-        )
-        failed = {**found.broken, **found.failed}
-        if not found.done and not failed:  # not even the tests were collected
-            failed = {f"no test ran, see {part}/0.log": (self.folder / part / "0.log").read_text()[-3000:]}
-        self.keep(
-            part,
-            done=found.left == 0,
-            verdict="red" if failed else "green" if found.left == 0 else "not done",
-            tests=found.total,
-            passed=len(found.passed),
-            failed=dict(sorted(failed.items())[:50]),
-            failures=len(failed),
-            seconds=round(self.checks.get(part, {}).get("seconds", 0) + time.time() - begin),
-        )
+    def supervise(self, part: parts.Part, until: float) -> None:
+        self.cut_the_log()
+        Supervisor(
+            part.name,
+            lambda share: parts.command(part, share, self.device, until, self.journal.path),
+            staging.environment(self.device, emulate=part.tests is None),
+            self.journal,
+            staging.HOME / "marks",
+            self.log,
+            Limits(until, part.patience),
+            self.alive,
+            staging.SITE,
+            self.notes.setdefault(part.name, []),
+        ).run(self.shares(part))
 
-    def sanitizer(self, part: str) -> None:
-        tools = dict(self.checks.get(part, {}).get("tools", {}))
-        for tool in sanitizer.TOOLS:
-            enough = self.device == "cpu" or self.left() > ENOUGH
-            if tool not in tools and enough:
-                tools[tool] = sanitizer.run(tool, self.device, self.left())
-        green = all(said["verdict"] == "green" for said in tools.values())
-        self.keep(part, done=len(tools) == len(sanitizer.TOOLS), verdict="green" if green else "red", tools=tools)
+    def alive(self) -> bool:
+        """A fresh process gets the GPU."""
+        if self.device == "cpu":
+            return True
+        try:
+            return subprocess.run([sys.executable, "-c", PROBE], capture_output=True, timeout=30).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
 
-    def bench(self, part: str) -> None:
-        rehearsal, file = self.device == "cpu", self.folder / "bench.json"
-        minutes = (self.left() - (0 if rehearsal else SLACK["bench"])) / 60
-        if minutes < 0.5:
-            return
-        command = [sys.executable, "-m", "benchmarks", "--resume", "--json", file, "--minutes", f"{minutes:.2f}"]
-        command += ["--quick", "--only", "64x100", "--against", "eager"] if rehearsal else ["--suite", "gpu"]
-        with open(self.folder / "bench.log", "ab") as log:
-            done = subprocess.run(
-                list(map(str, command)),
-                cwd=staging.SITE,
-                env=staging.environment(self.device),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        found = json.loads(file.read_text()) if file.exists() else {"results": [], "left_out": []}
-        late = [x["name"] for x in found["left_out"] if x["reason"].startswith("the suite's time")]
-        red = {
-            f"{result['workload']['name']}: {m['name']}": m["red"]
-            for result in found["results"]
-            for m in result["measurements"]
-            if m["gate"] == "red"
-        }
-        ours = [name for name in red if ": mfd_fast:" in name]
-        wrong = bool(ours) or not found["results"] or done.returncode not in (0, 1, 2)
-        self.keep(part, done=file.exists() and not late, verdict="red" if wrong else "green", red=red, left=late)
+    def cut_the_log(self) -> None:
+        if self.log.exists() and self.log.stat().st_size > LOG_BYTES:
+            self.log.write_bytes(self.log.read_bytes()[-LOG_BYTES // 2 :])
 
-    def evidence(self) -> None:
-        folders = [self.asked.results] if self.asked.results else []
-        if self.device == "cuda":
-            folders.append(ROOT / "benchmarks" / "results")
-        command = [sys.executable, ROOT / "tests" / "gpu" / "evidence.py", "--checks", self.file, "--root", ROOT]
-        command += ["--bench", self.folder / "bench.json", "--device", self.device]
-        command += [word for folder in folders or [self.folder] for word in ("--out", folder)]
-        command += ["--commit", self.asked.commit] if self.asked.commit else []
-        done = subprocess.run(
-            list(map(str, command)),
-            cwd=staging.SITE,
-            env=staging.environment(self.device),
-            capture_output=True,
-            text=True,
-        )
-        print(done.stdout.strip() if done.returncode == 0 else done.stderr[-3000:])
+    def write(self) -> list[str]:
+        """results.json and report.txt anew; returns the report."""
+        names = [name for name in ("build", *(part.name for part in parts.PARTS)) if self.journal.ended(name)]
+        places = (str(ROOT), sys.prefix, str(Path.home()))
+        found = report.evidence(self.journal, {name: self.check(name) for name in names}, places)
+        if self.asked.commit and found["machine"]:
+            found["machine"]["commit"] = self.asked.commit
+        report.save(found, self.folder / "results.json")
+        said = report.lines(found, report.predictions(PREDICTIONS), self.gone)
+        (self.folder / "report.txt").write_text("\n".join(said) + "\n", encoding="utf-8")
+        return said
+
+    def status(self, wanted: Sequence[parts.Part]) -> int:
+        checks = [self.check(name) for name in ("build", *(part.name for part in wanted))]
+        if self.gone:
+            return GONE
+        if any(check["red"] for check in checks):
+            return RED_STATUS
+        return GREEN_STATUS if all(check["not_reached"] == 0 for check in checks) else AGAIN
 
 
-PARTS: dict[str, Callable[[Run, str], None]] = {
-    "build": Run.build,
-    "battery-cuda": Run.tests,
-    "special": Run.tests,
-    "sanitizer": Run.sanitizer,
-    "battery-triton": Run.tests,
-    "bench": Run.bench,
-}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
         prog="make gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", action="append", choices=list(PARTS), help="default: every part that is not done")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of this call")
-    parser.add_argument("--processes", type=int, default=max(min((os.cpu_count() or 2) // 2, 8), 1))
-    parser.add_argument("--commit", help="of the sources, where there is no repository to ask")
-    parser.add_argument("--results", type=Path, help="write the evidence here too")
-    parser.add_argument("--fresh", action="store_true", help="forget what earlier calls have done")
-    run = Run(parser.parse_args())
-    if run.checks.get("build", {}).get("done"):
-        staging.lay_out(staging.native(run.device) / "_C.so")
-    for part, work in PARTS.items():
-        wanted = run.asked.part is None or part in run.asked.part
-        if not wanted or run.checks.get(part, {}).get("done") or run.left() < 30:
-            continue
-        if part != "build" and not run.checks.get("build", {}).get("done"):
-            run.build("build")
-            if not run.checks["build"]["done"]:
-                break
-        work(run, part)
-        print(summary(part, run.checks.get(part, {})), flush=True)
-        if run.checks["build"]["done"]:
-            run.evidence()
-    wanted = run.asked.part or list(PARTS)
-    for part in wanted:
-        print(summary(part, run.checks.get(part, {})))
-    said = [run.checks.get(part, {}) for part in wanted]
-    if any(one.get("verdict") == "red" for one in said):
-        return 1
-    return 0 if all(one.get("done") for one in said) else 3
+    names = [part.name for part in parts.PARTS]
+    top.add_argument("--part", action="append", choices=names, help="only this one (may be repeated)")
+    top.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    top.add_argument("--minutes", type=float, default=9.0, help="of this call")
+    top.add_argument("--results", type=Path, help="folder; default build/gpu/results")
+    top.add_argument("--before", type=Path, help="folder of earlier results to go on from")
+    top.add_argument("--commit", help="of the sources, where there is no repository to ask")
+    top.add_argument("--fresh", action="store_true", help="forget what the folder has")
+    top.add_argument("--build", action="store_true", help="only build the native module for this interpreter")
+    top.add_argument("--arch", help="of --build, where there is no GPU to ask; 90 is Hopper")
+    return top
 
 
-def summary(part: str, said: dict[str, Any]) -> str:
-    state = said.get("verdict", "not begun") + ("" if said.get("done") or not said else ", call again")
-    counts = f", {said['passed']} of {said['tests']} tests passed" if "tests" in said else ""
-    counts += f", {said['failures']} failed" if said.get("failures") else ""
-    names = "".join(f"\n    {name}" for name in list(said.get("failed", {}))[:10])
-    reason = f": {said['why']}" if said.get("why") else ""
-    return f"gpu: {part:<15} {state}{counts}{reason}{names}"
+def main(argv: Sequence[str] | None = None) -> int:
+    asked = parser().parse_args(argv)
+    if asked.build:
+        print(staging.build(asked.device, asked.arch))
+        return 0
+    asked.results = (asked.results or staging.HOME / "results").resolve()
+    wanted = [part for part in parts.PARTS if asked.part is None or part.name in asked.part]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run = Run(asked)
+    try:
+        run.prepare()
+        run.run(wanted)
+    except KeyboardInterrupt:
+        run.gone = run.gone or "this call was ended from outside"
+    print("\n".join(run.write()))
+    return run.status(wanted)
 
 
 if __name__ == "__main__":

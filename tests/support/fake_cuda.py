@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 NAME = "a CPU that plays a GPU"
 calls: Counter[str] = Counter()
 _lost: list[str] = []
+_kept: list[Any] = []
 
 
 def lose(why: str = "CUDA error: an illegal memory access was encountered") -> None:
@@ -81,6 +82,8 @@ class OnTheCPU(TorchFunctionMode):
     """Every function that is asked for a tensor on "cuda" makes it on the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:  # a name alone places nothing
+            return func(*args, **(kwargs or {}))
         kwargs = {k: _places(v) for k, v in (kwargs or {}).items()}
         return func(*(_places(a) for a in args), **kwargs)
 
@@ -131,4 +134,5 @@ def installed() -> Any:
 
 def install() -> None:
     """For a process, to its end."""
-    installed().__enter__()
+    _kept.append(installed())
+    _kept[-1].__enter__()
