@@ -160,7 +160,7 @@ class Run:
         Supervisor(
             part.name,
             lambda share: parts.command(part, share, self.device, until, self.journal.path),
-            staging.environment(self.device, emulate=part.tests is None),
+            {**staging.environment(self.device, emulate=part.tests is None), **self.commit()},
             self.journal,
             staging.HOME / "marks",
             self.log,
@@ -169,6 +169,9 @@ class Run:
             staging.SITE,
             self.notes.setdefault(part.name, []),
         ).run(self.shares(part))
+
+    def commit(self) -> dict[str, str]:
+        return {"MFD_GPU_COMMIT": self.asked.commit} if self.asked.commit else {}
 
     def alive(self) -> bool:
         """A fresh process gets the GPU."""
@@ -188,9 +191,9 @@ class Run:
         names = [name for name in ("build", *(part.name for part in parts.PARTS)) if self.journal.ended(name)]
         places = (str(ROOT), sys.prefix, str(Path.home()))
         found = report.evidence(self.journal, {name: self.check(name) for name in names}, places)
-        if self.asked.commit and found["machine"]:
-            found["machine"]["commit"] = self.asked.commit
         report.save(found, self.folder / "results.json")
+        if self.device == "cuda" and found["machine"]:
+            report.save(found, ROOT / "benchmarks" / "results" / f"{found['machine']['name']}.json")
         said = report.lines(found, report.predictions(PREDICTIONS), self.gone)
         (self.folder / "report.txt").write_text("\n".join(said) + "\n", encoding="utf-8")
         return said

@@ -6,6 +6,7 @@ On a CPU, in a rehearsal, fake_cuda plays the GPU and everything is small.
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
@@ -73,6 +74,8 @@ def machine() -> Said:
     found = machine.facts(gpu())
     found["compute_capability"] = list(torch.cuda.get_device_capability())
     found["neighbours"] = None
+    found["commit"] = os.environ.get("MFD_GPU_COMMIT") or found["commit"]
+    found["name"] = machine.slug(found)
     found["backends"] = backends.status()
     found["clocks"] = nvidia_smi("clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu")
     lacking = [f"{name}: {why}" for name, why in found["backends"].items() if why and name in ("cuda", "triton")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -49,9 +50,20 @@ def native(device: str) -> Path:
     return HOME / f"native-{sysconfig.get_config_var('SOABI')}-{device}"
 
 
+def sources() -> str:
+    """Names the state of what the native module is compiled from."""
+    found = hashlib.sha256((ROOT / "CMakeLists.txt").read_bytes())
+    for tree in (ROOT / "csrc", ROOT / "kernels" / "cuda"):
+        for path in sorted(path for path in tree.rglob("*") if path.is_file()):
+            found.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return found.hexdigest()
+
+
 def module(device: str) -> Path | None:
-    """A native module that this interpreter can load: one that was built or carried here, or in a rehearsal ours."""
-    found = native(device) / "_C.so"
+    """A native module of these sources that this interpreter can load: built or carried here; in a rehearsal ours."""
+    found, stamp = native(device) / "_C.so", native(device) / "_C.sources"
+    if found.exists() and not (stamp.exists() and stamp.read_text() == sources()):
+        return None
     if device == "cpu" and not found.exists():
         found = next((ROOT / "mfd_fast").glob(f"_C*{sysconfig.get_config_var('EXT_SUFFIX')}"), found)
     if not found.exists():
@@ -91,7 +103,10 @@ def build(device: str, arch: str | None = None) -> Path:
         *cuda,
     ]
     subprocess.run(list(map(str, configure)), check=True)
+    stamp = target / "_C.sources"
+    stamp.unlink(missing_ok=True)
     subprocess.run([cmake, "--build", str(target)], check=True)
+    stamp.write_text(sources())
     return target / "_C.so"
 
 
