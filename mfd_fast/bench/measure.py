@@ -30,7 +30,8 @@ PRIMARY_ALONE = ("eager", "compile")
 class Settings:
     """``against``: names of other implementations; ``backend``: the only one of mfd_fast's to be measured.
 
-    ``launches``: count kernels on a GPU, for which the profiler takes seconds to load. ``graphs``: mfd_fast and eager PyTorch on a GPU are also captured and replayed as CUDA graphs.
+    ``launches``: count kernels on a GPU, for which the profiler takes seconds to load. ``graphs``: mfd_fast and eager
+    PyTorch on a GPU are also captured and replayed as CUDA graphs.
     """
 
     device: torch.device

@@ -1,4 +1,5 @@
-// Two faults that compute-sanitizer must find, in kernels that its filter takes for ours: the control of its silence.
+// Two faults that compute-sanitizer must find, in kernels that its filter takes for ours: the control of its
+// silence.
 //   planted memcheck    writes behind the end of an allocation
 //   planted racecheck   reads shared memory that another warp writes, without a barrier
 #include <cuda_runtime.h>
