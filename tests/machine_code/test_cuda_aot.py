@@ -15,6 +15,7 @@ from pathlib import Path
 import aot
 import mfd_fast._C
 import pytest
+import verdicts
 
 from mfd_fast.backends import cuda
 
@@ -67,6 +68,13 @@ def assert_good_machine_code(cubin: Path, source: str, arch: int) -> None:
 @pytest.mark.rest
 @pytest.mark.parametrize(("source", "arch"), CASES, ids=str)
 def test_kernels_compile_without_spills(source: str, arch: int, tmp_path: Path) -> None:
+    """Kept for the same sources and compiler."""
+    version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    trees = (ROOT / "csrc", ROOT / "kernels" / "cuda", Path(__file__).resolve(), Path(aot.__file__).resolve())
+    verdicts.kept("nvcc", trees, (source, arch, FLAGS, version), lambda: compiles_well(source, arch, tmp_path))
+
+
+def compiles_well(source: str, arch: int, tmp_path: Path) -> None:
     cubin = tmp_path / f"{source}-{arch}.cubin"
     command = [NVCC, *FLAGS, f"-arch=sm_{arch}", "-Werror", "all-warnings", "-cubin"]
     done = subprocess.run([*command, ROOT / "csrc" / "cuda" / source, "-o", cubin], capture_output=True, text=True)

@@ -18,7 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import verdicts
 from typing_extensions import Self
+
+#: What a kernel's machine code depends on: the kernels, the launches and what records them.
+SOURCES = (verdicts.ROOT / "kernels" / "triton", verdicts.ROOT / "mfd_fast", Path(__file__).resolve().parent)
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,10 @@ class Compiler:
         self._cache.cleanup()
 
     def report(self, module: str, name: str) -> Report:
-        """Facts about ``module.launches(name)``."""
-        return Report(**self._ask("compile", module, name))
+        """Facts about ``module.launches(name)``; kept for the same sources, Triton and assembler."""
+        tools = (self.version(), os.environ.get("TRITON_PTXAS_PATH"))
+        found = verdicts.kept("triton", SOURCES, (module, name, *tools), lambda: self._ask("compile", module, name))
+        return Report(**found)
 
     def keys(self, module: str, name: str) -> list[str]:
         """Keys in the launcher's cache of every call of ``module.variants(name)``."""

@@ -19,6 +19,7 @@ FILES = (
     "ops/test_determinism.py",
     "ops/test_gradients.py",
 )
+OPTIONS = ("-q", "-x", "-p", "no:cacheprovider", "--tier=quick", "-k", "cpu")
 SUPPORTED = cpu.native().supported_isas()
 OTHERS = [name for name in SUPPORTED if name != SUPPORTED[0]]
 
@@ -32,9 +33,11 @@ def test_the_best_instruction_set_is_the_default_and_baseline_is_always_there():
 @pytest.mark.parametrize("isa", OTHERS)
 @pytest.mark.parametrize("file", FILES)
 def test_battery_on_other_isas(isa, file):
-    """The default instruction set is what the rest of the battery runs on."""
+    """The quick tier, which has every sample with every dtype: the sources are those of the default instruction set, on
+    which the whole battery runs, compiled against other vectors.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu", str(TESTS / file)],
+        [sys.executable, "-m", "pytest", *OPTIONS, str(TESTS / file)],
         env={**os.environ, "MFD_FAST_CPU_ISA": isa},
         cwd=TESTS.parent,
         capture_output=True,

@@ -9,6 +9,7 @@ from pathlib import Path
 import cuda_emulator
 import every_sample
 import pytest
+import verdicts
 from op_db import RECORDS, samples_on
 
 pytestmark = pytest.mark.rest
@@ -21,8 +22,18 @@ RUNGS = ("90,4,232448:1100", "90,4,8192:2100", "80,4,8192:2100")
 
 
 def sanitized(library, flags, *arguments):
-    """Output of every_sample with the emulated module and Python under a sanitizer, and the number of its calls."""
+    """The number of calls of every_sample, with the emulated module and Python under a sanitizer, which says nothing.
+
+    Kept for the same sources and compiler: the module's folder names those of the kernels and the flags.
+    """
     module = cuda_emulator.module(*flags)
+    compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+    trees = (verdicts.ROOT / "mfd_fast", Path(every_sample.__file__).resolve().parent, Path(__file__).resolve())
+    said = (module.parent.name, compiler, sys.version, library, *arguments)
+    return verdicts.kept("sanitizers", trees, said, lambda: run(module, library, *arguments))
+
+
+def run(module, library, *arguments):
     found = subprocess.run(["g++", f"-print-file-name={library}"], capture_output=True, text=True, check=True)
     environ = {
         **os.environ,
