@@ -3,9 +3,11 @@
 import pytest
 import torch
 from harness import assert_same, map_tensors
-from on_device import ON_GPU
+from on_device import ON_GPU, here
 from op_db import RECORDS
 from steps import CASES, IDS, OP_IDS, OPS, Captured, fill, no_waiting, placed, side_stream, step_of, wait
+
+from mfd_fast.backends.cuda import launch
 
 TIMES = 10 if ON_GPU else 1
 
@@ -85,3 +87,21 @@ def test_the_host_never_waits(record, backend, name):
     step()
     with no_waiting():
         step()
+
+
+@pytest.mark.parametrize(("record", "backend"), OPS, ids=OP_IDS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_into_cuda_graphs(record, backend, monkeypatch):
+    """torch.compile(mode="reduce-overhead"), whose warm-up is the first call that wants scratch memory."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(launch, "_workspaces", {})
+    plain = getattr(record.op, "unmoved", record.op)
+    how = {"mode": "reduce-overhead"} if ON_GPU else {"backend": "aot_eager"}
+    call = here(torch.compile(plain, fullgraph=True, **how))
+    held = placed(next(iter(record.samples().values())))
+    expected = step_of(record, backend, held)()
+    for _ in range(4):  # a warm-up, a recording, two replays
+        torch.compiler.cudagraph_mark_step_begin()
+        found = step_of(record, backend, held, call=call)()
+        assert_same(found, expected, "graphs", rtol=2e-5, atol=2e-6)
+    torch._dynamo.reset()
