@@ -50,9 +50,10 @@ def is_of(item: pytest.Item, backend: str) -> bool:
     return item.path.name.startswith(f"test_{backend}_")
 
 
-def rank(item: pytest.Item) -> int:
-    """Of its file, the first to be run first."""
-    return next((k for k, name in enumerate(FIRST) if item.path.name.startswith(name)), len(FIRST))
+def rank(item: pytest.Item) -> tuple[bool, int]:
+    """Sorts the quick tier before the rest, and each by its files."""
+    place = next((k for k, name in enumerate(FIRST) if item.path.name.startswith(name)), len(FIRST))
+    return "rest" in item.keywords, place
 
 
 class Battery:

@@ -12,7 +12,7 @@ import staging
 #: Folders and files without tests of a backend on a device; `tests/gpu` and the emulator have their own.
 NOT_HERE = (
     *("gpu", "cuda_emulator", "backends/cpu", "backends/cuda", "backends/test_backends*", "integration/test_compile*"),
-    *("machine_code", "packaging", "tools"),
+    *("integrations", "machine_code", "packaging", "tools"),
 )
 
 

@@ -280,8 +280,9 @@ def test_a_rivals_failure_is_its_own():
 # -------------------------------------------------------------------------------------------------------- battery
 
 
-def item(name, path="test_values.py", **parameters):
-    return SimpleNamespace(nodeid=name, name=name, path=Path(path), callspec=SimpleNamespace(params=parameters))
+def item(name, path="test_values.py", keywords=(), **parameters):
+    callspec = SimpleNamespace(params=parameters)
+    return SimpleNamespace(nodeid=name, name=name, path=Path(path), callspec=callspec, keywords=keywords)
 
 
 def plugin(**options):
@@ -322,6 +323,7 @@ def test_shares_are_disjoint_complete_and_resumable(tmp_path):
 def test_values_and_gradients_come_first():
     names = ("test_autocast.py", "test_layouts.py", "test_values.py", "test_gradients.py")
     assert selected([item(name, name) for name in names]) == [names[2], names[3], names[1], names[0]]
+    assert selected([item("slow", keywords=("rest",)), item("quick", "test_autocast.py")]) == ["quick", "slow"]
     there = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
     assert all(any(name.startswith(first) for name in there) for first in battery.FIRST)
 
@@ -463,6 +465,7 @@ def test_the_mark_is_read_as_it_was_written(tmp_path):
     assert marked(tmp_path / "m")[0] is None
 
 
+@pytest.mark.rest
 def test_a_rehearsal_runs_every_part(tmp_path):
     """All of it, small, on the CPU: what is green here has run every line that a GPU does not decide."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
