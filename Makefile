@@ -52,6 +52,9 @@ $(TRAINERS)/packages: pyproject.toml constraints-trainers.txt $(VENV)/python
 	  torch torchvision setuptools pybind11 cmake ninja pytest pytest-xdist
 	MFD_FAST_NATIVE=0 $(TRAINERS)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints-trainers.txt \
 	  --no-build-isolation --editable '.[trainers]'
+	# One file of each is tried: torchao, and AutoGluon's old timm and transformers, cannot live here.
+	$(TRAINERS)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints-trainers.txt \
+	  --no-deps autogluon.multimodal torchtune
 	touch $@
 
 # Every Triton kernel with every option and every CUDA source for every GPU: it takes long.

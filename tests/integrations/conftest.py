@@ -15,9 +15,10 @@ PACKAGES = {
     "timm": ("timm",),
     "sentence_transformers": ("sentence_transformers",),
     "lightning": ("lightning",),
-    "autogluon": ("lightning",),
+    "autogluon": ("lightning", "autogluon"),
+    "torchtune": ("torchtune", "omegaconf"),
     "open_clip": ("open_clip",),
-    "kernels": ("kernels",),
+    "kernels": ("kernels", "modelopt"),
     "examples": ("transformers", "trl", "open_clip"),
 }
 

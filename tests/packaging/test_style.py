@@ -100,7 +100,7 @@ def modules():
     found = pkgutil.walk_packages(mfd_fast.__path__, "mfd_fast.")
     names = [m.name for m in found if not m.name.endswith("_C") and ".kernels.triton." not in m.name]
     # The adapters import their trainer; tests/integrations tries theirs.
-    return ["mfd_fast", *(n for n in names if ".integrations." not in n or n.endswith(".shared"))]
+    return ["mfd_fast", *(n for n in names if ".integrations." not in n or n.endswith((".shared", ".fusion", ".layers")))]
 
 
 @pytest.mark.parametrize("name", modules())
