@@ -103,10 +103,10 @@ def build(device: str, arch: str | None = None) -> Path:
         *cuda,
     ]
     subprocess.run(list(map(str, configure)), check=True)
-    stamp = target / "_C.sources"
+    stamp, state = target / "_C.sources", sources()
     stamp.unlink(missing_ok=True)
     subprocess.run([cmake, "--build", str(target)], check=True)
-    stamp.write_text(sources())
+    stamp.write_text(state)
     return target / "_C.so"
 
 
