@@ -3,6 +3,7 @@
 
 #include "cpu/distill/backward.h"
 #include "cpu/distill/forward.h"
+#include "cpu/distill/short_rows.h"
 #include "cpu/fusion/feature.h"
 #include "cpu/fusion/pool.h"
 #include "cpu/fusion/product.h"
@@ -13,6 +14,7 @@ namespace mfd::MFD_ISA {
 namespace {
 
 void forward_rows(const Forward& f, int64_t begin, int64_t end, const Scratch& s) {
+  if (!f.problem.is_double && is_short_case<F32>(f)) return short_rows_of<F32>(f, begin, end, s);
   f.problem.is_double ? forward_rows_of<F64>(f, begin, end, s) : forward_rows_of<F32>(f, begin, end, s);
 }
 

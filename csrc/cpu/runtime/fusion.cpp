@@ -208,7 +208,7 @@ double tap_rows(std::vector<Tap>& taps, FeatureKind kind, bool is_double, bool p
 namespace {
 
 void product_by(ProductKernel kernel, const Product& p, int threads) {
-  constexpr int64_t kRows = 128;
+  constexpr int64_t kRows = 256;
   const int64_t width = kernels().fusion->product_columns();
   const int64_t bands = (p.rows + kRows - 1) / kRows, panels = (p.columns + width - 1) / width;
 #pragma omp parallel for num_threads(usable_threads(threads, p.rows* p.columns* p.depth / 16)) \
