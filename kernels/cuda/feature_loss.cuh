@@ -110,11 +110,11 @@ struct TapRow {
         load_columns<S, kParked>(s, start, tap.width, x);
         load_columns<S, kParked>(t, start, tap.width, y);
         if (tap.d_student) {
-          feature_gradient<S>(launch.kind, x, y, a, b, g);
+          feature_gradient<S>(launch.kind, x, y, a, b, f.of_student, f.of_teacher, g);
           store_columns<S>(output(tap.d_student, s.dtype), s.dtype, start, tap.width, g);
         }
         if (tap.d_teacher) {
-          feature_gradient<S>(launch.kind, y, x, a, c, g);
+          feature_gradient<S>(launch.kind, y, x, a, c, f.of_teacher, f.of_student, g);
           store_columns<S>(output(tap.d_teacher, t.dtype), t.dtype, start, tap.width, g);
         }
       });

@@ -42,10 +42,10 @@ MFD_INLINE void add_features(const typename S::T (&s)[VectorOf<S>::kColumns],
   }
 }
 
-// The distance of s and t, and the factors of its gradients; the same in every thread.
-template <class S, bool kPadded, class Group>
-MFD_INLINE FeatureRow feature_distance(const Group& group, FeatureKind kind, const Source& s, const Source& t,
-                                       int64_t width) {
+// The sums of feature_row_of_sums, the same in every thread. kScaled: of the rows times `of_s` and `of_t`.
+template <class S, bool kPadded, bool kScaled, class Group>
+MFD_INLINE void feature_sums(const Group& group, FeatureKind kind, const Source& s, const Source& t,
+                             int64_t width, typename S::T of_s, typename S::T of_t, double (&sums)[3]) {
   typedef typename S::T T;
   constexpr int N = VectorOf<S>::kColumns;
   T own[3] = {};
@@ -57,10 +57,17 @@ MFD_INLINE FeatureRow feature_distance(const Group& group, FeatureKind kind, con
       T x[N], y[N];
       a.get(s.dtype, x);
       b.get(t.dtype, y);
+      if (kScaled) {
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+          x[k] = x[k] * of_s;
+          y[k] = y[k] * of_t;
+        }
+      }
       add_features<S, decltype(constant)::value>(x, y, own);
     });
   });
-  double sums[3] = {static_cast<double>(own[0]), static_cast<double>(own[1]), static_cast<double>(own[2])};
+  for (int k = 0; k < 3; ++k) sums[k] = static_cast<double>(own[k]);
   if (kind == kCosine) {
     group.template reduce<Sum>(sums);
   } else {
@@ -68,15 +75,46 @@ MFD_INLINE FeatureRow feature_distance(const Group& group, FeatureKind kind, con
     group.template reduce<Sum>(first);
     sums[0] = first[0];
   }
-  return feature_row_of_sums(kind, sums[0], sums[1], sums[2], width);
+}
+
+// 2^exponent.
+template <class T>
+MFD_INLINE T power_of_two(int exponent) {
+  return static_cast<T>(ldexp(1.0, exponent));
+}
+
+// The distance of s and t, and the factors of its gradients; the same in every thread.
+template <class S, bool kPadded, class Group>
+MFD_INLINE FeatureRow feature_distance(const Group& group, FeatureKind kind, const Source& s, const Source& t,
+                                       int64_t width) {
+  typedef typename S::T T;
+  double sums[3];
+  feature_sums<S, kPadded, false>(group, kind, s, t, width, T(1), T(1), sums);
+  if (kind != kCosine) return feature_row_of_sums(kind, sums[0], 0, 0, width);
+  constexpr bool kDouble = sizeof(T) == 8;
+  const int of_s = norm_exponent(sums[1], kDouble), of_t = norm_exponent(sums[2], kDouble);
+  if (of_s || of_t)
+    feature_sums<S, kPadded, true>(group, kCosine, s, t, width, power_of_two<T>(of_s), power_of_two<T>(of_t),
+                                   sums);
+  return feature_row_of_sums(kCosine, sums[0], sums[1], sums[2], width, of_s, of_t);
 }
 
 // g[k] = d distance/ds of one thread's columns, times the factor that is in `of_t` (FeatureRow's a) and
-// `of_s` (b). For the gradient to t, swap s and t and pass c as `of_s`.
+// `of_s` (b), and the powers of two that s and t are scaled with. For the gradient to t, swap s and t and
+// pass c as `of_s`.
 template <class S>
 MFD_INLINE void feature_gradient(FeatureKind kind, const typename S::T (&s)[VectorOf<S>::kColumns],
                                  const typename S::T (&t)[VectorOf<S>::kColumns], typename S::T of_t,
-                                 typename S::T of_s, typename S::T (&g)[VectorOf<S>::kColumns]) {
+                                 typename S::T of_s, int s_exponent, int t_exponent,
+                                 typename S::T (&g)[VectorOf<S>::kColumns]) {
+  if (s_exponent || t_exponent) {
+    const typename S::T by_s = power_of_two<typename S::T>(s_exponent),
+                        by_t = power_of_two<typename S::T>(t_exponent);
+#pragma unroll
+    for (int k = 0; k < VectorOf<S>::kColumns; ++k)
+      g[k] = by_s * feature_slope<S, kCosine>(by_s * s[k], by_t * t[k], of_t, of_s);
+    return;
+  }
   with_kind(kind, [&](auto constant) {
 #pragma unroll
     for (int k = 0; k < VectorOf<S>::kColumns; ++k)

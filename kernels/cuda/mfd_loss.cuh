@@ -263,7 +263,8 @@ struct MfdBlock {
         load_columns<F32, false>(source_of<F32>(p.target, first + row), column, p.pool.width, t);
         const double factor = shared.feature_weight * own.share;
         feature_gradient<F32>(p.kind, s, t, static_cast<float>(factor * own.feature.a),
-                              static_cast<float>(factor * own.feature.b), sum);
+                              static_cast<float>(factor * own.feature.b), own.feature.of_student,
+                              own.feature.of_teacher, sum);
       }
 #pragma unroll
       for (int i = 0; i < N; ++i) sum[i] = sum[i] + x[i];

@@ -2,7 +2,10 @@
 
 mse:       mean_d (s_d − t_d)²                Romero et al., FitNets, arXiv:1412.6550
 smooth_l1: mean_d h(s_d − t_d), h(e) = ½e² for |e| < 1, |e| − ½ beyond      Girshick, arXiv:1504.08083
-cosine:    1 − ⟨s, t⟩/(|s||t|); a zero vector has cosine 0 and zero gradient
+cosine:    1 − ⟨s, t⟩/(max(|s|, ε) max(|t|, ε)), ε = 1e-8 as in torch.nn.functional.cosine_similarity, so that no
+           gradient is longer than 1/ε; a zero vector has cosine 0 and zero gradient. The squares of a row whose
+           norm is far from 1 leave the dtype's range: rows are scaled before they are squared, which the cosine
+           does not notice.
 """
 
 from __future__ import annotations
@@ -11,17 +14,25 @@ import torch
 from torch import Tensor
 
 KINDS = ("mse", "smooth_l1", "cosine")
+#: Least norm in the cosine's denominator.
+EPSILON = 1e-8
+
+
+def _unit(x: Tensor) -> Tensor:
+    """``x/max(|x|, EPSILON)`` along the last dimension, whatever the norm."""
+    size = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_ones((*x.shape[:-1], 1))
+    size = torch.where(size.isinf(), torch.ones_like(size), size.clamp_min(torch.finfo(x.dtype).tiny))
+    x = x / size
+    norm = x.square().sum(-1, keepdim=True).sqrt()
+    return x / torch.where(norm < EPSILON / size, EPSILON / size, norm)
 
 
 def row_distance(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
     """``[...]`` distance of each row of two ``[..., D]`` tensors of one dtype."""
     if kind == "cosine":
-        dot = (student * teacher).sum(-1)
-        squares = student.square().sum(-1), teacher.square().sum(-1)
-        zero = (squares[0] == 0) | (squares[1] == 0)
-        one = torch.ones_like(dot)
-        norms = torch.where(zero, one, squares[0]).sqrt() * torch.where(zero, one, squares[1]).sqrt()
-        return 1 - torch.where(zero, torch.zeros_like(dot), dot / norms)
+        zero = (student == 0).all(-1) | (teacher == 0).all(-1)
+        student, teacher = (torch.where(zero[..., None], torch.ones_like(x), x) for x in (student, teacher))
+        return 1 - torch.where(zero, torch.zeros_like(student[..., 0]), (_unit(student) * _unit(teacher)).sum(-1))
     error = student - teacher
     if kind == "smooth_l1":
         size = error.abs()

@@ -40,8 +40,11 @@ enum FeatureKind : int { kMse = 0, kSmoothL1 = 1, kCosine = 2 };
 
 // Distance of one row pair (s, t), and what its gradient needs:
 //   mse, smooth_l1: d/ds = a*h'(s - t);  cosine: d/ds = a*t + b*s, d/dt = a*s + c*t.
+// Where the squares of s or t leave the range of their type, this is of 2^of_student*s and 2^of_teacher*t:
+// their gradients times these powers are those of s and t.
 struct FeatureRow {
   double value, a, b, c;
+  int of_student, of_teacher;
 };
 
 struct PoolForward {

@@ -12,16 +12,37 @@ MFD_ROW_FN int64_t matrix_offset(const RowMatrix& m, int64_t row) {
   return (row / m.inner) * m.outer_stride + (row % m.inner) * m.row_stride;
 }
 
+// Least norm in the cosine's denominator.
+constexpr double kLeastNorm = 1e-8;
+
+// The power of two that a row is scaled with before its norm is taken, from the sum of its squares as it is:
+// 0 where the squares are within the range of their type and the norm is not below the least.
+MFD_ROW_FN int norm_exponent(double squares, bool is_double) {
+  if (squares < kLeastNorm * kLeastNorm) return is_double ? 520 : 75;
+  if (squares <= (is_double ? 0x1p900 : 0x1p100)) return 0;
+  return is_double ? -600 : -80;  // also of a NaN
+}
+
+// The cosine of rows that are scaled by these powers of two.
+MFD_ROW_FN FeatureRow scaled_cosine(double dot, double ss, double tt, int of_student, int of_teacher) {
+  const double s = sqrt(ss), t = sqrt(tt);
+  const double least_s = ldexp(kLeastNorm, of_student), least_t = ldexp(kLeastNorm, of_teacher);
+  const double norms = (s < least_s ? least_s : s) * (t < least_t ? least_t : t), cosine = dot / norms;
+  return {1.0 - cosine, -1.0 / norms, s < least_s ? 0.0 : cosine / ss, t < least_t ? 0.0 : cosine / tt,
+          of_student,   of_teacher};
+}
+
 // From the sums over a row of `width`: first = sum h(s - t), or <s, t>, <s, s> and <t, t> for the cosine,
-// which is 0 beside a zero vector.
-MFD_ROW_FN FeatureRow feature_row_of_sums(FeatureKind kind, double first, double ss, double tt,
-                                          int64_t width) {
+// which is 0 beside a zero vector. The last two: what s and t were scaled with.
+MFD_ROW_FN FeatureRow feature_row_of_sums(FeatureKind kind, double first, double ss, double tt, int64_t width,
+                                          int of_student = 0, int of_teacher = 0) {
   const double n = static_cast<double>(width);
-  if (kind == kMse) return {first / n, 2.0 / n, 0, 0};
-  if (kind == kSmoothL1) return {first / n, 1.0 / n, 0, 0};
-  if (ss == 0 || tt == 0) return {1.0, 0, 0, 0};
+  if (kind == kMse) return {first / n, 2.0 / n, 0, 0, 0, 0};
+  if (kind == kSmoothL1) return {first / n, 1.0 / n, 0, 0, 0, 0};
+  if (ss == 0 || tt == 0) return {1.0, 0, 0, 0, 0, 0};
+  if (of_student || of_teacher) return scaled_cosine(first, ss, tt, of_student, of_teacher);
   const double norms = sqrt(ss) * sqrt(tt), cosine = first / norms;
-  return {1.0 - cosine, -1.0 / norms, cosine / ss, cosine / tt};
+  return {1.0 - cosine, -1.0 / norms, cosine / ss, cosine / tt, 0, 0};
 }
 
 // One modality's term of KL(target || weights); 0 log 0 = 0, +inf where an absent modality has a target. It

@@ -9,14 +9,21 @@
 namespace mfd::MFD_ISA {
 namespace {
 
-template <class S, int kKind, class A, class B>
-static FeatureRow feature_row(const A* s, const B* t, int64_t n) {
+// Sums of feature_row_of_sums. kScaled: of the rows times `of_s` and `of_t`.
+template <class S, int kKind, bool kScaled, class A, class B>
+static void feature_sums(const A* s, const B* t, int64_t n, double of_s, double of_t, double (&out)[3]) {
+  typedef typename S::T T;
   typedef typename S::V V;
   constexpr int64_t W = S::kWidth;
   constexpr int kSums = kKind == kCosine ? 3 : 1;
+  const V by_s = S::splat(static_cast<T>(of_s)), by_t = S::splat(static_cast<T>(of_t));
   V acc[2][kSums] = {};
   const auto step = [&](V* sums, int64_t i, int64_t left) __attribute__((always_inline)) {
-    const V a = load_upto<S>(s + i, left), b = load_upto<S>(t + i, left);
+    V a = load_upto<S>(s + i, left), b = load_upto<S>(t + i, left);
+    if (kScaled) {
+      a = a * by_s;
+      b = b * by_t;
+    }
     if (kKind == kCosine) {
       sums[0] = S::fma(a, b, sums[0]);
       sums[kSums - 2] = S::fma(a, a, sums[kSums - 2]);
@@ -32,11 +39,18 @@ static FeatureRow feature_row(const A* s, const B* t, int64_t n) {
   }
   if (i < n) step(acc[0], i, n - i < W ? n - i : W);
   if (i + W < n) step(acc[1], i + W, n - i - W);
-  const double first = S::sum(acc[0][0] + acc[1][0]);
-  if (kKind != kCosine) return feature_row_of_sums(static_cast<FeatureKind>(kKind), first, 0, 0, n);
-  const double ss = S::sum(acc[0][kSums - 2] + acc[1][kSums - 2]);
-  const double tt = S::sum(acc[0][kSums - 1] + acc[1][kSums - 1]);
-  return feature_row_of_sums(kCosine, first, ss, tt, n);
+  for (int k = 0; k < kSums; ++k) out[k] = S::sum(acc[0][k] + acc[1][k]);
+}
+
+template <class S, int kKind, class A, class B>
+static FeatureRow feature_row(const A* s, const B* t, int64_t n) {
+  constexpr bool kDouble = sizeof(typename S::T) == 8;
+  double sums[3] = {};
+  feature_sums<S, kKind, false>(s, t, n, 1.0, 1.0, sums);
+  if (kKind != kCosine) return feature_row_of_sums(static_cast<FeatureKind>(kKind), sums[0], 0, 0, n);
+  const int of_s = norm_exponent(sums[1], kDouble), of_t = norm_exponent(sums[2], kDouble);
+  if (of_s || of_t) feature_sums<S, kCosine, true>(s, t, n, ldexp(1.0, of_s), ldexp(1.0, of_t), sums);
+  return feature_row_of_sums(kCosine, sums[0], sums[1], sums[2], n, of_s, of_t);
 }
 
 template <class S, class A, class B>
@@ -51,31 +65,51 @@ static FeatureRow feature_row_of(FeatureKind kind, const A* s, const B* t, int64
   }
 }
 
-// out = base + factor*(d distance/ds), base null: 0.
-template <class S, int kKind, class A, class B, class Out>
-static void feature_gradient(const A* s, const B* t, int64_t n, double of_t, double of_s,
+// Factors of the gradient to one side, `own`, of a FeatureRow: of the other side and of its own, and what
+// both are scaled with.
+struct FeatureFactors {
+  double other, own;
+  int of_own, of_other;
+};
+
+MFD_INLINE FeatureFactors factors_of_student(const FeatureRow& f, double upstream) {
+  return {upstream * f.a, upstream * f.b, f.of_student, f.of_teacher};
+}
+
+MFD_INLINE FeatureFactors factors_of_teacher(const FeatureRow& f, double upstream) {
+  return {upstream * f.a, upstream * f.c, f.of_teacher, f.of_student};
+}
+
+// out = base + d distance/ds, base null: 0. kScaled: of scaled rows.
+template <class S, int kKind, bool kScaled, class A, class B, class Out>
+static void feature_gradient(const A* s, const B* t, int64_t n, const FeatureFactors& f,
                              const typename S::T* base, Out* out) {
   typedef typename S::T T;
   typedef typename S::V V;
-  const V a = S::splat(static_cast<T>(of_t)), b = S::splat(static_cast<T>(of_s));
+  const V a = S::splat(static_cast<T>(f.other)), b = S::splat(static_cast<T>(f.own));
+  const V by_s = S::splat(static_cast<T>(kScaled ? ldexp(1.0, f.of_own) : 1.0));
+  const V by_t = S::splat(static_cast<T>(kScaled ? ldexp(1.0, f.of_other) : 1.0));
   over_vectors<S>(
       n, MFD_STEP {
-        V g = feature_slope<S, kKind>(load_upto<S>(s + i, left), load_upto<S>(t + i, left), a, b);
+        V x = load_upto<S>(s + i, left), y = load_upto<S>(t + i, left);
+        V g = kScaled ? by_s * feature_slope<S, kKind>(by_s * x, by_t * y, a, b)
+                      : feature_slope<S, kKind>(x, y, a, b);
         if (base) g = g + load_upto<S>(base + i, left);
         store_upto<S>(out + i, g, left);
       });
 }
 
 template <class S, class A, class B, class Out>
-static void feature_gradient_of(FeatureKind kind, const A* s, const B* t, int64_t n, double of_t, double of_s,
+static void feature_gradient_of(FeatureKind kind, const A* s, const B* t, int64_t n, const FeatureFactors& f,
                                 const typename S::T* base, Out* out) {
   switch (kind) {
     case kMse:
-      return feature_gradient<S, kMse>(s, t, n, of_t, of_s, base, out);
+      return feature_gradient<S, kMse, false>(s, t, n, f, base, out);
     case kSmoothL1:
-      return feature_gradient<S, kSmoothL1>(s, t, n, of_t, of_s, base, out);
+      return feature_gradient<S, kSmoothL1, false>(s, t, n, f, base, out);
     default:
-      return feature_gradient<S, kCosine>(s, t, n, of_t, of_s, base, out);
+      return f.of_own || f.of_other ? feature_gradient<S, kCosine, true>(s, t, n, f, base, out)
+                                    : feature_gradient<S, kCosine, false>(s, t, n, f, base, out);
   }
 }
 
@@ -108,12 +142,12 @@ static void tap_rows_of(const Tap& tap, FeatureKind kind, int64_t begin, int64_t
     const double g = at<T>(tap.grad_rows, row);
     if (d_student) {
       E* out = row_target(tap.student.dtype, tap.stream, d_student, buffer);
-      feature_gradient_of<S>(kind, s, t, n, g * f.a, g * f.b, nullptr, out);
+      feature_gradient_of<S>(kind, s, t, n, factors_of_student(f, g), nullptr, out);
       row_out(out, n, tap.student.dtype, tap.stream, d_student);
     }
     if (d_teacher) {
       E* out = row_target(tap.teacher.dtype, tap.stream, d_teacher, buffer);
-      feature_gradient_of<S>(kind, t, s, n, g * f.a, g * f.c, nullptr, out);
+      feature_gradient_of<S>(kind, t, s, n, factors_of_teacher(f, g), nullptr, out);
       row_out(out, n, tap.teacher.dtype, tap.stream, d_teacher);
     }
   }

@@ -225,11 +225,10 @@ static const typename S::T* row_upstream(const PoolBackward& g, int64_t row, con
   if (g.d_pooled.data) dy = row_in(g.d_pooled, row, n, static_cast<T*>(scratch.upstream));
   if (!g.feature) return dy;
   const double factor = at<T>(g.weight, row) * g.feature_factor;
-  const FeatureRow& f = g.feature[row];
   const T* y = static_cast<const T*>(g.pooled) + row * n;
   const T* t = row_in(g.target, row, n, static_cast<T*>(scratch.target));
   T* sum = static_cast<T*>(scratch.upstream);
-  feature_gradient_of<S>(g.kind, y, t, n, factor * f.a, factor * f.b, dy, sum);
+  feature_gradient_of<S>(g.kind, y, t, n, factors_of_student(g.feature[row], factor), dy, sum);
   return sum;
 }
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..pool.modal_pool import feature_tile
 from ..rows.reduce import counted_rows
-from .distances import distance_terms, distance_value, gradient_factors, student_part
+from .distances import distance_terms, distance_value, gradient_factors, is_scaled, norm_scale, student_part
 
 
 class Taps(NamedTuple):
@@ -68,21 +68,33 @@ def read_tap(tap, col, width, on, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def write_gradients(tap, s, t, factors, row, exists, on, col, width, FEATURE_KIND: tl.constexpr):
+def write_gradients(tap, s, t, factors, by_s, by_t, row, exists, on, col, width, FEATURE_KIND: tl.constexpr):
     """The wanted gradients of one tile, 0 on rows that do not exist."""
     of_s, of_t, of_tt = factors
     at = (row * width)[:, None] + col[None, :]
     keep = exists[:, None] & (col < width)[None, :]
     if tap.d_student_ptr is not None:
-        grad = tl.where(on[:, None], student_part(s, t, of_s, of_t, FEATURE_KIND), 0.0)
+        grad = tl.where(on[:, None], student_part(s, t, of_s, of_t, by_s, by_t, FEATURE_KIND), 0.0)
         tl.store(tap.d_student_ptr + at, grad.to(tap.d_student_ptr.dtype.element_ty), mask=keep)
     if tap.d_teacher_ptr is not None:
         if FEATURE_KIND == 2:
-            grad = student_part(t, s, of_tt, of_t, FEATURE_KIND)
+            grad = student_part(t, s, of_tt, of_t, by_t, by_s, FEATURE_KIND)
         else:
-            grad = -student_part(s, t, of_s, of_t, FEATURE_KIND)
+            grad = -student_part(s, t, of_s, of_t, by_s, by_t, FEATURE_KIND)
         grad = tl.where(on[:, None], grad, 0.0)
         tl.store(tap.d_teacher_ptr + at, grad.to(tap.d_teacher_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def scaled_sums(tap, by_s, by_t, on, width, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The cosine's row sums of scaled rows."""
+    a = tl.zeros([ROWS, BLOCK], DTYPE)
+    b, c = a, a
+    for first in range(0, width, BLOCK):
+        s, t = read_tap(tap, tl.arange(0, BLOCK) + first, width, on, DTYPE)
+        tile_a, tile_b, tile_c = distance_terms(by_s[:, None] * s, by_t[:, None] * t, 2)
+        a, b, c = a + tile_a, b + tile_b, c + tile_c
+    return tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
 
 
 @triton.jit
@@ -105,7 +117,8 @@ def streamed_rows(
     b, c = a, a
     # Without the cosine the factors depend on no sum over the row.
     none = tl.zeros([ROWS], DTYPE)
-    early = gradient_factors(none, none, none, share, width, FEATURE_KIND)
+    one = none + 1.0
+    early = gradient_factors(none, none, none, one, one, share, width, FEATURE_KIND)
     for first in range(0, width, BLOCK):
         here = col + first
         s, t = read_tap(tap, here, width, on, DTYPE)
@@ -115,15 +128,20 @@ def streamed_rows(
             b += tile_b
             c += tile_c
         elif WRITES:
-            write_gradients(tap, s, t, early, row, exists, on, here, width, FEATURE_KIND)
+            write_gradients(tap, s, t, early, one, one, row, exists, on, here, width, FEATURE_KIND)
     a, b, c = tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
+    by_s, by_t = one, one
+    if FEATURE_KIND == 2:
+        by_s, by_t = norm_scale(b, on), norm_scale(c, on)
+        if is_scaled(by_s, by_t):
+            a, b, c = scaled_sums(tap, by_s, by_t, on, width, DTYPE, ROWS, BLOCK)
     if WRITES and (FEATURE_KIND == 2):
-        factors = gradient_factors(a, b, c, share, width, FEATURE_KIND)
+        factors = gradient_factors(a, b, c, by_s, by_t, share, width, FEATURE_KIND)
         for first in range(0, width, BLOCK):
             here = col + first
             s, t = read_tap(tap, here, width, on, DTYPE)
-            write_gradients(tap, s, t, factors, row, exists, on, here, width, FEATURE_KIND)
-    return tl.where(on, distance_value(a, b, c, width, FEATURE_KIND), 0.0)
+            write_gradients(tap, s, t, factors, by_s, by_t, row, exists, on, here, width, FEATURE_KIND)
+    return tl.where(on, distance_value(a, b, c, by_s, by_t, width, FEATURE_KIND), 0.0)
 
 
 @triton.jit
@@ -134,10 +152,17 @@ def held_rows(tap, share, row, exists, on, width, FEATURE_KIND: tl.constexpr, DT
     s, t = read_tap(tap, col, width, on, DTYPE)
     a, b, c = distance_terms(s, t, FEATURE_KIND)
     a, b, c = tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
+    by_s = tl.full(a.shape, 1.0, DTYPE)
+    by_t = by_s
+    if FEATURE_KIND == 2:
+        by_s, by_t = norm_scale(b, on), norm_scale(c, on)
+        if is_scaled(by_s, by_t):
+            a, b, c = distance_terms(by_s[:, None] * s, by_t[:, None] * t, FEATURE_KIND)
+            a, b, c = tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
     if WRITES:
-        factors = gradient_factors(a, b, c, share, width, FEATURE_KIND)
-        write_gradients(tap, s, t, factors, row, exists, on, col, width, FEATURE_KIND)
-    return tl.where(on, distance_value(a, b, c, width, FEATURE_KIND), 0.0)
+        factors = gradient_factors(a, b, c, by_s, by_t, share, width, FEATURE_KIND)
+        write_gradients(tap, s, t, factors, by_s, by_t, row, exists, on, col, width, FEATURE_KIND)
+    return tl.where(on, distance_value(a, b, c, by_s, by_t, width, FEATURE_KIND), 0.0)
 
 
 @triton.jit

@@ -202,9 +202,10 @@ def park_dy(extra, out, row, exists, counted, features_start, of_y, of_t, width,
         keep = exists[:, None] & (d < width)[None, :]
         at = out.dy_ptr + y_row + d[None, :]
         if extra.features_ptr is not None:
+            one = tl.full([tiles.ROWS], 1.0, tl.float32)
             y = tl.load(at, mask=keep, other=0.0)
             t = feature_tile(extra.features_ptr, features_start, d, width, counted, tl.float32)
-            dy += tl.where(counted[:, None], student_part(y, t, of_y, of_t, extra.FEATURE_KIND), 0.0)
+            dy += tl.where(counted[:, None], student_part(y, t, of_y, of_t, one, one, extra.FEATURE_KIND), 0.0)
             tl.debug_barrier()
         tl.store(at, dy, mask=keep)
 
@@ -317,14 +318,14 @@ def mfd_single_pass(
     share = share64.to(tl.float32)
     none = tl.zeros([ROWS], tl.float32)
     more, feature = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
-    of_y, of_t = none, none
+    of_y, of_t, one = none, none, none + 1.0
     if extra.features_ptr is not None:
         feature_w = row_scalar(feature_weight, extra.feature_weight_ptr, row, exists, 0, ROWS, tl.float64)
-        distance = distance_value(sum_a, sum_b, sum_c, width, extra.FEATURE_KIND)
+        distance = distance_value(sum_a, sum_b, sum_c, one, one, width, extra.FEATURE_KIND)
         feature = tl.where(counted, share64 * distance, 0.0)
         more += feature_w * feature
         each = feature_w.to(tl.float32) * share
-        of_y, of_t, _of_tt = gradient_factors(sum_a, sum_b, sum_c, each, width, extra.FEATURE_KIND)
+        of_y, of_t, _of_tt = gradient_factors(sum_a, sum_b, sum_c, one, one, each, width, extra.FEATURE_KIND)
     pool_share = none
     if extra.pool_target_ptr is not None:
         pool_w = row_scalar(pool_weight, extra.pool_weight_ptr, row, exists, 0, ROWS, tl.float64)
