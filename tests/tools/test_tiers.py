@@ -1,10 +1,12 @@
 """The tiers of the battery: quick and rest are the whole, and quick has every combination that it promises."""
 
+import inspect
 import itertools
 import subprocess
 import sys
 from pathlib import Path
 
+import op_db_divergences
 import pytest
 import tiers
 from op_db import RECORDS, samples_on
@@ -80,4 +82,23 @@ def test_quick_has_every_op_backend_sample_and_dtype(found):
         for backend in record.backends
         for sample in samples_on(record, backend)
         for dtype in DTYPES
+    }
+
+
+@pytest.mark.rest
+def test_quick_has_every_op_backend_divergence_and_dtype(found):
+    """Where no sample has the divergence, test_every_divergence has it."""
+    prefix = "tests/ops/test_every_divergence.py::test_values_and_gradients_of_every_divergence["
+    cases = {name.removeprefix(prefix)[:-1] for name in found["quick"] if name.startswith(prefix)}
+    ops = [name for name, record in RECORDS.items() if "divergence" in inspect.signature(record.op).parameters]
+    assert cases == {
+        "-".join((op, backend, divergence, dtype))
+        for op in ops
+        if op != "distill_loss"
+        for backend in RECORDS[op].backends
+        for divergence in op_db_divergences.DIVERGENCES
+        for dtype in DTYPES
+    }
+    assert {op_db_divergences.feature(name) for name in samples_on(RECORDS["distill_loss"], "cpu")} >= {
+        *op_db_divergences.DIVERGENCES
     }
