@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .backends import environment
+
 VARIABLES = ("MFD_FAST_", "TRITON_", "OMP_", "KMP_", "GOMP_", "CUDA_VISIBLE_DEVICES")
 
 
@@ -24,6 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("demo", help="a multimodal distillation on real data", add_help=False)
     commands.add_parser("bench", help="time an op at your own shape", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
+    bad = environment.problems()
+    if bad and arguments.command != "env" and not {"-h", "--help"} & set(rest):
+        for reason in bad:
+            print(f"mfd-fast: {reason}", file=sys.stderr)
+        return 2
     if arguments.command == "check":
         return check(rest)
     if arguments.command == "demo":
@@ -71,7 +78,7 @@ def describe() -> list[tuple[str, str]]:
         ("processor", _processor()),
         ("torch threads", f"{torch.get_num_threads()} of {os.cpu_count()} logical processors"),
     ]
-    if cpu.available() is None:
+    if not environment.problems() and cpu.available() is None:
         native = cpu.native()
         facts.append(("native module", f"compiled by {native.compiler}"))
         facts.append(("CPU ISA", f"{cpu.isa()}, chosen from {', '.join(native.supported_isas())}"))
@@ -83,8 +90,11 @@ def describe() -> list[tuple[str, str]]:
             facts.append((f"cuda:{index}", f"{properties.name}, {capability}, {memory:.0f} GiB"))
     else:
         facts.append(("GPU", "none that this PyTorch can use"))
-    facts += [(name, value) for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)]
-    return facts
+    shown = {variable.name: f"not set: {variable.unset}" for variable in environment.VARIABLES}
+    shown |= {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    for variable in environment.VARIABLES:
+        shown[variable.name] = environment.problem(variable) or shown[variable.name]
+    return [*facts, *shown.items()]
 
 
 def backend_status() -> list[tuple[str, str]]:

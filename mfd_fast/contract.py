@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .divergences import DIVERGENCES, DKD, NKD, AlphaBeta, Divergence, ReverseKL
+from .number import is_integer, is_real, plain
 from .rows import Rows, TopKRows, counted_rows
 from .types import LogitTransform, TopK
 
@@ -23,6 +24,8 @@ Result = TypeVar("Result")
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 INTEGER = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 REDUCTIONS = ("mean", "sum", "none")
+#: Where T² and 1/T² are normal numbers: (least, most) by the dtype of the arithmetic.
+TEMPERATURES = {torch.float32: (2.0**-63, 2.0**63), torch.float64: (2.0**-511, 2.0**511)}
 
 
 def describe(value: object) -> str:
@@ -54,7 +57,7 @@ def is_number(value: object) -> bool:
     if kind is float or kind is int:
         return True
     # SymInt and SymFloat: numbers that torch.compile traces instead of baking them in.
-    return kind is not bool and isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+    return isinstance(value, (torch.SymInt, torch.SymFloat)) or is_real(value)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -213,7 +216,7 @@ def check_scalar(
         raise type_error(op, argument, value, "a number or a 0-d tensor")
     if not low < value < math.inf:  # type: ignore[operator]
         raise value_error(op, argument, value, "a finite number > 0" if positive else "a finite number")
-    return value  # type: ignore[return-value]
+    return plain(value)  # type: ignore[no-any-return]
 
 
 def check_number_tensor(op: str, argument: str, value: object) -> Tensor:
@@ -280,19 +283,25 @@ def check_temperature(
 
     ``mask`` and ``labels`` ``[N]`` say which rows exist; the values of the others are not looked at.
     """
+    least, most = TEMPERATURES[dtype]
     if not isinstance(value, Tensor):
-        check_scalar(op, argument, value, positive=True)
-        return value  # type: ignore[return-value]
+        number = check_scalar(op, argument, value, positive=True)
+        if not least <= number <= most:
+            raise value_error(op, argument, value, f"between {least:g} and {most:g} for {dtype} arithmetic")
+        return number
     value = check_number_tensor(op, argument, value)
     if value.dim() != 0:
         value = flat(check_row_tensor(op, argument, value, leading, device, None))
     value = value.to(device=device, dtype=dtype)
     if can_read(value):
         low, high = extremes(value)
-        if value.dim() and not 0 < low <= high < math.inf:
+        if value.dim() and not least <= low <= high <= most:
             low, high = extremes(value, counted_rows(mask, labels, ignore_index))
         if not 0 < low <= high < math.inf:  # NaN too
             raise ValueError(f"{op}: {argument} must be finite and > 0, got values from {low} to {high}")
+        if not least <= low <= high <= most:
+            need = f"between {least:g} and {most:g} for {dtype} arithmetic"
+            raise ValueError(f"{op}: {argument} must be {need}, got values from {low} to {high}")
     return value
 
 
@@ -342,6 +351,27 @@ def check_topk(op: str, topk: TopK, divergence: Divergence, transform: object, n
     return TopKRows(indices, tail, logprobs)
 
 
+def check_log_probabilities(op: str, topk: TopK, counted: Tensor | None) -> None:
+    """None of those of a counted row is above 0, beyond rounding; on a CPU only, where the check is free.
+
+    +inf is left to the arithmetic, which gives NaN for its row.
+    """
+    if topk.values_are != "logprobs" or not can_read(topk.values):
+        return
+    values = topk.values.detach()
+    positive = (values > 64 * torch.finfo(values.dtype).eps) & (values < math.inf)
+    positive = positive.reshape(-1, values.shape[-1])
+    if counted is not None and positive.any():
+        positive &= counted[:, None]
+    if positive.any():
+        row = int(positive.any(-1).nonzero()[0])
+        found = float(values.reshape(positive.shape)[row][positive[row]][0])
+        raise ValueError(
+            f"{op}: teacher.values must be log-probabilities <= 0, got {found:g} in row {row}; "
+            "for logits pass TopK(values_are='logits')"
+        )
+
+
 def check_teacher_weights(
     op: str,
     value: object,
@@ -379,16 +409,27 @@ def check_teacher_weights(
     return (weights / total).contiguous()
 
 
-def check_smoothing(op: str, value: object) -> None:
+def check_smoothing(op: str, value: object) -> float:
     if not is_number(value):
         raise type_error(op, "label_smoothing", value, "a number")
     if not 0.0 <= value <= 1.0:  # type: ignore[operator]
         raise value_error(op, "label_smoothing", value, "in [0, 1]")
+    return plain(value)  # type: ignore[no-any-return]
 
 
-def check_ignore_index(op: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+def check_ignore_index(op: str, value: object) -> int:
+    if not is_integer(value):
         raise type_error(op, "ignore_index", value, "an int")
+    return plain(value)  # type: ignore[no-any-return]
+
+
+def check_class_dimension(op: str, argument: str, value: object, shape: torch.Size) -> None:
+    """Logits ``[B, C, ...]``, as ``F.cross_entropy`` has them, show in what has one value per row."""
+    if isinstance(value, Tensor) and len(shape) > 2 and value.shape == (shape[0], *shape[2:]) != shape[:-1]:
+        raise ValueError(
+            f"{op}: {argument} of shape {list(value.shape)} fits classes in dimension 1 of the student's "
+            f"{list(shape)}, here they are the last: pass student.movedim(1, -1), and the teacher likewise"
+        )
 
 
 def check_teachers(op: str, teacher: object, leading: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
@@ -444,11 +485,13 @@ def check_rows(
         raise value_error(op, "student", student, "of shape [..., C] with C >= 1")
 
     dtype = compute_dtype(student, *teachers)
+    for name, value in (("labels", labels), ("mask", mask)):
+        check_class_dimension(op, name, value, student.shape)
     if labels is not None:
         labels = flat(check_row_tensor(op, "labels", labels, leading, device, torch.int64))
     if mask is not None:
         mask = flat(check_row_tensor(op, "mask", mask, leading, device, torch.bool))
-    check_ignore_index(op, ignore_index)
+    ignore_index = check_ignore_index(op, ignore_index)
     exists = (mask, labels, ignore_index)
     temperature = check_temperature(op, "temperature", temperature, leading, device, dtype, *exists)
     if teacher_temperature is None:
@@ -461,11 +504,12 @@ def check_rows(
     topk = None
     if isinstance(teacher, TopK):
         check_device(op, "teacher.indices", check_dense(op, "teacher.indices", teacher.indices), device)
+        check_log_probabilities(op, teacher, counted_rows(mask, labels, ignore_index))
         topk = check_topk(op, teacher, divergence, teacher_transform, leading.numel(), classes)
     if teacher_weights is not None and not isinstance(teacher, Sequence):
         raise value_error(op, "teacher", teacher, "a sequence of tensors when teacher_weights is given")
     teacher_weights = check_teacher_weights(op, teacher_weights, len(teachers), leading, device, dtype, *exists)
-    check_smoothing(op, label_smoothing)
+    label_smoothing = check_smoothing(op, label_smoothing)
     check_bool(op, "scale_by_temperature", scale_by_temperature)
     return Rows(
         student,

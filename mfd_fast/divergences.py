@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from .number import is_real
 
 __all__ = [
     "DIVERGENCES",
@@ -34,9 +36,9 @@ __all__ = [
 ]
 
 
-def _check_number(where: str, value: object, low: float, high: float, need: str, *, below: bool = False) -> None:
+def _check_number(where: str, value: Any, low: float, high: float, need: str, *, below: bool = False) -> None:
     """TypeError if ``value`` is no number, ValueError if it is outside [low, high] (``below``: [low, high))."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if not is_real(value):
         raise TypeError(f"{where} must be a number, got {value!r}")
     if not (math.isfinite(value) and low <= value and (value < high if below else value <= high)):
         raise ValueError(f"{where} must be {need}, got {value!r}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .number import is_integer, is_real, plain
 
 __all__ = ["DistillTerms", "LogitTransform", "MFDOutput", "ModalPool", "TopK"]
 
@@ -35,8 +37,8 @@ class LogitTransform:
     classes: int | None = None
 
     def __post_init__(self) -> None:
-        def finite_positive(value: object) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+        def finite_positive(value: Any) -> bool:
+            return is_real(value) and 0 < value < math.inf
 
         if not finite_positive(self.scale):
             raise ValueError(f"LogitTransform: scale must be a finite number > 0, got {self.scale!r}")
@@ -44,10 +46,11 @@ class LogitTransform:
             raise ValueError(f"LogitTransform: softcap must be None or a finite number > 0, got {self.softcap!r}")
         if not isinstance(self.standardize, bool):
             raise TypeError(f"LogitTransform: standardize must be a bool, got {self.standardize!r}")
-        if self.classes is not None and (
-            not isinstance(self.classes, int) or isinstance(self.classes, bool) or self.classes < 1
-        ):
+        if self.classes is not None and (not is_integer(self.classes) or self.classes < 1):
             raise ValueError(f"LogitTransform: classes must be None or an integer >= 1, got {self.classes!r}")
+        # NumPy's numbers, too, reach the kernels as Python's.
+        for name in ("scale", "softcap", "classes"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
 
     @property
     def changes_values(self) -> bool:

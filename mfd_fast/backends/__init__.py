@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import importlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -18,9 +17,9 @@ from typing import Any
 import torch
 
 from ..contract import value_error, why_no_kernel
-from . import choice
+from . import choice, environment
 
-NAMES = ("cuda", "triton", "cpu", "reference")  # best first
+NAMES = environment.BACKENDS  # best first
 #: The backends of each op that has kernels, best first; :mod:`.choice` says from what, and holds measured exceptions.
 OPS: dict[str, tuple[str, ...]] = {
     "distill_loss": ("cuda", "triton", "cpu", "reference"),
@@ -54,6 +53,10 @@ class Choice:
 def use_backend(name: str) -> Iterator[None]:
     """Runs every op inside the block on one backend; raises :class:`BackendError` where it cannot.
 
+    The choice belongs to the present context (:mod:`contextvars`): this thread and its asyncio tasks. Threads started
+    inside the block do not see it; run them in ``contextvars.copy_context()``, or set ``MFD_FAST_BACKEND``, which
+    holds for the process. A backward runs on the backend of its forward, whatever the thread.
+
     >>> import torch, mfd_fast as mfd
     >>> with mfd.use_backend("reference"):
     ...     loss = mfd.distill_loss(torch.zeros(2, 3), torch.zeros(2, 3))
@@ -79,9 +82,8 @@ def requested(backend: str | None, op: str) -> tuple[str | None, str]:
     name = _requested.get()
     if name is not None:
         return name, f"use_backend({name!r}) is active"
-    name = os.environ.get("MFD_FAST_BACKEND")
-    if name:
-        check_name("MFD_FAST_BACKEND", name)
+    name = environment.backend()
+    if name is not None:
         return name, f"MFD_FAST_BACKEND={name}"
     return None, ""
 
@@ -117,7 +119,13 @@ def availability(name: str) -> str | None:
 
 def status() -> dict[str, str | None]:
     """Every backend's reason why it cannot run here, None for those that can."""
-    return {name: availability(name) for name in NAMES}
+    found: dict[str, str | None] = {}
+    for name in NAMES:
+        try:
+            found[name] = availability(name)
+        except ValueError as error:  # a bad environment variable, which every call refuses
+            found[name] = str(error)
+    return found
 
 
 def why_not(name: str, op: str, problem: Any) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import contract
+from ..number import is_integer
 
 
 def check_sizes(op: str, argument: str, value: object) -> tuple[int, ...]:
@@ -20,13 +21,13 @@ def check_sizes(op: str, argument: str, value: object) -> tuple[int, ...]:
     return tuple(check_size(op, f"{argument}[{m}]", width) for m, width in enumerate(value))
 
 
-def check_size(op: str, argument: str, value: object) -> int:
+def check_size(op: str, argument: str, value: Any) -> int:
     """An int >= 1."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not is_integer(value):
         raise contract.type_error(op, argument, value, "an int")
     if value < 1:
         raise contract.value_error(op, argument, value, "at least 1")
-    return value
+    return int(value)
 
 
 def check_inputs(op: str, features: object, widths: Sequence[int | None], row_dims: int | None = None) -> list[Tensor]:

@@ -107,7 +107,8 @@ def modal_pool(
     Returns:
         :class:`~mfd_fast.types.ModalPool`: ``pooled [..., D]`` in the features' dtype, ``weights [..., M]``
         in float32 (float64 for float64 features); both differentiable to every floating input. A row with
-        no modality present gives zeros and zero gradients.
+        no modality present gives zeros and zero gradients. A score of -inf is a weight of 0; a row whose present
+        modalities all have -inf has no softmax and is NaN, as a row of logits that are all -inf.
 
     Raises:
         TypeError, ValueError: an argument breaks the contract. BackendError: the backend cannot run.

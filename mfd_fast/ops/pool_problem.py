@@ -144,7 +144,7 @@ def check_pool(
     elif not contract.is_number(scale):
         raise contract.type_error(op, scale_name, scale, "a number or None")
     else:
-        contract.check_scalar(op, scale_name, scale)
+        scale = given_scale = contract.plain(contract.check_scalar(op, scale_name, scale))
     out_dtype = first.dtype
     for x in found[1:]:
         out_dtype = torch.promote_types(out_dtype, x.dtype)

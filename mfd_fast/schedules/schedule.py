@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import contract
+from ..number import is_integer
 
 _owners = WeakTensorKeyDictionary()  # value -> weak reference to its schedule
 
@@ -24,12 +25,12 @@ def check_number(op: str, argument: str, value: object) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-def check_count(op: str, argument: str, value: object, least: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+def check_count(op: str, argument: str, value: Any, least: int = 1) -> int:
+    if not is_integer(value):
         raise contract.type_error(op, argument, value, "an int")
     if value < least:
         raise contract.value_error(op, argument, value, f"at least {least}")
-    return value
+    return int(value)
 
 
 class Schedule:

@@ -1,21 +1,20 @@
 """Native CPU kernels: availability, instruction set, and the pool of gradient buffers.
 
 ``MFD_FAST_CPU_ISA`` (baseline, avx2, avx512) overrides the instruction set; ``MFD_FAST_GRAD_POOL_MB`` bounds the
-memory that lies idle in the pool, 0 turns the pool off.
+memory that lies idle in the pool (default 256), 0 turns the pool off.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import os
 from types import ModuleType
 from typing import NamedTuple
 
 import torch  # before the native module: both then share one OpenMP runtime
 from torch import Tensor
 
-from .. import allocate
+from .. import allocate, environment
 
 __all__ = ["BufferPoolStats", "available", "buffer_pool_stats", "clear_buffer_pool", "isa", "set_buffer_pool_limit"]
 
@@ -42,7 +41,11 @@ _module: ModuleType | None = None
 
 @functools.cache
 def available() -> str | None:
-    """None if the native module runs here, else the reason in one sentence."""
+    """None if the native module runs here, else the reason in one sentence.
+
+    Raises:
+        ValueError: an environment variable asks for what does not exist.
+    """
     global _module
     try:
         module = importlib.import_module("mfd_fast._C")
@@ -51,8 +54,9 @@ def available() -> str | None:
             return "the native module mfd_fast._C is not built (install mfd_fast again with a C++ compiler)"
         return f"the native module mfd_fast._C does not load: {error}"
     try:
-        module.select_isa(os.environ.get("MFD_FAST_CPU_ISA", ""))
-    except (AttributeError, ValueError) as error:
+        module.select_isa(environment.cpu_isa())
+        module.pool_set_limit(environment.gradient_pool_bytes())
+    except AttributeError as error:
         return str(error)
     allocate.set_cpu_gradient_provider(_recycled)
     _module = module
