@@ -7,9 +7,10 @@ from harness import evaluate, on, to_float64
 from op_db import RECORDS
 
 FEATURE, MFD = RECORDS["feature_loss"], RECORDS["mfd_loss"]
+# Below 2^-126 Triton's interpreter does not read bfloat16 as it is.
 EXPONENTS = {
     torch.float32: (-44, -38, -30, -22, -19, -12, 12, 19, 20, 30, 37),
-    torch.bfloat16: (-38, -22, -12, 12, 19, 30, 37),
+    torch.bfloat16: (-36, -22, -12, 12, 19, 30, 37),
     torch.float16: (-2, 3),
     torch.float64: (-300, -200, -160, -12, 140, 154, 200, 307),
 }
