@@ -41,6 +41,8 @@ CASES: tuple[tuple[str, Mapping[str, int], Mapping[str, Any]], ...] = (
     ("topk_loss", {"rows": 64, "classes": 1000, "listed": 64}, {}),
     ("feature_loss", {"rows": 64, "taps": 2, "width": 768}, {"kind": "cosine"}),
 )
+#: So many of the cases come first, one of every public op.
+OPS = 5
 DTYPES = ("float32", "bfloat16")
 #: Workloads of the benchmarks that are calls of another public op.
 PUBLIC = {"topk_loss": "distill_loss"}
@@ -69,8 +71,9 @@ class Outcome:
 
 
 def workloads() -> list[Workload]:
-    """In the order in which they are checked: every op once before any op twice."""
-    return [Workload(op, sizes, dtype, options) for dtype in DTYPES for op, sizes, options in CASES]
+    """In the order in which they are checked: every op in every dtype before any other case of it."""
+    groups = (CASES[:OPS], CASES[OPS:])
+    return [Workload(op, sizes, d, options) for group in groups for d in DTYPES for op, sizes, options in group]
 
 
 def places(device: str | None = None) -> tuple[dict[str, torch.device], dict[str, str]]:

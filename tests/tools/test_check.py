@@ -144,7 +144,9 @@ def test_every_public_op_is_checked_first_of_all(monkeypatch):
     ops = {n for n in mfd.__all__ if inspect.isfunction(getattr(mfd, n))} - {"explain", "use_backend"}
     first = [check.PUBLIC.get(op, op) for op, _, _ in check.CASES[: len(ops)]]
     assert set(first) == ops
-    assert {w.dtype for w in check.workloads()} == {"float32", "bfloat16"}
+    begin = [(check.PUBLIC.get(w.op, w.op), w.dtype) for w in check.workloads()[: 2 * len(ops)]]
+    assert set(begin) == {(op, dtype) for op in ops for dtype in ("float32", "bfloat16")}
+    assert len(ops) == check.OPS
 
 
 def test_it_needs_neither_pytest_nor_the_tests(tmp_path):
