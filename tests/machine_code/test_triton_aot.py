@@ -58,6 +58,9 @@ def test_machine_code_of_rows(compiler, name):
         if kernel != "distill_rows":
             assert report.store_widths.get(width, 0) >= 1
         assert "16" not in report.store_widths
+    if kernel == "scale_in_place":
+        assert report.load_widths.get("128", 0) >= 1
+        assert report.store_widths.get("128", 0) >= 1
     if kernel in jobs.SPARSE_KERNELS:  # beside the gather of the listed classes
         assert report.load_widths.get("128", 0) >= 1
 

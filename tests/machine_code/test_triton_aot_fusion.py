@@ -38,6 +38,9 @@ def test_machine_code_of_fusion(compiler, module, name):
     assert report.shared <= SHARED_LIMIT[int(capability)]
     if kernel != "reduce_columns":  # the second stage has fewer programs than columns
         assert_offsets_are_64_bit(report.ttir)
+    if kernel == "scale_all_in_place":  # narrow in its last block alone
+        assert report.load_widths.get("128", 0) >= 1
+        assert report.store_widths.get("128", 0) >= 1
     if kernel not in NARROW:
         # 16 modalities fill the registers with one row of 256 float32 per block: two of them per thread.
         width = "64" if shape == "16x256" else "128"

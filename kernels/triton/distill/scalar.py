@@ -84,27 +84,55 @@ def standard_sums(s, t, v, at, col, slope, targets, how):
 
 
 @triton.jit
+def store_gradient(grad_ptr, grad, x, s, middle, drift, here, keep, at, width):
+    """A tile of the student's gradient [N, width], 0 where keep is false; keep None: the whole tile."""
+    grad = through_transform(grad, x, s, s, middle, drift, at.classes)
+    to = grad_ptr + (at.row * width)[:, None, None] + here
+    if keep is None:
+        tl.store(to, grad)
+    else:
+        tl.store(to, tl.where(keep, grad, 0.0), mask=at.exists[:, None, None] & (here < width))
+
+
+@triton.jit
+def stream_gradient(
+    grad_ptr, s, t, v, at, col, first, n_tiles, width, slope, middle, drift, targets, WHOLE: tl.constexpr, how
+):
+    """``n_tiles`` tiles from column ``first`` on, from the last to the first; WHOLE: none of them needs a mask."""
+    for k in range(n_tiles):
+        here = col + first + (n_tiles - 1 - k) * (how.LANES * how.VEC)
+        keep = None
+        if not WHOLE:
+            keep = at.counted[:, None, None] & (here < at.classes)
+        x = read(s, here, keep, "evict_first")
+        y = x
+        if how.DIVERGENCE != NONE:
+            y = read(t, here, keep, "evict_first")
+        grad = student_gradient(x, y, here, at.label, s, t, v.known, v.means, slope, targets, how)
+        store_gradient(grad_ptr, grad, x, s, middle, drift, here, keep, at, width)
+
+
+@triton.jit
 def write_gradient(grad_ptr, x, y, s, t, v, at, col, width, slope, targets, how):
-    """The student's gradient [N, width], from the last tile to the first; without LOOP x, y hold the only one."""
+    """The student's gradient [N, width]; without LOOP x, y hold whole rows, else a program has one row."""
     middle, drift = slope, slope
     if s.of.STANDARD:
         middle, drift = standard_sums(s, t, v, at, col, slope, targets, how)
-    BLOCK: tl.constexpr = how.LANES * how.VEC
-    n_tiles = (width + BLOCK - 1) // BLOCK if how.LOOP else 1
-    for k in range(n_tiles):
-        here = col
-        if how.LOOP:
-            here = col + (n_tiles - 1 - k) * BLOCK
-        keep = at.counted[:, None, None] & (here < at.classes)
-        if how.LOOP:
-            x = read(s, here, keep, "evict_first")
-            y = x
-            if how.DIVERGENCE != NONE:
-                y = read(t, here, keep, "evict_first")
-        grad = student_gradient(x, y, here, at.label, s, t, v.known, v.means, slope, targets, how)
-        grad = through_transform(grad, x, s, s, middle, drift, at.classes)
-        to = grad_ptr + (at.row * width)[:, None, None] + here
-        tl.store(to, tl.where(keep, grad, 0.0), mask=at.exists[:, None, None] & (here < width))
+    if how.LOOP:
+        BLOCK: tl.constexpr = how.LANES * how.VEC
+        whole = 0
+        if t.parts is None:
+            whole = tl.max(tl.where(at.counted, at.classes, 0), 0) // BLOCK
+        n_rest = (width - whole * BLOCK + BLOCK - 1) // BLOCK
+        stream_gradient(
+            grad_ptr, s, t, v, at, col, whole * BLOCK, n_rest, width, slope, middle, drift, targets, False, how
+        )
+        if t.parts is None:
+            stream_gradient(grad_ptr, s, t, v, at, col, 0, whole, width, slope, middle, drift, targets, True, how)
+    else:
+        keep = at.counted[:, None, None] & (col < at.classes)
+        grad = student_gradient(x, y, col, at.label, s, t, v.known, v.means, slope, targets, how)
+        store_gradient(grad_ptr, grad, x, s, middle, drift, col, keep, at, width)
 
 
 @triton.jit(do_not_specialize=NUMBERS)

@@ -23,7 +23,7 @@ from ..rows.arithmetic import (
     soft_gap,
 )
 from ..rows.sides import read
-from .divergences import DKD, NKD, NONE
+from .divergences import DKD, FORWARD, NKD, NONE
 
 
 class Sums(NamedTuple):
@@ -58,8 +58,20 @@ def but_label(x, col, label, how):
 
 
 @triton.jit
-def tile_sums(x, y, col, keep, ms, mt, s, t, rho, label, shift, how):
-    """Lane sums of one tile relative to the maxima ms, mt [ROWS, LANES or 1, 1]; x, y are as `but_label` left them."""
+def guarded_cross(x, y, dx, dy, et, rho, how):
+    """Lane sums of et*soft_gap where x is finite, and max y where x is -inf."""
+    cut = x == -INF
+    gap = soft_gap(dx, dy, rho[:, None, None], how.DIVERGENCE == NKD)
+    cross = tl.sum(et * tl.where((et > 0.0) & (cut == 0), gap, 0.0), 2)
+    return cross, tl.max(tl.where(cut, y, -INF), 2)
+
+
+@triton.jit
+def tile_sums(x, y, col, keep, ms, mt, s, t, rho, label, shift, PLAIN: tl.constexpr, how):
+    """Lane sums of one tile relative to the maxima ms, mt [ROWS, LANES or 1, 1]; x, y are as `but_label` left them.
+
+    keep None: the whole tile. PLAIN, FORWARD alone: cross is not finite where x or y is -inf.
+    """
     none = tl.zeros([x.shape[0], x.shape[1]], x.dtype)
     ss, st, cross, blocked, s1, t1, spread, xs, yt = none, none, none, none, none, none, none, none, none
     ix = tl.zeros([x.shape[0], x.shape[1]], tl.int32)
@@ -73,16 +85,19 @@ def tile_sums(x, y, col, keep, ms, mt, s, t, rho, label, shift, how):
         et = power(dy, ct)
         ss, st = tl.sum(es, 2), tl.sum(et, 2)
         if how.DIVERGENCE <= NKD:
-            cut = x == -INF
-            gap = soft_gap(dx, dy, rho[:, None, None], how.DIVERGENCE == NKD)
-            cross = tl.sum(et * tl.where((et > 0.0) & (cut == 0), gap, 0.0), 2)
-            blocked = tl.max(tl.where(cut, y, -INF), 2)
+            if PLAIN:
+                cross = tl.sum(et * soft_gap(dx, dy, rho[:, None, None], False), 2)
+                blocked = none - INF
+            else:
+                cross, blocked = guarded_cross(x, y, dx, dy, et, rho, how)
     if how.HARD or (how.DIVERGENCE == NKD):
         s1 = tl.sum(power(dx, c1), 2)
     if how.DIVERGENCE == NKD:
         t1 = tl.sum(power(dy, c1), 2)
     if how.SMOOTH:
-        others = keep & (col != label[:, None, None])
+        others = col != label[:, None, None]
+        if keep is not None:
+            others = keep & others
         spread = tl.sum(tl.where(others, x - shift[:, None, None], 0.0), 2)
     if how.TERMS:
         xs = entropy_sum(dx, cs)
@@ -108,7 +123,7 @@ def hold_rows(x, y, col, keep, s, t, label, shift, how):
     x, y = but_label(x, col, label, how), but_label(y, col, label, how)
     ms, mt = tl.max(tl.max(x, 2), 1), tl.max(tl.max(y, 2), 1)
     rho = divide(t.T, s.T)
-    sums = tile_sums(x, y, col, keep, ms[:, None, None], mt[:, None, None], s, t, rho, label, shift, how)
+    sums = tile_sums(x, y, col, keep, ms[:, None, None], mt[:, None, None], s, t, rho, label, shift, False, how)
     return ms, mt, over_lanes(sums)
 
 
@@ -148,16 +163,13 @@ def no_sums(SHAPE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def stream_rows(s, t, at, col, shift, how):
-    """The same of rows longer than a tile; every lane keeps its own maximum until the end."""
-    none = no_sums([how.ROWS, how.LANES], s.T.dtype)
-    sums = none
-    ms = tl.full([how.ROWS, how.LANES], -INF, s.T.dtype)
-    mt = ms
-    rho = divide(t.T, s.T)
-    for first in range(0, at.classes, how.LANES * how.VEC):
-        here = col + first
-        keep = at.counted[:, None, None] & (here < at.classes)
+def add_tiles(sums, ms, mt, first, last, s, t, rho, at, col, shift, WHOLE: tl.constexpr, PLAIN: tl.constexpr, how):
+    """sums, ms and mt with the columns from ``first`` to ``last`` added; WHOLE: no tile of them needs a mask."""
+    for start in range(first, last, how.LANES * how.VEC):
+        here = col + start
+        keep = None
+        if not WHOLE:
+            keep = at.counted[:, None, None] & (here < at.classes)
         x = but_label(read(s, here, keep, "evict_last"), here, at.label, how)
         new_ms = tl.maximum(ms, tl.max(x, 2))
         y = x
@@ -165,14 +177,59 @@ def stream_rows(s, t, at, col, shift, how):
         if how.DIVERGENCE != NONE:
             y = but_label(read(t, here, keep, "evict_last"), here, at.label, how)
             new_mt = tl.maximum(mt, tl.max(y, 2))
-        more = tile_sums(x, y, here, keep, new_ms[:, :, None], new_mt[:, :, None], s, t, rho, at.label, shift, how)
+        tops = (new_ms[:, :, None], new_mt[:, :, None])
+        more = tile_sums(x, y, here, keep, *tops, s, t, rho, at.label, shift, PLAIN, how)
         sums = add_sums(sums, more, ms, mt, new_ms, new_mt, s, t, rho, how)
         ms, mt = new_ms, new_mt
+    return sums, ms, mt
+
+
+@triton.jit
+def cross_again(sums, ms, mt, s, t, rho, at, col, how):
+    """sums of rows with their cross and blocked worked out with care where -inf has spoilt them."""
+    spoilt = sums.cross - sums.cross != 0.0
+    last = tl.max(tl.where(spoilt, at.classes, 0), 0)
+    cross = tl.zeros([how.ROWS, how.LANES], s.T.dtype)
+    blocked = cross - INF
+    for first in range(0, last, how.LANES * how.VEC):
+        here = col + first
+        keep = at.counted[:, None, None] & (here < at.classes)
+        x, y = read(s, here, keep, "evict_last"), read(t, here, keep, "evict_last")
+        dx, dy = x - finite_max(ms)[:, None, None], y - finite_max(mt)[:, None, None]
+        more, cut = guarded_cross(x, y, dx, dy, power(dy, t.c[:, None, None]), rho, how)
+        cross += more
+        blocked = tl.maximum(blocked, cut)
+    return tl.where(spoilt, tl.sum(cross, 1), sums.cross), tl.where(spoilt, tl.max(blocked, 1), sums.blocked)
+
+
+@triton.jit
+def stream_rows(s, t, at, col, shift, how):
+    """The same of rows longer than a tile; every lane keeps its own maximum until the end.
+
+    A program of one row reads whole tiles without masks, and FORWARD looks out for -inf only once it has shown.
+    """
+    ONE: tl.constexpr = (how.ROWS == 1) and (t.parts is None)
+    PLAIN: tl.constexpr = ONE and (how.DIVERGENCE == FORWARD)
+    none = no_sums([how.ROWS, how.LANES], s.T.dtype)
+    sums = none
+    ms = tl.full([how.ROWS, how.LANES], -INF, s.T.dtype)
+    mt = ms
+    rho = divide(t.T, s.T)
+    whole = 0
+    if ONE:
+        BLOCK: tl.constexpr = how.LANES * how.VEC
+        whole = tl.max(tl.where(at.counted, at.classes, 0), 0) // BLOCK * BLOCK
+        sums, ms, mt = add_tiles(sums, ms, mt, 0, whole, s, t, rho, at, col, shift, True, PLAIN, how)
+    sums, ms, mt = add_tiles(sums, ms, mt, whole, at.classes, s, t, rho, at, col, shift, False, False, how)
 
     row_ms, row_mt = tl.max(ms, 1), tl.max(mt, 1)
     to_ms, to_mt = row_ms[:, None] + tl.zeros_like(ms), row_mt[:, None] + tl.zeros_like(mt)
-    sums = add_sums(sums, none, ms, mt, to_ms, to_mt, s, t, rho, how)
-    return row_ms, row_mt, over_lanes(sums)
+    sums = over_lanes(add_sums(sums, none, ms, mt, to_ms, to_mt, s, t, rho, how))
+    cross, blocked = sums.cross, sums.blocked
+    if PLAIN:
+        cross, blocked = cross_again(sums, row_ms, row_mt, s, t, rho, at, col, how)
+    others = (sums.s1, sums.t1, sums.spread, sums.xs, sums.yt, sums.ix, sums.iy, sums.nans)
+    return row_ms, row_mt, Sums(sums.ss, sums.st, cross, blocked, *others)
 
 
 @triton.jit

@@ -42,7 +42,7 @@ def row_start(row, inner, outer_stride, row_stride, FLAT: tl.constexpr, UNIT: tl
 def place(p, row, n_rows, ignore_index, classes, how):
     """`Place` of the rows ``row``."""
     label, counted, bad = row_labels(p.labels_ptr, p.mask_ptr, row, n_rows, classes, ignore_index, how.ROWS)
-    return Place(row, row < n_rows, label, counted, bad, classes)
+    return Place(row, row < n_rows, label.to(tl.int32), counted, bad, classes)
 
 
 @triton.jit
@@ -63,8 +63,11 @@ def side(of, numbers, at, col, how):
 
 @triton.jit
 def read_raw(of, ptr, start, scale, softcap, col, keep, EVICT: tl.constexpr):
-    """Logits of a tile before standardisation; 0 where keep is false (nothing is read there)."""
-    x = tl.load(ptr + start[:, None, None] + col, mask=keep, other=0.0, eviction_policy=EVICT).to(scale.dtype)
+    """Logits of a tile before standardisation; 0 where keep is false (nothing is read there). keep None: all."""
+    if keep is None:
+        x = tl.load(ptr + start[:, None, None] + col, eviction_policy=EVICT).to(scale.dtype)
+    else:
+        x = tl.load(ptr + start[:, None, None] + col, mask=keep, other=0.0, eviction_policy=EVICT).to(scale.dtype)
     if of.SCALED:
         x = x * scale
     if of.CAPPED:
@@ -78,7 +81,10 @@ def read_one(s, rows, col, keep, EVICT: tl.constexpr):
     x = read_raw(s.of, rows.ptr, rows.start, s.scale, s.softcap, col, keep, EVICT)
     if s.of.STANDARD:
         x = divide(x - rows.mean[:, None, None], rows.spread[:, None, None])
-    return tl.where(keep, x, -INF)
+    if keep is None:
+        return x
+    else:
+        return tl.where(keep, x, -INF)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...contract import check_indices, check_labels_in_range
-from ...divergences import NKD
+from ...divergences import NKD, ForwardKL
 from ...rows import Rows, is_used
 from .. import allocate
 from ..layout import STATISTICS
@@ -28,6 +28,7 @@ MAX_COUNTS = 128
 REDUCE_BLOCK = 1024
 # Numbers of the backward pass that the forward pass of topk_rows does not look at.
 UPSTREAM = ("grad_soft_stride", "grad_hard_stride", "s_width")
+LEAN_REGISTERS = 128  # of a thread
 MAX_TEACHERS = 8  # the kernels are unrolled over them
 MAX_COLUMNS = 2**31 - 2**16  # column numbers of a tile are int32
 
@@ -84,9 +85,24 @@ def scalar(
     arguments |= {"p": common.problem, "listed": common.listed, "loss": terms}
     arguments["how"] = common.how(soft=soft, hard=hard, smooth=rows.label_smoothing != 0)
     kernel = kernels("topk.scalar").topk_scalar if sparse else kernels("distill.scalar").distill_scalar
-    launch(kernel, programs, rows.device, common.blocks.warps, taken(kernel, arguments))
+    more = {"maxnreg": LEAN_REGISTERS} if soft and _is_lean(rows, common) else {}
+    launch(kernel, programs, rows.device, common.blocks.warps, taken(kernel, arguments), **more)
     _reduce(terms, numbers["normalizer"], programs, n_counts, loss)
     return loss, None if grad is None or written is None else finish(written, grad)
+
+
+def _is_lean(rows: Rows, common: RowArguments) -> bool:
+    """Whether a program of 8 warps does with half the registers of a multiprocessor, so that two of them run there."""
+    return (
+        common.blocks.loop
+        and common.blocks.warps == 8
+        and rows.topk is None
+        and len(rows.teachers) == 1
+        and isinstance(rows.divergence, ForwardKL)
+        and rows.student_transform is None
+        and rows.teacher_transform is None
+        and max(rows.student.element_size(), rows.teacher.element_size()) == 2
+    )
 
 
 def loss_arguments(
