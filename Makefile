@@ -1,4 +1,4 @@
-# make demo | test | test-all | trainers | aot | gpu | lint | format | bench | wheel | clean
+# make demo | test | test-all | trainers | aot | machine-code | gpu | lint | format | bench | wheel | clean
 # Another interpreter, the first time: make demo PYTHON=python3.12
 
 PYTHON  ?= python3
@@ -18,7 +18,7 @@ $(VENV)/native: export MFD_FAST_CUDA_ARCHS ?= 90
 .SILENT:
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-rest test-all trainers aot gpu lint mypy format bench wheel clean
+.PHONY: help demo test test-rest test-all trainers aot machine-code gpu lint mypy format bench wheel clean
 
 help:
 	sed -n '1,2s/^# //p' Makefile
@@ -68,6 +68,11 @@ ifdef TRITON
 else
 	MFD_FAST_AOT=complete $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests/machine_code
 endif
+
+# What the CUDA kernels' sm_90 machine code costs, by executing it: WORDS="1000 bfloat16" picks cases, WORDS=--kept prints
+# counts.json, WORDS=--write renews it.
+machine-code: $(VENV)/packages-test $(VENV)/native
+	cd tests && $(abspath $(BIN))/python -m machine_code $(WORDS)
 
 # On a machine with a GPU, with the packages of $(PYTHON) and no environment of our own; `make gpu ARGS=--help`.
 # DEVICE=cpu rehearses it; PART=smoke names one part; RESULTS=folder; MINUTES of this call.

@@ -202,8 +202,29 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*k
   if (config->dynamicSmemBytes > mfd_emulator::allowed_shared(reinterpret_cast<void*>(kernel)))
     return cudaErrorInvalidValue;
   mfd_emulator::note_start(config->stream);
-  return mfd_emulator::launch({config->gridDim, config->blockDim, cluster, config->dynamicSmemBytes},
-                              [&] { kernel(arguments...); })
-             ? cudaSuccess
-             : cudaErrorInvalidValue;
+  const mfd_emulator::Grid grid{config->gridDim, config->blockDim, cluster, config->dynamicSmemBytes};
+  if (mfd_emulator::interceptor()) {
+    const std::vector<unsigned char> parameters = mfd_emulator::packed<Parameters...>(arguments...);
+    mfd_emulator::interceptor()(reinterpret_cast<void*>(kernel), grid, parameters);
+    return cudaSuccess;
+  }
+  return mfd_emulator::launch(grid, [&] { kernel(arguments...); }) ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <class... Parameters>
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*kernel)(Parameters...),
+                                                                 int threads, size_t shared) {
+  *blocks = mfd_emulator::resident_blocks(reinterpret_cast<void*>(kernel), threads, shared);
+  return cudaSuccess;
+}
+
+// As if every cluster found its blocks anywhere on the device.
+template <class... Parameters>
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(Parameters...),
+                                                  const cudaLaunchConfig_t* config) {
+  const int blocks = mfd_emulator::resident_blocks(
+      reinterpret_cast<void*>(kernel), static_cast<int>(config->blockDim.x), config->dynamicSmemBytes);
+  const unsigned cluster = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
+  *clusters = blocks * mfd_emulator::device().processors / static_cast<int>(cluster);
+  return cudaSuccess;
 }

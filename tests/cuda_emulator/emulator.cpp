@@ -163,6 +163,23 @@ Device& device() {
   return d;
 }
 
+Interceptor& interceptor() {
+  static Interceptor taken;
+  return taken;
+}
+
+std::function<int(void*)>& registers() {
+  static std::function<int(void*)> known;
+  return known;
+}
+
+int resident_blocks(void* kernel, int threads, size_t shared_bytes) {
+  constexpr int kRegisters = 65536, kThreads = 2048, kBlocks = 32, kSystemBytes = 1024;
+  const int own = registers() ? (registers()(kernel) + 7) / 8 * 8 : 32;
+  const int shared = (device().shared_bytes + kSystemBytes) / (static_cast<int>(shared_bytes) + kSystemBytes);
+  return std::min({kRegisters / (own * threads), kThreads / threads, kBlocks, shared});
+}
+
 int& current_device() {
   static thread_local int number = 0;
   return number;

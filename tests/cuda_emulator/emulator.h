@@ -46,6 +46,28 @@ struct Grid {
 };
 
 Device& device();
+
+// Takes launches in place of the emulator: a kernel, its grid, its parameters as they lie in constant memory.
+using Interceptor = std::function<void(void* kernel, const Grid&, const std::vector<unsigned char>&)>;
+Interceptor& interceptor();
+
+template <class... Parameters>
+std::vector<unsigned char> packed(const typename std::decay<Parameters>::type&... values) {
+  std::vector<unsigned char> bytes;
+  const auto add = [&](const void* value, size_t size, size_t alignment) {
+    bytes.resize((bytes.size() + alignment - 1) / alignment * alignment);
+    bytes.insert(bytes.end(), static_cast<const unsigned char*>(value),
+                 static_cast<const unsigned char*>(value) + size);
+  };
+  (add(&values, sizeof values, alignof(typename std::decay<Parameters>::type)), ...);
+  return bytes;
+}
+
+// Registers of a thread of a kernel; 32 where nobody says.
+std::function<int(void* kernel)>& registers();
+// Blocks of a kernel that one processor holds at a time, as the device counts.
+int resident_blocks(void* kernel, int threads, size_t shared_bytes);
+
 void allow_shared(void* kernel, size_t bytes);
 size_t allowed_shared(void* kernel);
 

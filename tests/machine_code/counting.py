@@ -1,0 +1,92 @@
+"""Classes of instructions, what was executed of each, and the bounds that follow for an H200."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from .machine import Trace
+from .sass import Instruction, Kernel
+
+CLASSES = {
+    "fma": "FADD FMUL FFMA FFMA32I FADD32I FMUL32I HFMA2 HADD2 HMUL2",
+    "imad": "IMAD IMUL",
+    "alu": "FSEL FMNMX FSETP FSET FCHK ISETP IADD3 LOP3 SHF PRMT SEL LEA IMNMX VIMNMX PLOP3 MOV IABS BMSK SGXT P2R R2P "
+    "CS2R F2FP I2FP VIADD VIADDMNMX VHMNMX HMNMX2 HSETP2 VOTE",
+    "mufu": "MUFU",
+    "conversion": "F2F F2I I2F FRND POPC FLO BREV",
+    "fp64": "DADD DMUL DFMA DSETP",
+    "tensor": "HMMA HGMMA IMMA",
+    "shared": "LDS STS LDSM STSM ATOMS",
+    "global": "LDG STG LD ST LDGSTS ATOM ATOMG RED LDL STL CCTL",
+    "shuffle": "SHFL REDUX",
+    "barrier": "BAR UCGABAR_ARV UCGABAR_WAIT MEMBAR ERRBAR CGAERRBAR DEPBAR LDGDEPBAR FENCE",
+    "constant": "LDC ULDC",
+    "control": "BRA BRX BSSY BSYNC WARPSYNC EXIT CALL RET NOP BREAK YIELD BMOV ENDCOLLECTIVE JMP",
+}
+CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
+
+#: H200: multiprocessors, clock, bytes per second of a copy, and what one of them moves per clock.
+PROCESSORS, HERTZ, COPY_BANDWIDTH = 132, 1.98e9, 4.3e12
+BYTES_PER_CLOCK = COPY_BANDWIDTH / HERTZ / PROCESSORS
+#: Lanes per clock and multiprocessor.
+ISSUE, FMA, ALU, MUFU, FP64, SHUFFLE = 128, 128, 64, 16, 64, 32
+
+
+def class_of(instruction: Instruction) -> str:
+    name = instruction.name
+    if name in CLASS_OF:
+        return CLASS_OF[name]
+    return "uniform" if name[0] == "U" or name in ("R2UR", "S2UR") else "other"
+
+
+def is_store(instruction: Instruction) -> bool:
+    return instruction.name in ("STG", "ST", "RED")
+
+
+def counts(kernel: Kernel, trace: Trace) -> Counter[str]:
+    """Warp-instructions by class, "total" of them, bytes of global memory and cycles of shared memory."""
+    found: Counter[str] = Counter()
+    for step, (index, warps) in enumerate(trace.steps):
+        instruction = kernel.instructions[index]
+        kind, issued = class_of(instruction), warps.bit_count()
+        found[kind] += issued
+        found["total"] += issued
+        for access in trace.accesses.get(step, {}).values():
+            if kind == "global":
+                found["bytes stored" if is_store(instruction) else "bytes loaded"] += access.bytes
+                if access.bytes < 16 * 32 and instruction.bytes_per_thread < 16:
+                    found["narrow accesses"] += 1
+            elif kind == "shared":
+                found["shared cycles"] += access.units
+    return found
+
+
+def per_element(counted: Counter[str], elements: float) -> dict[str, float]:
+    """Lane-instructions per element."""
+    kinds = ("total", *CLASSES, "uniform", "other")
+    return {kind: round(counted[kind] * 32 / elements, 3) for kind in kinds if counted[kind]}
+
+
+def clocks(counted: Counter[str], elements: float, dram_bytes: float) -> dict[str, float]:
+    """Per element and multiprocessor, of each resource by itself; ``dram_bytes`` per element."""
+    lanes = {kind: counted[kind] * 32 / elements for kind in counted}
+    one = {kind: lanes.get(kind, 0.0) for kind in ("total", *CLASSES)}
+    return {
+        "bytes": dram_bytes / BYTES_PER_CLOCK,
+        "issue": one["total"] / ISSUE,
+        "fma": (one["fma"] + one["imad"]) / FMA,
+        "imad": one["imad"] / ALU,
+        "alu": one["alu"] / ALU,
+        "mufu": (one["mufu"] + one["conversion"]) / MUFU,
+        "fp64": one["fp64"] / FP64,
+        "memory": one["shuffle"] / SHUFFLE
+        + counted["shared cycles"] / elements
+        + (counted["bytes loaded"] + counted["bytes stored"]) / elements / 128,
+    }
+
+
+def bound(counted: Counter[str], elements: float, dram_bytes: float) -> tuple[float, str]:
+    """The largest fraction of the copy bandwidth that any schedule could reach, and what binds."""
+    found = clocks(counted, elements, dram_bytes)
+    binding = max(found, key=lambda kind: found[kind])
+    return found["bytes"] / found[binding], binding
