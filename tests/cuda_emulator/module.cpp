@@ -2,6 +2,7 @@
 #include <pybind11/functional.h>
 
 #include "bindings/bindings.h"
+#include "cuda/occupancy.h"
 #include "cuda_runtime.h"
 
 namespace py = pybind11;
@@ -14,6 +15,7 @@ PYBIND11_MODULE(_cuda_emulated, m) {
   m.def("launches", &mfd_emulator::launches);
   m.def("set_device", [](int capability, int processors, int shared_bytes) {
     mfd_emulator::device() = {capability, processors, shared_bytes};
+    mfd::cuda::forget_occupancies();
   });
   // (stream, device) of every launch since the last call.
   m.def("take_starts", [] {
@@ -39,6 +41,7 @@ PYBIND11_MODULE(_cuda_emulated, m) {
   // Registers of a kernel by its address, for the occupancy; None: few.
   m.def("set_registers", [](const py::object& known) {
     mfd_emulator::registers() = nullptr;
+    mfd::cuda::forget_occupancies();
     if (known.is_none()) return;
     mfd_emulator::registers() = [known](void* kernel) {
       const py::gil_scoped_acquire lock;

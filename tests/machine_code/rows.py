@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ SOURCES = {
     "scale_all": "feature_loss.cu",
     "mfd_single_pass": "mfd_loss.cu",
     "pool_": "modal_pool.cu",
+    "forward_kl": "forward_kl.cu",
     "distill_forward": "distill.cu",
     "count_rows": "distill.cu",
     "scale_in_place": "distill.cu",
@@ -42,7 +44,7 @@ class RowCase:
     dtype: str = "bfloat16"
     labels: bool = False
     divergence: str = "forward_kl"
-    kernel: str = "distill_forward"
+    kernels: tuple[str, ...] = ("forward_kl", "distill_forward")
 
     @property
     def name(self) -> str:
@@ -86,12 +88,12 @@ def run(case: RowCase, n_rows: int, processors: int, clusters: set[int] | None) 
 
 
 def _launch(case: RowCase, launches: list[Launch]) -> Launch:
-    return next(launch for launch in launches if case.kernel in launch.kernel.name)
+    return next(launch for launch in launches if any(name in launch.kernel.name for name in case.kernels))
 
 
 def _groups_in_block(launch: Launch) -> int:
     """Rows that a block handles at a time."""
-    return launch.threads // 32 if "4Warp" in launch.kernel.name else 1
+    return launch.threads // 32 if re.search("forward_kl_warp|4Warp", launch.kernel.name) else 1
 
 
 def measure(case: RowCase) -> dict[str, Any]:
@@ -114,7 +116,7 @@ def measure(case: RowCase) -> dict[str, Any]:
     total = by_class.pop("total")
     return {
         "backend": "cuda",
-        "kernel": case.kernel,
+        "kernel": next(name for name in case.kernels if name in many.kernel.name),
         "divergence": case.divergence,
         "labels": case.labels,
         "shape": [case.classes],

@@ -27,6 +27,7 @@ SOURCES = sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 #: What each source has to hold, and how many of them at least.
 KERNELS = {
     "distill.cu": {"distill_forward": 3},
+    "forward_kl.cu": {"forward_kl_warp": 12, "forward_kl_block": 6},
     "distill_backward.cu": {"distill_backward": 3},
     "distill_mixture.cu": {"mixture_forward": 3},
     "mixture_backward.cu": {"mixture_backward": 3},
