@@ -12,14 +12,30 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import terminal
 from .backends import environment
 
 VARIABLES = ("MFD_FAST_", "TRITON_", "OMP_", "KMP_", "GOMP_", "CUDA_VISIBLE_DEVICES")
 
 
+INTERRUPTED = 130  # what shells report of a process that Ctrl-C ended
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
+    terminal.accept_any_text()
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        print("\nmfd-fast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    from . import __version__
+
     parser = argparse.ArgumentParser(prog="mfd-fast", description="Multimodal distillation at hardware speed.")
+    parser.add_argument("--version", action="version", version=f"mfd-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{env,check,demo,bench}")
     commands.add_parser("env", help="versions, processor, devices, and which backends can run")
     commands.add_parser("check", help="every op on every backend here against float64", add_help=False)
@@ -114,10 +130,6 @@ def check(argv: Sequence[str]) -> int:
 
 def demo(argv: Sequence[str]) -> int:
     """Run the demo with its own arguments."""
-    missing = [name for name in ("rich", "matplotlib", "sklearn", "numpy") if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"mfd-fast demo needs {', '.join(missing)}: pip install 'mfd-fast[demo]'", file=sys.stderr)
-        return 1
     run = importlib.import_module("mfd_fast.demo").main
     return int(run(list(argv)) or 0)
 

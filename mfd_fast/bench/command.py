@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import backends
+from .. import backends, terminal
 from . import ceilings, machine, results, screen
 from .implementations import every
 from .measure import LeftOutError, Settings, measure
@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 1 when something could not be measured, or was wrong."""
+    terminal.accept_any_text()
     arguments = parser().parse_args(argv)
     record = OPS[arguments.op]
     if arguments.threads:
@@ -60,7 +61,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         device = device_of(arguments.device)
         against = chosen(arguments.against, device)
-    except ValueError as error:
+        if arguments.json is not None:
+            results.check_writable(arguments.json)
+    except (ValueError, OSError) as error:
         return _sorry(str(error))
     given = vars(arguments)
     options = {k: given[k] for k, default in record.options.items() if given[k] != default}

@@ -16,6 +16,7 @@ Result = dict[str, Any]
 Measurement = dict[str, Any]
 
 SCHEMA = 1
+BUSY = 0.1
 TITLES = {"eager": "eager", "compile": "torch.compile"}
 
 
@@ -117,8 +118,13 @@ def times_plain(result: Result) -> float | None:
     return None if own is None or result["plain"] is None else float(own["median"] / result["plain"]["median"])
 
 
-def verdict(result: Result) -> str:
-    """One sentence: time, share of the limit, speed-ups; or why there are none."""
+def verdict(result: Result, neighbours: float | None = None) -> str:
+    """One sentence: time, share of the limit, speed-ups; or why there are none.
+
+    ``neighbours``: share of the processors that other processes took meanwhile. From ``BUSY`` on no factor is given:
+    threads that wait for a processor which is taken make a call look hundreds of times as slow as it is. Where a
+    quartile is far from the median a factor is a range, from quartile to quartile.
+    """
     own = primary(result)
     if own is None:
         wrong = next((m for m in red(result) if m["name"] == result["primary"]), None)
@@ -130,10 +136,30 @@ def verdict(result: Result) -> str:
         f"{own['title']} takes {milliseconds(own['median'])}, {number(own['median'] / floor_ms(result))} times the "
         f"floor of {milliseconds(floor_ms(result))} ({bound[limited_by(result)]})"
     )
-    faster = [(m["title"], speed_up(result, m["name"])) for m in rivals(result)]
-    won = [f"{number(s)} x as fast as {title}" for title, s in faster if s is not None and s >= 1]
-    lost = [f"SLOWER than {title} ({number(s)} x)" for title, s in faster if s is not None and s < 1]
-    return "; ".join([text, *lost, *won]) + "."
+    return "; ".join([text, *_comparisons(result, own, neighbours or 0.0)]) + "."
+
+
+def _comparisons(result: Result, own: Measurement, neighbours: float) -> list[str]:
+    """Who is slower, who cannot be told apart, who is faster, and how surely that is known."""
+    if neighbours >= BUSY:
+        slower = [m["title"] for m in rivals(result) if m["median"] < own["median"]]
+        others = [m["title"] for m in rivals(result) if m["median"] >= own["median"]]
+        said = [f"SLOWER than {', '.join(slower)} in these runs"] if slower else []
+        said += [f"faster than {', '.join(others)} in these runs"] if others else []
+        because = f"other processes take {100 * neighbours:.0f} % of the processors"
+        return [*said, f"by how much cannot be said while {because}"] if said else []
+    lost, open_, won = [], [], []
+    for m in rivals(result):
+        ratio, low, high = m["median"] / own["median"], m["q1"] / own["q3"], m["q3"] / own["q1"]
+        noisy = is_noisy(m) or is_noisy(own)
+        factor = f"{number(low)} to {number(high)} x" if noisy else f"{number(ratio)} x"
+        if noisy and low < 1 < high:
+            open_.append(f"as fast as {m['title']} within the noise ({factor})")
+        elif ratio < 1:
+            lost.append(f"SLOWER than {m['title']} ({factor})")
+        else:
+            won.append(f"{factor} as fast as {m['title']}")
+    return [*lost, *open_, *won]
 
 
 def milliseconds(value: float) -> str:
@@ -158,6 +184,16 @@ def busy(machine: dict[str, Any]) -> str:
     """``, other processes took 37 % of the processors`` where it matters: times are then upper bounds."""
     share = machine.get("neighbours")
     return "" if share is None or share < 0.02 else f", other processes took {100 * share:.0f} % of the processors"
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError if :func:`save` could not write there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    existed = path.exists()
+    with path.open("ab"):
+        pass
+    if not existed:
+        path.unlink()
 
 
 def save(found: dict[str, Any], path: Path) -> None:

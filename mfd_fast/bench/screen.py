@@ -14,8 +14,9 @@ from .results import Result, milliseconds, number
 COLUMNS = ("implementation", "gate", "median", "quartiles", "x floor", "mfd_fast is", "peak extra", "note")
 
 
-def rows(result: Result) -> list[tuple[str, ...]]:
-    """The cells of every implementation: measured, red, left out."""
+def rows(result: Result, neighbours: float | None = None) -> list[tuple[str, ...]]:
+    """The cells of every implementation: measured, red, left out. No factors on a busy machine."""
+    busy = (neighbours or 0.0) >= results.BUSY
     found: list[tuple[str, ...]] = []
     for m in result["measurements"]:
         if m["gate"] == "red":
@@ -33,12 +34,18 @@ def rows(result: Result) -> list[tuple[str, ...]]:
                 milliseconds(m["median"]),
                 f"{milliseconds(m['q1'])} - {milliseconds(m['q3'])}",
                 number(results.times_floor(result, m) or 0.0),
-                "" if ratio is None else f"{number(ratio)} x {'as fast' if ratio >= 1 else 'SLOWER'}",
+                "" if ratio is None else _factor(ratio, busy),
                 "" if m["extra_bytes"] is None else results.mebibytes(m["extra_bytes"]),
                 ", ".join(note),
             )
         )
     return found
+
+
+def _factor(ratio: float, busy: bool) -> str:
+    if busy:
+        return "faster" if ratio >= 1 else "SLOWER"
+    return f"{number(ratio)} x {'as fast' if ratio >= 1 else 'SLOWER'}"
 
 
 def lines_below(result: Result, found: dict[str, Any]) -> list[str]:
@@ -65,9 +72,10 @@ def lines_below(result: Result, found: dict[str, Any]) -> list[str]:
 def show(result: Result, found: dict[str, Any]) -> None:
     """Table, floor, verdict; ``found`` has the machine and the ceilings."""
     title = f"{result['workload']['name']}, {_phase(result)}"
-    below, verdict = lines_below(result, found), results.verdict(result)
+    neighbours = found["machine"].get("neighbours")
+    below, verdict = lines_below(result, found), results.verdict(result, neighbours)
     if importlib.util.find_spec("rich") is None:
-        _show_plain(title, rows(result), below, verdict)
+        _show_plain(title, rows(result, neighbours), below, verdict)
         return
     from rich.console import Console
     from rich.table import Table
@@ -78,7 +86,7 @@ def show(result: Result, found: dict[str, Any]) -> None:
     for name in COLUMNS:
         left = name in ("implementation", "gate", "note")
         table.add_column(name, justify="left" if left else "right", no_wrap=name != "note", overflow="fold")
-    for row in rows(result):
+    for row in rows(result, neighbours):
         bad = row[1] == "RED" or "SLOWER" in row[5]
         table.add_row(*map(Text, row), style="red" if bad else "bold" if row[0].startswith("mfd_fast") else None)
     console.print(table)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import multiprocessing
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import terminal
 from ..backends import NAMES, BackendError
 
 if TYPE_CHECKING:
@@ -63,6 +67,7 @@ def _positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, times, reports; returns 0 unless something failed (also when distillation did not help)."""
+    terminal.accept_any_text()
     options = _parser().parse_args(argv)
     missing = missing_packages()
     if missing:
@@ -131,16 +136,50 @@ def train_seeds(seeds: int, config: Config, workers: int, progress: Progress) ->
         return [_train_seed(seed, config, lambda: progress.advance(task)) for seed in range(seeds)]
     spawn = multiprocessing.get_context("spawn")
     count = spawn.Value("i", 0)
-    with ProcessPoolExecutor(min(workers, seeds), spawn, _start_worker, (count,)) as pool:
-        futures = [pool.submit(_train_seed, seed, config) for seed in range(seeds)]
+    pool = ProcessPoolExecutor(min(workers, seeds), spawn, _start_worker, (count,))
+    with _interrupts() as interrupted:
+        with _deaf_to_interrupts():
+            futures = [pool.submit(_train_seed, seed, config) for seed in range(seeds)]
         rest: set[Future[SeedResult]] = set(futures)
-        while rest and not any(future.done() and future.exception() for future in futures):
+        while rest and not interrupted and not any(future.done() and future.exception() for future in futures):
             _, rest = wait(futures, timeout=0.2, return_when=FIRST_EXCEPTION)
             progress.update(task, completed=count.value)
+        if interrupted:
+            for worker in multiprocessing.active_children():
+                worker.kill()
         pool.shutdown(wait=not rest, cancel_futures=True)
-        # The seed that failed first speaks for all; the others may have been cancelled.
-        failed = [future for future in futures if future.done() and not future.cancelled() and future.exception()]
-        return [future.result() for future in failed or futures]
+    if interrupted:
+        raise KeyboardInterrupt
+    # The seed that failed first speaks for all; the others may have been cancelled.
+    failed = [future for future in futures if future.done() and not future.cancelled() and future.exception()]
+    return [future.result() for future in failed or futures]
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that Ctrl-C makes longer, instead of an exception in the middle of starting a process."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C: their parent ends them, and says so once."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(count: Any) -> None:
