@@ -172,6 +172,8 @@ def _blocks(rows: Rows, logits: list[Tensor], columns: int, unit: int, heavy: bo
     widest = max(x.element_size() for x in logits)
     # JSD of 16-bit logits, twice as many to a vector, does not fit into the registers of 16 warps on sm_100.
     heaviest |= isinstance(rows.divergence, JSD) and widest == 2
+    # Nor does the forward KL of float32 logits, with the exact exponentials.
+    heaviest |= isinstance(rows.divergence, ForwardKL) and widest == 4
     return choose_blocks(columns, widest, unit, heavy, heaviest)
 
 
