@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import contract
 from .ops.distill_loss import distill_terms
+from .problems import checks as contract
 
 if TYPE_CHECKING:
     from typing_extensions import Self

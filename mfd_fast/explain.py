@@ -6,20 +6,22 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from . import contract
 from .backends import Choice, explain_choice
-from .ops.distill_loss import check_loss, distill_loss, distill_terms
+from .ops.distill_loss import distill_loss, distill_terms
 from .ops.feature_loss import feature_loss
-from .ops.feature_problem import check_feature_loss
 from .ops.mfd_loss import mfd_loss
-from .ops.mfd_problem import check_mfd_loss
 from .ops.modal_pool import modal_pool
-from .ops.pool_problem import check_pool
+from .problems.checks import value_error
+from .problems.features import check_feature_loss
+from .problems.mfd import check_mfd_loss
+from .problems.pool import check_pool
+from .problems.problem import Problem
+from .problems.rows import DistillProblem, check_loss, check_rows
 
 # Public op -> (op that has the kernels, the contract check that builds its problem from all arguments).
 _PLANS: dict[Callable[..., Any], tuple[str, Callable[..., Any]]] = {
     distill_loss: ("distill_loss", check_loss),
-    distill_terms: ("distill_loss", contract.check_rows),
+    distill_terms: ("distill_loss", check_rows),
     modal_pool: ("modal_pool", check_pool),
     feature_loss: ("feature_loss", check_feature_loss),
     mfd_loss: ("mfd_loss", check_mfd_loss),
@@ -39,12 +41,15 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     plan = _PLANS.get(op)
     if plan is None:
         known = ", ".join(f.__name__ for f in _PLANS)
-        raise contract.value_error("explain", "op", getattr(op, "__name__", op), f"one of {known}")
+        raise value_error("explain", "op", getattr(op, "__name__", op), f"one of {known}")
     kernel_op, check = plan
     name = op.__name__
     bound = inspect.signature(op).bind(*args, **kwargs)
     bound.apply_defaults()
     backend = bound.arguments.pop("backend")
-    checked = check(name, **bound.arguments)
-    problem = checked[0] if isinstance(checked, tuple) else checked
-    return explain_choice(kernel_op, problem, backend, name)
+    problem: Problem = check(name, **bound.arguments)
+    beside: Problem | None = None
+    if isinstance(problem, DistillProblem):
+        beside = problem.loss
+        problem = problem.rows
+    return explain_choice(kernel_op, problem, backend, name, beside)

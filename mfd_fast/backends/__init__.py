@@ -12,12 +12,14 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import cast
 
 import torch
 
-from ..contract import value_error, why_no_kernel
+from ..problems.checks import value_error
+from ..problems.problem import Problem
 from . import choice, environment
+from .protocol import FeatureBackend, MFDBackend, PoolBackend, RowBackend, ScaleBackend
 
 NAMES = environment.BACKENDS  # best first
 #: The backends of each op that has kernels, best first; :mod:`.choice` says from what, and holds measured exceptions.
@@ -101,6 +103,26 @@ def implementation(name: str, op: str) -> ModuleType:
     return _module(f"{name}.{op}")
 
 
+def row_backend(name: str) -> RowBackend:
+    return cast(RowBackend, implementation(name, "distill_loss"))
+
+
+def pool_backend(name: str) -> PoolBackend:
+    return cast(PoolBackend, implementation(name, "modal_pool"))
+
+
+def feature_backend(name: str) -> FeatureBackend:
+    return cast(FeatureBackend, implementation(name, "feature_loss"))
+
+
+def mfd_backend(name: str) -> MFDBackend:
+    return cast(MFDBackend, implementation(name, "mfd_loss"))
+
+
+def scale_backend(name: str) -> ScaleBackend:
+    return cast(ScaleBackend, implementation(name, "scale"))
+
+
 def _module(path: str) -> ModuleType:
     module = _modules.get(path)
     if module is None:
@@ -128,8 +150,8 @@ def status() -> dict[str, str | None]:
     return found
 
 
-def why_not(name: str, op: str, problem: Any) -> str | None:
-    """None if backend ``name`` can run this call of ``op``, else the reason."""
+def why_not(name: str, op: str, problem: Problem, beside: Problem | None = None) -> str | None:
+    """None if backend ``name`` can run this call of ``op``, else the reason; ``beside``: what else its kernels read."""
     reason = availability(name)
     if reason is not None:
         return reason
@@ -137,54 +159,62 @@ def why_not(name: str, op: str, problem: Any) -> str | None:
         return f"{op} has no {name} kernel yet"
     if name == "reference":
         return None
-    reason = why_no_kernel(problem.tensors())
+    reason = problem.why_no_kernel() or (None if beside is None else beside.why_no_kernel())
     if reason is not None:
         return reason
     refusal: str | None = implementation(name, op).can_run(problem)
     return refusal
 
 
-def choose(op: str, problem: Any, backend: str | None = None, public_name: str | None = None) -> str:
+def choose(
+    op: str,
+    problem: Problem,
+    backend: str | None = None,
+    public_name: str | None = None,
+    beside: Problem | None = None,
+) -> str:
     """Name of the backend that runs this call."""
     name, origin = requested(backend, public_name or op)
     if name is None:
         for name in _order(op, problem)[0]:
-            if _prefers(name, problem) and why_not(name, op, problem) is None:
+            if _prefers(name, problem) and why_not(name, op, problem, beside) is None:
                 return name
         raise BackendError(f"{public_name or op}: no backend can run this call")
-    reason = why_not(name, op, problem)
+    reason = why_not(name, op, problem, beside)
     if reason is not None:
         raise BackendError(f"{public_name or op}: backend {name!r} cannot run ({origin}): {reason}")
     return name
 
 
-def _order(op: str, problem: Any) -> tuple[tuple[str, ...], str]:
+def _order(op: str, problem: Problem) -> tuple[tuple[str, ...], str]:
     """The backends of ``op``, best first for this call, and the reason for that order."""
     if problem.device.type == "cpu":
         return OPS[op], "the only kernels for a CPU"
-    return choice.order(op, getattr(problem, "classes", getattr(problem, "width", 0)), OPS[op])
+    return choice.order(op, problem.columns, OPS[op])
 
 
-def _prefers(name: str, problem: Any) -> bool:
+def _prefers(name: str, problem: Problem) -> bool:
     """On CPU tensors the interpreter is for checking, never for speed: it must be asked for."""
     return not (name in ("triton", "cuda") and problem.device.type == "cpu")
 
 
-def explain_choice(op: str, problem: Any, backend: str | None, public_name: str) -> Choice:
+def explain_choice(
+    op: str, problem: Problem, backend: str | None, public_name: str, beside: Problem | None = None
+) -> Choice:
     """:func:`choose` with every reason spelled out."""
     name, origin = requested(backend, public_name)
     rejected: dict[str, str] = {}
     if name is not None:
-        chosen = choose(op, problem, name, public_name)
+        chosen = choose(op, problem, name, public_name, beside)
         for other in NAMES:
             if other != chosen:
-                rejected[other] = why_not(other, op, problem) or origin
+                rejected[other] = why_not(other, op, problem, beside) or origin
         return Choice(chosen, origin, rejected)
-    chosen = choose(op, problem, None, public_name)
+    chosen = choose(op, problem, None, public_name, beside)
     for other in NAMES:
         if other == chosen:
             continue
-        reason = why_not(other, op, problem)
+        reason = why_not(other, op, problem, beside)
         if reason is None:
             interpreted = not _prefers(other, problem)
             reason = (

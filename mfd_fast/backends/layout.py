@@ -1,14 +1,10 @@
-"""Row addressing and saved statistics: how a kernel walks ``[..., C]`` logits of any layout."""
+"""Row addressing: how a kernel walks ``[..., C]`` logits of any layout."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from torch import Tensor
-
-#: Columns of the statistics that the per-row forward saves for the backward of the same backend: kStats of
-#: csrc/common/types.h, which says what those of `cpu` hold; a backend writes 0 where it needs none.
-STATISTICS = 11
 
 
 class RowLayout(NamedTuple):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..rows import Rows
+from ..problems.rows import RowProblem
 
 
-def beyond_kernels(rows: Rows) -> str | None:
+def beyond_kernels(rows: RowProblem) -> str | None:
     """The reason, None where a kernel keeps its digits."""
     if rows.divergence.near_a_limit:
         return f"{rows.divergence} is so close to a limit that a kernel would lose its digits"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import contract
 from ..number import is_integer
+from ..problems import checks as contract
 
 
 def check_sizes(op: str, argument: str, value: object) -> tuple[int, ...]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, contract
-from ..reference.feature_loss import KINDS
+from .. import backends
+from ..codes import FEATURE_KINDS
+from ..problems import checks as contract
 from ..schedules.options import Check
 
 _ANY_COLUMNS = 2**62
@@ -86,7 +87,7 @@ def _tap_weights(op: str, name: str, value: Any) -> None:
 
 
 def _feature_kind(op: str, name: str, value: Any) -> None:
-    contract.check_choice(op, name, value, KINDS)
+    contract.check_choice(op, name, value, tuple(FEATURE_KINDS))
 
 
 def _backend(op: str, name: str, value: Any) -> None:  # noqa: ARG001

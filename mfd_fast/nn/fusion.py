@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import contract, types
+from .. import types
 from ..ops.modal_pool import modal_pool
+from ..problems import checks as contract
 from ..reference.modal_pool import modal_weights
 from ..schedules.options import Check, OptionsModule
 from . import _options

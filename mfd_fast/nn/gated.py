@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import contract
+from ..problems import checks as contract
 from ._inputs import check_input, check_parameter_dtype, check_present, check_size, zero_absent
 
 _OP = "GatedFusion"

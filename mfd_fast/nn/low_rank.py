@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import contract
+from ..problems import checks as contract
 from ._inputs import check_inputs, check_parameter_dtype, check_present, check_size, check_sizes, zero_absent
 
 _OP = "LowRankFusion"

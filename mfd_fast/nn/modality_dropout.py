@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import contract
+from ..problems import checks as contract
 from ..schedules.buffers import FixedPrecision
 from ._inputs import check_inputs, check_present, check_size, check_sizes, zero_absent
 

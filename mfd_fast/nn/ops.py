@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from .. import contract, types
+from .. import types
 from ..ops.distill_loss import distill_loss
 from ..ops.feature_loss import feature_loss
 from ..ops.mfd_loss import mfd_loss
 from ..ops.modal_pool import modal_pool
+from ..problems import checks as contract
 from ..schedules.options import Check, OptionsModule
 from . import _options
 from ._inputs import check_size

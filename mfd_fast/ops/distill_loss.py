@@ -10,20 +10,23 @@ teacher, write the gradient). Everything else keeps O(N) statistics and recomput
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import contract
-from ..backends import check_not_traced, choose, implementation
-from ..divergences import Divergence, ForwardKL
+from ..backends import check_not_traced, choose, row_backend
+from ..backends.protocol import RowGradients, RowNeeds
+from ..codes import STATISTICS
+from ..divergences import Divergence
+from ..problems.checks import by_pytorch, is_recorded, upstream
+from ..problems.rows import RowLoss, RowProblem, check_loss, check_rows
 from ..reference.distill_loss import combine, combine_rows
 from ..reference.distill_loss import row_terms as reference_terms
-from ..rows import Rows, is_used
 from ..types import DistillTerms, LogitTransform, TopK
-from . import distill_registered as registered
+from .autograd import needs_reference, ready_gradients, reference_gradients, requires_grad, save, saved
+from .registration import define, define_backward, differentiate, flatten, unflatten
 
 # ---------------------------------------------------------------------------------------------- scalar loss
 
@@ -32,54 +35,30 @@ class _ScalarLoss(torch.autograd.Function):
     """loss with d loss/d student computed beside it and handed to the first backward without a copy."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, rows: Rows, backend: str, recorded: bool, options: dict[str, Any]) -> Tensor:
+    def forward(ctx: Any, student: Tensor, rows: RowProblem, loss: RowLoss, backend: str, recorded: bool) -> Tensor:  # noqa: ARG004
         # Under no_grad (`recorded` is False) autograd still says that a leaf needs its gradient.
         needs_grad = recorded and ctx.needs_input_grad[0]
-        loss, gradient = implementation(backend, "distill_loss").scalar(rows, needs_grad=needs_grad, **options)
+        value, gradient = row_backend(backend).scalar(rows, loss, needs_grad=needs_grad)
         if needs_grad:
-            ctx.gradient = gradient
-            ctx.call = (rows, backend, options)
-            ctx.save_for_backward(student, *rows.teachers)
-        return loss  # type: ignore[no-any-return]
+            save(ctx, (rows, loss), gradient)
+            ctx.backend = backend
+        return value
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        rows, backend, options = ctx.call
-        if torch.is_grad_enabled():
-            return _differentiable_gradient(ctx, grad_output), None, None, None, None
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:  # a second backward: the buffer was given away, so the pass is run again
-            again = _with_logits(rows, *ctx.saved_tensors)
-            gradient = implementation(backend, "distill_loss").scalar(again, needs_grad=True, **options)[1]
-        return _scale(gradient, contract.upstream(grad_output), backend), None, None, None, None
+        if needs_reference():
+            (rows, loss), _ = saved(ctx)
 
+            def value(leaves: list[Tensor]) -> list[Tensor]:
+                return [combine(rows.replace(student=leaves[0], teachers=leaves[1:]), loss)]
 
-def _with_logits(rows: Rows, student: Tensor, *teachers: Tensor) -> Rows:
-    return rows.replace(student=student, teacher=teachers[0], more_teachers=teachers[1:])
+            leaves, needs = (rows.student, *rows.teachers), (True, *(False for _ in rows.teachers))
+            return reference_gradients(leaves, value, [grad_output], needs)[0], None, None, None, None
 
+        def again(rows: RowProblem, loss: RowLoss) -> list[Tensor | None]:
+            return [row_backend(ctx.backend).scalar(rows, loss, needs_grad=True).student]
 
-def _scale(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
-    """``gradient *= factor`` without a wait for the device, and without a pass where the factor is 1."""
-    if backend in ("cuda", "triton"):
-        scaled: Tensor = implementation(backend, "distill_loss").scale_gradient_(gradient, factor)
-        return scaled
-    value = factor.item() if factor.device.type == "cpu" else None
-    return gradient if value == 1.0 else gradient.mul_(factor if value is None else value)
-
-
-def _differentiable_gradient(ctx: Any, grad_output: Tensor) -> Tensor:
-    """backward(create_graph=True): the same gradient as a differentiable expression, by the reference."""
-    rows, _, options = ctx.call
-    student, *teachers = (t.view_as(t) for t in ctx.saved_tensors)  # several roles, also where they are one tensor
-    loss = combine(
-        _with_logits(rows, student, *teachers),
-        options["weight"],
-        options["soft_weight"],
-        options["hard_weight"],
-        "mean" if options["mean"] else "sum",
-        options["normalizer"],
-    )
-    return torch.autograd.grad(loss, student, grad_output, create_graph=True)[0]
+        return ready_gradients(ctx, grad_output, again)[0], None, None, None, None
 
 
 # ------------------------------------------------------------------------------------------- per-row terms
@@ -89,129 +68,208 @@ class _RowTerms(torch.autograd.Function):
     """soft [N] and hard [N], differentiable to all that :func:`_leaves` lists, by recomputation."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Rows, backend: str, terms: bool, *leaves: Tensor | None) -> tuple[Tensor | None, ...]:
-        soft, hard, stats, extra = implementation(backend, "distill_loss").per_row(rows, terms=terms)
-        ctx.save_for_backward(*leaves, stats)
-        ctx.call = (rows, backend)
+    def forward(
+        ctx: Any,
+        rows: RowProblem,
+        backend: str,
+        terms: bool,
+        *leaves: Tensor | None,  # noqa: ARG004
+    ) -> tuple[Tensor | None, ...]:
+        soft, hard, statistics, extra = row_backend(backend).per_row(rows, terms=terms)
+        save(ctx, (rows,), statistics)
+        ctx.backend = backend
         ctx.set_materialize_grads(False)
-        extra = extra or ()
-        ctx.mark_non_differentiable(*(t for t in extra if t is not None))
-        return soft, hard, *extra
+        ctx.mark_non_differentiable(*(t for t in extra or () if t is not None))
+        return soft, hard, *(extra or ())
 
     @staticmethod
     def backward(ctx: Any, grad_soft: Tensor | None, grad_hard: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        needs = tuple(ctx.needs_input_grad[3:])
+        needs = ctx.needs_input_grad[3:]
         if grad_soft is None and grad_hard is None:
             return (None,) * (3 + len(needs))
-        rows, backend = ctx.call
-        *leaves, stats = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return None, None, None, *_differentiable_row_gradients(rows, leaves, grad_soft, grad_hard, needs)
-        zero = stats.new_zeros(()).expand(rows.n_rows)
-        gradients = list(
-            implementation(backend, "distill_loss").per_row_backward(
-                _with_logits(rows, leaves[0], leaves[1], *leaves[5:]),
-                stats,
-                zero if grad_soft is None else contract.upstream(grad_soft),
-                zero if grad_hard is None else contract.upstream(grad_hard),
-                needs if len(leaves) > 5 else needs[:4],
+        (rows,), (statistics,) = saved(ctx)
+        if needs_reference():
+            found = reference_gradients(
+                _leaves(rows), lambda leaves: _values(rows, leaves), (grad_soft, grad_hard), needs
             )
+            return None, None, None, *found
+        backend = row_backend(ctx.backend)
+        wanted = unflatten(RowNeeds, needs, len(rows.teachers))
+        return (
+            None,
+            None,
+            None,
+            *flatten(_row_gradients(rows, statistics, grad_soft, grad_hard, wanted, backend.per_row_backward)),
         )
-        gradients += [None] * (len(leaves) - len(gradients))
-        for k, dim in ((2, 0), (3, 0), (4, 1)):  # one value per row, of something that all rows share
-            gradient, leaf = gradients[k], leaves[k]
-            if gradient is not None and leaf is not None and leaf.dim() == dim:
-                gradients[k] = gradient.sum(0)
-        return None, None, None, *gradients
 
 
-def _leaves(rows: Rows) -> tuple[Tensor | None, ...]:
-    """student, teacher, temperature, teacher_temperature, teacher_weights, further teachers; None if a number."""
+def _leaves(rows: RowProblem) -> tuple[Tensor | None, ...]:
+    """student, temperature, teacher_temperature, teacher_weights, teachers; None for a number."""
+    # A tensor that serves both sides receives the sum of both gradients from autograd.
     temperatures = (t if isinstance(t, Tensor) else None for t in (rows.temperature, rows.teacher_temperature))
-    return rows.student, rows.teacher, *temperatures, rows.teacher_weights, *rows.teachers[1:]
+    return rows.student, *temperatures, rows.teacher_weights, *rows.teachers
 
 
-def _differentiable_row_gradients(
-    rows: Rows,
-    leaves: Sequence[Tensor | None],
+def _values(rows: RowProblem, leaves: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """soft and hard of the reference, of these leaves."""
+    student, temperature, teacher_temperature, weights, *teachers = leaves
+    changed = rows.replace(
+        student=student,
+        temperature=rows.temperature if temperature is None else temperature,
+        own_teacher_temperature=rows.teacher_temperature if teacher_temperature is None else teacher_temperature,
+        teacher_weights=weights,
+        teachers=teachers,
+    )
+    return reference_terms(changed)[:2]
+
+
+def _row_gradients(
+    rows: RowProblem,
+    statistics: Tensor,
     grad_soft: Tensor | None,
     grad_hard: Tensor | None,
-    needs: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """backward(create_graph=True) of the per-row terms, by the reference."""
-    # One alias per role: a tensor that serves in two of them gets each role's gradient once.
-    leaves = [None if leaf is None else leaf.view_as(leaf) for leaf in leaves]
-    student, teacher, temperature, teacher_temperature, weights, *more = leaves
-    values = reference_terms(
-        rows.replace(
-            student=student,
-            teacher=teacher,
-            temperature=rows.temperature if temperature is None else temperature,
-            teacher_temperature=rows.teacher_temperature if teacher_temperature is None else teacher_temperature,
-            teacher_weights=weights,
-            more_teachers=tuple(more),
-        )
+    needs: RowNeeds,
+    run: Callable[..., RowGradients],
+) -> RowGradients:
+    """``run`` gives one value per row of temperatures and weights; of what all rows share it is summed."""
+    zero = statistics.new_zeros(()).expand(rows.n_rows)
+    ups = (zero if grad is None else upstream(grad) for grad in (grad_soft, grad_hard))
+    found = run(rows, statistics, *ups, needs)
+
+    def shared(gradient: Tensor | None, leaf: Any, dim: int) -> Tensor | None:
+        per_row = gradient is None or not isinstance(leaf, Tensor) or leaf.dim() != dim
+        return gradient if per_row or gradient is None else gradient.sum(0)
+
+    return found._replace(
+        temperature=shared(found.temperature, rows.temperature, 0),
+        teacher_temperature=shared(found.teacher_temperature, rows.teacher_temperature, 0),
+        teacher_weights=shared(found.teacher_weights, rows.teacher_weights, 1),
     )
-    outputs, upstream = [], []
-    for value, gradient in ((values.soft, grad_soft), (values.hard, grad_hard)):
-        if gradient is not None and value.requires_grad:
-            outputs.append(value)
-            upstream.append(gradient)
-    wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need and leaf is not None]
-    found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needs]
 
 
-def row_terms(rows: Rows, backend: str, terms: bool, compiling: bool) -> tuple[Any, ...]:
+def row_terms(rows: RowProblem, backend: str, terms: bool) -> tuple[Any, ...]:
     """soft, hard and, if asked, the by-products as ``[N]`` tensors."""
-    if compiling:
-        return contract.by_pytorch(rows.op, rows.tensors(), lambda: registered.row_terms(rows, backend, terms))
-    # A tensor that serves both sides receives the sum of both gradients from autograd.
+    if is_recorded():
+        return by_pytorch(rows.op, rows.named_tensors, lambda: _recorded_terms(rows, backend, terms))
     result: tuple[Any, ...] = _RowTerms.apply(rows, backend, terms, *_leaves(rows))
     return result
 
 
-def _requires_grad(*values: object) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+# -------------------------------------------------------------------------------------------- registered ops
+
+
+def _chosen(backend: str | None, rows: RowProblem) -> Any:
+    return row_backend(choose("distill_loss", rows, backend))
+
+
+def _run_loss(backend: str | None, rows: RowProblem, loss: RowLoss, needs_grad: bool) -> tuple[Tensor, Tensor]:
+    value, gradient = _chosen(backend, rows).scalar(rows, loss, needs_grad=needs_grad)
+    return value, value.new_empty(0, dtype=rows.student.dtype) if gradient is None else gradient
+
+
+def _fake_loss(rows: RowProblem, loss: RowLoss, needs_grad: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    student = rows.student
+    return student.new_empty((), dtype=rows.dtype), student.new_empty(student.shape if needs_grad else (0,))
+
+
+def _loss_backward(_: str, problems: Any, kept: Any, grads: Any, need: Any) -> dict[tuple[int, str], Any]:  # noqa: ARG001
+    if torch.is_grad_enabled():  # create_graph=True: the saved gradient is a constant, not an expression
+        raise RuntimeError(
+            "mfd_fast::distill_loss has no second derivatives; call mfd_fast.distill_loss eagerly for them, "
+            "or with backend='reference'"
+        )
+    (gradient,), grad_loss = kept, grads[0]
+    return {} if grad_loss is None else {(0, "student"): gradient * grad_loss.to(gradient.dtype)}
+
+
+def _run_rows(backend: str | None, rows: RowProblem, terms: bool) -> tuple[Tensor, ...]:
+    soft, hard, statistics, extra = _chosen(backend, rows).per_row(rows, terms=terms)
+    if extra is None:
+        return soft, hard, statistics, soft.new_empty(4, 0), soft.new_empty(0, dtype=torch.bool)
+    *values, agreement = extra
+    zeros = torch.zeros_like(soft)
+    return soft, hard, statistics, torch.stack([zeros if v is None else v for v in values]), agreement
+
+
+def _fake_rows(rows: RowProblem, terms: bool) -> tuple[Tensor, ...]:
+    n, extra = rows.n_rows, rows.n_rows if terms else 0
+    empty = rows.student.new_empty
+    columns = [empty(shape, dtype=rows.dtype) for shape in ((n,), (n,), (n, STATISTICS), (4, extra))]
+    return *columns, empty(extra, dtype=torch.bool)
+
+
+def _run_rows_backward(
+    backend: str | None, rows: RowProblem, statistics: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: list[bool]
+) -> RowGradients:
+    wanted = unflatten(RowNeeds, needs, len(rows.teachers))
+    found: RowGradients = _chosen(backend, rows).per_row_backward(rows, statistics, grad_soft, grad_hard, wanted)
+    return found
+
+
+def _like_rows(rows: RowProblem) -> RowGradients:
+    column = rows.student.new_empty(rows.n_rows, dtype=rows.dtype)
+    weights = rows.student.new_empty(rows.n_rows, len(rows.teachers), dtype=rows.dtype)
+    return RowGradients(rows.student, column, column, weights, list(rows.teachers))
+
+
+def _rows_backward(
+    backend: str, problems: list[RowProblem], kept: list[Tensor], grads: tuple[Any, ...], need: Callable[..., Any]
+) -> dict[tuple[int, str], Any]:
+    (rows,), (statistics,) = problems, kept
+    one = rows.own_teacher_temperature is None
+    of_teachers = need(0, "teachers")
+    of_teachers = of_teachers if isinstance(of_teachers, (list, tuple)) else [of_teachers] * len(rows.teachers)
+    temperature, own = need(0, "temperature"), need(0, "own_teacher_temperature")
+    needs = RowNeeds(
+        need(0, "student"), temperature, temperature if one else own, need(0, "teacher_weights"), of_teachers
+    )
+
+    def run(rows: RowProblem, *args: Any) -> RowGradients:
+        *args_, wanted = args
+        flat = _op_rows_backward(backend, [rows], *args_, flatten(wanted))
+        found = [g if need else None for g, need in zip(flat, flatten(wanted), strict=True)]
+        gradients: RowGradients = unflatten(RowGradients, found, len(rows.teachers))
+        return gradients
+
+    found = _row_gradients(rows, statistics, grads[0], grads[1], needs, run)
+    of_temperature, of_own = found.temperature, found.teacher_temperature
+    if one and of_temperature is not None and of_own is not None:
+        # One temperature on both sides: its gradient is the sum of both sides'.
+        of_temperature, of_own = of_temperature + of_own, None
+
+    def at(gradient: Tensor | None, leaf: Any) -> Tensor | None:
+        return None if gradient is None else gradient.to(leaf.device)
+
+    return {
+        (0, "student"): found.student,
+        (0, "temperature"): at(of_temperature, rows.temperature),
+        (0, "own_teacher_temperature"): at(of_own, rows.own_teacher_temperature),
+        (0, "teacher_weights"): found.teacher_weights,
+        (0, "teachers"): found.teachers,
+    }
+
+
+_op_loss = define("distill_loss", (RowProblem, RowLoss), "bool needs_grad", "(Tensor, Tensor)", _run_loss, _fake_loss)
+_op_rows = define(
+    "distill_rows", (RowProblem,), "bool terms", "(Tensor, Tensor, Tensor, Tensor, Tensor)", _run_rows, _fake_rows
+)
+_op_rows_backward = define_backward(
+    "distill_rows",
+    (RowProblem,),
+    "Tensor statistics, Tensor grad_soft, Tensor grad_hard",
+    _run_rows_backward,
+    _like_rows,
+)
+differentiate("distill_loss", (RowProblem, RowLoss), lambda out: out[1:], lambda out: out[1:], _loss_backward)
+differentiate("distill_rows", (RowProblem,), lambda out: out[2:3], lambda out: out[2:], _rows_backward)
+
+
+def _recorded_terms(rows: RowProblem, backend: str, terms: bool) -> tuple[Tensor | None, ...]:
+    soft, hard, _, values, agreement = _op_rows(backend, [rows], terms)
+    return (soft, hard, values[0], values[1], values[2], values[3], agreement) if terms else (soft, hard)
 
 
 # ------------------------------------------------------------------------------------------ public functions
-
-
-class LossOptions(NamedTuple):
-    """Checked factors of the two terms, per row ``[N]`` and for all, and what replaces the row count."""
-
-    weight: Tensor | None
-    soft_weight: float | Tensor
-    hard_weight: float | Tensor
-    normalizer: float | Tensor | None
-
-    def tensors(self) -> dict[str, Tensor | None]:
-        """Every tensor by the name of its argument."""
-        return {k: v for k, v in self._asdict().items() if isinstance(v, Tensor)}
-
-
-def check_loss(
-    op: str,
-    student: Tensor,
-    teacher: Tensor | TopK | Sequence[Tensor],
-    labels: Tensor | None,
-    soft_weight: float | Tensor,
-    hard_weight: float | Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    normalizer: float | Tensor | None,
-    **options: Any,
-) -> tuple[Rows, LossOptions]:
-    """The whole contract of distill_loss; ``options`` are those of :func:`contract.check_rows`."""
-    rows = contract.check_rows(op, student, teacher, labels, **options)
-    soft_weight = contract.check_scalar(op, "soft_weight", soft_weight, dtype=rows.dtype)
-    hard_weight = contract.check_scalar(op, "hard_weight", hard_weight, dtype=rows.dtype)
-    if labels is None and is_used(hard_weight):
-        raise contract.value_error(op, "labels", labels, "given when hard_weight is not 0")
-    weight = contract.check_weight(op, weight, rows.student.shape[:-1], rows.device, rows.dtype)
-    normalizer = contract.check_reduction(op, reduction, normalizer, rows.dtype)
-    return rows, LossOptions(weight, soft_weight, hard_weight, normalizer)
 
 
 def distill_loss(
@@ -282,16 +340,16 @@ def distill_loss(
     1.2806
     """
     check_not_traced("distill_loss", backend)
-    rows, (weight, soft_weight, hard_weight, normalizer) = check_loss(
+    problem = check_loss(
         "distill_loss",
         student,
         teacher,
         labels,
-        soft_weight,
-        hard_weight,
-        weight,
-        reduction,
-        normalizer,
+        soft_weight=soft_weight,
+        hard_weight=hard_weight,
+        weight=weight,
+        reduction=reduction,
+        normalizer=normalizer,
         teacher_weights=teacher_weights,
         divergence=divergence,
         temperature=temperature,
@@ -303,47 +361,31 @@ def distill_loss(
         teacher_transform=teacher_transform,
         scale_by_temperature=scale_by_temperature,
     )
-    compiling = contract.is_recorded()
+    rows, loss = problem.rows, problem.loss
+    recorded = is_recorded()
     # Under torch.compile the registered op chooses when it runs: no choice is baked into the graph.
-    name = backend or "" if compiling else choose("distill_loss", rows, backend)
+    name = backend or "" if recorded else choose("distill_loss", rows, backend, beside=loss)
     if name == "reference":
-        return contract.by_pytorch(
-            "distill_loss",
-            rows.tensors(),
-            lambda: combine(rows, weight, soft_weight, hard_weight, reduction, normalizer),
-        )
+        return by_pytorch("distill_loss", problem.named_tensors, lambda: combine(rows, loss))
 
     recompute = (
         reduction == "none"
         # float16 gradients would underflow before a loss scale reaches them.
-        or student.dtype == torch.float16
-        or _requires_grad(*rows.teachers, teacher_weights, temperature, teacher_temperature, weight)
-        or _requires_grad(soft_weight, hard_weight, normalizer)
+        or rows.student.dtype == torch.float16
+        or requires_grad(*rows.teachers, rows.teacher_weights, rows.temperature, rows.own_teacher_temperature)
+        or requires_grad(loss.weight, loss.soft_weight, loss.hard_weight, loss.normalizer)
     )
     if recompute:
-        if not isinstance(soft_weight, Tensor) and soft_weight == 0:  # the teacher has no part in the loss
-            rows = rows.replace(
-                divergence=ForwardKL(),
-                teacher=student.detach(),
-                more_teachers=(),
-                teacher_weights=None,
-                topk=None,
-                teacher_transform=rows.student_transform,
-                teacher_temperature=rows.temperature,
-            )
-        soft, hard, *_ = row_terms(rows, name, False, compiling)
-        return combine_rows(rows, soft, hard, weight, soft_weight, hard_weight, reduction, normalizer)
-    options = {
-        "weight": weight,
-        "soft_weight": soft_weight,
-        "hard_weight": hard_weight,
-        "mean": reduction == "mean",
-        "normalizer": normalizer,
-    }
-    if compiling:
-        return contract.by_pytorch(rows.op, rows.tensors(), lambda: registered.loss(rows, name, options))
-    loss: Tensor = _ScalarLoss.apply(student, rows, name, torch.is_grad_enabled(), options)
-    return loss
+        soft, hard, *_ = row_terms(rows if loss.use_soft else rows.without_teacher(), name, False)
+        return combine_rows(rows, loss, soft, hard)
+    if recorded:
+        needs_grad = requires_grad(rows.student)
+        value: Tensor = by_pytorch(
+            "distill_loss", problem.named_tensors, lambda: _op_loss(name, (rows, loss), needs_grad)[0]
+        )
+    else:
+        value = _ScalarLoss.apply(rows.student, rows, loss, name, torch.is_grad_enabled())
+    return value
 
 
 def distill_terms(
@@ -382,7 +424,7 @@ def distill_terms(
     (0.0, 1.3863, True)
     """
     check_not_traced("distill_terms", backend)
-    rows = contract.check_rows(
+    rows = check_rows(
         "distill_terms",
         student,
         teacher,
@@ -398,16 +440,12 @@ def distill_terms(
         teacher_transform=teacher_transform,
         scale_by_temperature=scale_by_temperature,
     )
-    compiling = contract.is_recorded()
-    name = backend or "" if compiling else choose("distill_loss", rows, backend, "distill_terms")
+    name = backend or "" if is_recorded() else choose("distill_loss", rows, backend, "distill_terms")
     if name == "reference":
-        found: tuple[Any, ...] = contract.by_pytorch(
-            "distill_terms", rows.tensors(), lambda: reference_terms(rows, "distill_terms")
-        )
+        values = list(by_pytorch(rows.op, rows.named_tensors, lambda: reference_terms(rows, rows.op)))
     else:
-        found = row_terms(rows, name, True, compiling)
-    values = list(found)
+        values = list(row_terms(rows, name, True))
     if labels is None:
         values[1] = values[4] = values[5] = None
-    leading = student.shape[:-1]
+    leading = rows.student.shape[:-1]
     return DistillTerms(*(None if v is None else v.reshape(leading) for v in values))  # type: ignore[arg-type]

@@ -7,27 +7,27 @@ Romero et al., FitNets, arXiv:1412.6550 (mse with a projector).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import contract
-from ..backends import check_not_traced, choose, implementation
+from ..backends import check_not_traced, choose, feature_backend
+from ..backends.protocol import FeatureGradients, FeatureNeeds
+from ..problems.checks import by_pytorch, is_recorded, upstream
+from ..problems.features import FeatureProblem, check_feature_loss
 from ..reference.feature_loss import reduce_tap, tap_rows
-from . import feature_registered as registered
-from .feature_problem import FeatureProblem, check_feature_loss
-from .upstream import scale_gradients_
+from .autograd import needs_reference, ready_gradients, reference_gradients, requires_grad, save, saved
+from .registration import define, define_backward, differentiate, flatten, unflatten
 
 # --------------------------------------------------------------------------------------- projector, reference
 
 
 def _projected(problem: FeatureProblem) -> FeatureProblem:
     """The same problem with the students behind their projectors, by a library GEMM that autograd knows."""
-    if all(tap.projector is None for tap in problem.taps):
+    if all(projector is None for projector in problem.projectors):
         return problem
-    taps = []
+    students = []
     for tap in problem.taps:
         student = tap.student
         if tap.projector is not None:
@@ -35,51 +35,30 @@ def _projected(problem: FeatureProblem) -> FeatureProblem:
             if tap.mask is not None:  # a row that does not exist must not reach the projector's gradient
                 student = torch.where(tap.mask[..., None], student, student.new_zeros(()))
             student = student @ tap.projector.to(problem.dtype).T
-        taps.append(replace(tap, student=student, projector=None))
-    return replace(problem, taps=taps)
+        students.append(student)
+    return problem.replace(students=students, projectors=[None] * len(students))
 
 
 def _combined(problem: FeatureProblem, distances: Sequence[Tensor]) -> Tensor:
     total = torch.zeros((), dtype=problem.dtype, device=problem.device)
     for tap, rows in zip(problem.taps, distances, strict=True):
         width = tap.teacher.shape[-1]
-        total = total + tap.weight * reduce_tap(rows, tap.mask, width, problem.kind, problem.reduction)
+        total = total + tap.weight * reduce_tap(rows, tap.mask, width, problem.feature_kind, problem.reduction)
     return total
 
 
 def _reference_distances(p: FeatureProblem) -> list[Tensor]:
-    return [tap_rows(tap.student, tap.teacher, tap.projector, tap.mask, p.kind, p.dtype) for tap in p.taps]
+    return [tap_rows(tap.student, tap.teacher, tap.projector, tap.mask, p.feature_kind, p.dtype) for tap in p.taps]
+
+
+def _sides(problem: FeatureProblem) -> tuple[Tensor, ...]:
+    """The students, then the teachers."""
+    return *problem.students, *problem.teachers
 
 
 def _with_sides(problem: FeatureProblem, sides: Sequence[Tensor]) -> FeatureProblem:
-    """``sides``: the students, then the teachers."""
-    count = len(problem.taps)
-    taps = [
-        replace(tap, student=s, teacher=t) for tap, s, t in zip(problem.taps, sides[:count], sides[count:], strict=True)
-    ]
-    return replace(problem, taps=taps)
-
-
-def _masks(problem: FeatureProblem) -> list[Tensor]:
-    """Saved with the features, so that autograd notices if they change before they are read again."""
-    return [tap.mask for tap in problem.taps if tap.mask is not None]
-
-
-def _differentiable_gradients(
-    problem: FeatureProblem,
-    sides: Sequence[Tensor],
-    outputs_of: Callable[[FeatureProblem], Sequence[Tensor]],
-    grad_outputs: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """backward(create_graph=True): the same gradients as differentiable expressions, by the reference."""
-    # One alias per role: a tensor that serves in two of them gets each role's gradient once.
-    sides = [x.view_as(x) for x in sides]
-    ends = zip(outputs_of(_with_sides(problem, sides)), grad_outputs, strict=True)
-    outputs, upstream = zip(*[(v, g) for v, g in ends if v.requires_grad], strict=True)
-    wanted = [x for x, need in zip(sides, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needs]
+    count = len(problem.students)
+    return problem.replace(students=sides[:count], teachers=sides[count:])
 
 
 # ------------------------------------------------------------------------------------------------ scalar loss
@@ -89,34 +68,33 @@ class _ScalarLoss(torch.autograd.Function):
     """loss over all taps with its gradient to the students, handed to the first backward without a copy."""
 
     @staticmethod
-    def forward(ctx: Any, problem: FeatureProblem, backend: str, recorded: bool, *students: Tensor) -> Tensor:
+    def forward(ctx: Any, problem: FeatureProblem, backend: str, recorded: bool, *students: Tensor) -> Tensor:  # noqa: ARG004
         # Under no_grad (`recorded` is False) autograd still says that a leaf needs its gradient.
         needs = [recorded and need for need in ctx.needs_input_grad[3:]]
-        loss, gradients = implementation(backend, "feature_loss").scalar(problem, needs)
+        loss, gradients = feature_backend(backend).scalar(problem, needs)
         if any(needs):
-            ctx.gradients = gradients
-            ctx.call = (problem, backend)
-            ctx.save_for_backward(*students, *(tap.teacher for tap in problem.taps), *_masks(problem))
-        return loss  # type: ignore[no-any-return]
+            save(ctx, (problem,), *gradients)
+            ctx.backend = backend
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        problem, backend = ctx.call
         needs = ctx.needs_input_grad[3:]
-        sides = ctx.saved_tensors[: 2 * len(needs)]
-        if torch.is_grad_enabled():
+        if needs_reference():
+            (problem,), _ = saved(ctx)
 
-            def loss_of(p: FeatureProblem) -> list[Tensor]:
-                return [_combined(p, _reference_distances(p))]
+            def loss_of(sides: list[Tensor]) -> list[Tensor]:
+                changed = _with_sides(problem, sides)
+                return [_combined(changed, _reference_distances(changed))]
 
-            both = [*needs, *(False,) * len(needs)]
-            found = _differentiable_gradients(problem, sides, loss_of, [grad_loss], both)
+            both = (*needs, *(False for _ in needs))
+            found = reference_gradients(_sides(problem), loss_of, [grad_loss], both)
             return (None, None, None, *found[: len(needs)])
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:  # a second backward: the buffers were given away, so the pass is run again
-            _, gradients = implementation(backend, "feature_loss").scalar(_with_sides(problem, sides), needs)
-        scale_gradients_([g for g in gradients if g is not None], grad_loss, backend)
-        return (None, None, None, *gradients)
+
+        def again(problem: FeatureProblem) -> list[Tensor | None]:
+            return feature_backend(ctx.backend).scalar(problem, needs)[1]
+
+        return (None, None, None, *ready_gradients(ctx, grad_loss, again))
 
 
 # -------------------------------------------------------------------------------------------------- per row
@@ -126,39 +104,86 @@ class _Distances(torch.autograd.Function):
     """Distances of every tap, differentiable to both sides."""
 
     @staticmethod
-    def forward(ctx: Any, problem: FeatureProblem, backend: str, *sides: Tensor) -> tuple[Tensor, ...]:
-        ctx.call = (problem, backend)
-        ctx.save_for_backward(*sides, *_masks(problem))
-        return tuple(implementation(backend, "feature_loss").distances(problem))
+    def forward(ctx: Any, problem: FeatureProblem, backend: str, *sides: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
+        save(ctx, (problem,))
+        ctx.backend = backend
+        return tuple(feature_backend(backend).distances(problem))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        problem, backend = ctx.call
+        (problem,), _ = saved(ctx)
         needs = ctx.needs_input_grad[2:]
-        sides = ctx.saved_tensors[: len(needs)]
-        if torch.is_grad_enabled():
-            return (None, None, *_differentiable_gradients(problem, sides, _reference_distances, grads, needs))
-        upstream = [contract.upstream(grad) for grad in grads]
-        found = implementation(backend, "feature_loss").distances_backward(_with_sides(problem, sides), upstream, needs)
-        return (None, None, *found)
+        if needs_reference():
+
+            def values(sides: list[Tensor]) -> list[Tensor]:
+                return _reference_distances(_with_sides(problem, sides))
+
+            return (None, None, *reference_gradients(_sides(problem), values, grads, needs))
+        wanted = unflatten(FeatureNeeds, needs, *(len(problem.students),) * 2)
+        found = feature_backend(ctx.backend).distances_backward(problem, [upstream(g) for g in grads], wanted)
+        return (None, None, *flatten(found))
 
 
 def distances(problem: FeatureProblem, backend: str) -> Sequence[Tensor]:
     """``[...]`` distances of each tap without projectors, 0 on masked rows; differentiable to both sides."""
-    if contract.is_recorded():
-        return contract.by_pytorch("feature_loss", problem.tensors(), lambda: registered.distances(problem, backend))
-    sides = (*(tap.student for tap in problem.taps), *(tap.teacher for tap in problem.taps))
-    found: tuple[Tensor, ...] = _Distances.apply(problem, backend, *sides)
+    if is_recorded():
+        # The weights have no part in it.
+        plain = problem.replace(weights=[None] * len(problem.students), reduction="none")
+        return by_pytorch("feature_loss", problem.named_tensors, lambda: _op(backend, [plain]))
+    found: tuple[Tensor, ...] = _Distances.apply(problem, backend, *_sides(problem))
     return found
 
 
 def _gradients_fit_one_pass(problem: FeatureProblem) -> bool:
     """The scalar pass differentiates the loss to the students, and to nothing else."""
-    others = [v for tap in problem.taps for v in (tap.teacher, tap.weight)]
-    if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in others):
+    if requires_grad(*problem.teachers, *problem.weights):
         return False
     # float16 gradients would underflow before a loss scale reaches them.
-    return all(tap.student.dtype != torch.float16 for tap in problem.taps)
+    return all(student.dtype != torch.float16 for student in problem.students)
+
+
+# -------------------------------------------------------------------------------------------- registered ops
+
+
+def _chosen(backend: str | None, problem: FeatureProblem) -> Any:
+    return feature_backend(choose("feature_loss", problem, backend))
+
+
+def _run(backend: str | None, problem: FeatureProblem) -> list[Tensor]:
+    found: list[Tensor] = _chosen(backend, problem).distances(problem)
+    return found
+
+
+def _fake(p: FeatureProblem) -> list[Tensor]:
+    return [student.new_empty(student.shape[:-1], dtype=p.dtype) for student in p.students]
+
+
+def _run_backward(
+    backend: str | None, problem: FeatureProblem, grads: list[Tensor], needs: list[bool]
+) -> FeatureGradients:
+    wanted = unflatten(FeatureNeeds, needs, *(len(problem.students),) * 2)
+    found: FeatureGradients = _chosen(backend, problem).distances_backward(problem, grads, wanted)
+    return found
+
+
+def _like(p: FeatureProblem) -> FeatureGradients:
+    return FeatureGradients(list(p.students), list(p.teachers))
+
+
+def _backward(
+    backend: str, problems: list[FeatureProblem], _: list[Tensor], grads: tuple[Any, ...], need: Callable[..., Any]
+) -> dict[tuple[int, str], Any]:
+    (problem,) = problems
+    needs = [*need(0, "students"), *need(0, "teachers")]
+    flat = _op_backward(backend, [problem], list(grads[0]), needs)
+    wanted = [g if need else None for g, need in zip(flat, needs, strict=True)]
+    students, teachers = unflatten(FeatureGradients, wanted, *(len(problem.students),) * 2)
+    return {(0, "students"): students, (0, "teachers"): teachers}
+
+
+_op = define("feature_distances", (FeatureProblem,), "", "Tensor[]", _run, _fake)
+_op_backward = define_backward("feature_distances", (FeatureProblem,), "Tensor[] grads", _run_backward, _like)
+differentiate("feature_distances", (FeatureProblem,), lambda _: (), lambda _: (), _backward)
 
 
 # ------------------------------------------------------------------------------------------- public function
@@ -212,15 +237,17 @@ def feature_loss(
         projector=projector,
         reduction=reduction,
     )
-    compiling = contract.is_recorded()
+    recorded = is_recorded()
     # Under torch.compile the registered op chooses when it runs: no choice is baked into the graph.
-    name = backend or "" if compiling else choose("feature_loss", problem, backend)
+    name = backend or "" if recorded else choose("feature_loss", problem, backend)
     if name == "reference":
-        return contract.by_pytorch(
-            "feature_loss", problem.tensors(), lambda: _combined(problem, _reference_distances(problem))
-        )
+
+        def value() -> Tensor:
+            return _combined(problem, _reference_distances(problem))
+
+        return by_pytorch("feature_loss", problem.named_tensors, value)
     problem = _projected(problem)
-    if compiling or reduction == "none" or not _gradients_fit_one_pass(problem):
+    if recorded or reduction == "none" or not _gradients_fit_one_pass(problem):
         return _combined(problem, distances(problem, name))
-    loss: Tensor = _ScalarLoss.apply(problem, name, torch.is_grad_enabled(), *(tap.student for tap in problem.taps))
+    loss: Tensor = _ScalarLoss.apply(problem, name, torch.is_grad_enabled(), *problem.students)
     return loss

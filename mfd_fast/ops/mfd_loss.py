@@ -9,24 +9,25 @@ features, pool = KL(teacher_pool_weights ‖ weights).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import contract
-from ..backends import check_not_traced, choose, implementation
+from ..backends import check_not_traced, choose, mfd_backend
+from ..backends.protocol import MFDNeeds
 from ..divergences import Divergence
+from ..problems.checks import by_pytorch, is_recorded
+from ..problems.features import distances_of
+from ..problems.mfd import MFDProblem, check_mfd_loss
+from ..problems.rows import RowProblem
 from ..reference.mfd_loss import mfd_loss as reference_loss
-from ..rows import Rows
 from ..types import MFDOutput
+from .autograd import needs_reference, ready_gradients, reference_gradients, requires_grad, save, saved
 from .distill_loss import row_terms
 from .feature_loss import distances
-from .feature_problem import FeatureProblem, Tap
-from .mfd_problem import MFDProblem, check_mfd_loss
 from .modal_pool import pool
-from .upstream import scale_gradients_
+from .registration import flatten, unflatten
 
 # ------------------------------------------------------------------------------------------- one scalar loss
 
@@ -43,54 +44,47 @@ class _ScalarLoss(torch.autograd.Function):
         backend: str,
         recorded: bool,
         others: list[Tensor],
-        query: Tensor | None,
-        bias: Tensor | None,
-        head_weight: Tensor,
-        head_bias: Tensor | None,
-        *features: Tensor,
+        *leaves: Tensor | None,  # noqa: ARG004
     ) -> Tensor:
         # Under no_grad (`recorded` is False) autograd still says that a leaf needs its gradient.
-        needs = [recorded and need for need in ctx.needs_input_grad[4:]]
-        (loss, *fields), gradients = implementation(backend, "mfd_loss").scalar(problem, needs)
+        needs = _needs([recorded and need for need in ctx.needs_input_grad[4:]])
+        (loss, *fields), gradients = mfd_backend(backend).scalar(problem, needs)
         others.extend(fields)
-        if True in needs:
-            ctx.gradients = gradients
-            ctx.call = (problem, backend)
-            # The last three are read again by a second backward only; autograd notices if they have changed.
-            told = (problem.rows.teacher, problem.teacher_features, problem.teacher_pool_weights)
-            ctx.save_for_backward(query, bias, head_weight, head_bias, *features, *told)
-        return loss  # type: ignore[no-any-return]
+        if any(flatten(needs)):
+            save(ctx, (problem,), *flatten(gradients))
+            ctx.backend = backend
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        problem, backend = ctx.call
-        leaves = ctx.saved_tensors[:-3]
         needs = ctx.needs_input_grad[4:]
-        if torch.is_grad_enabled():
-            return (None, None, None, None, *_differentiable_gradients(problem, leaves, grad_loss, needs))
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:  # a second backward: the tensors were given away, so the pass is run again
-            _, gradients = implementation(backend, "mfd_loss").scalar(_with_leaves(problem, leaves), needs)
-        scale_gradients_([g for g in gradients if g is not None], grad_loss, backend)
-        return (None, None, None, None, *gradients)
+        if needs_reference():
+            (problem,), _ = saved(ctx)
+
+            def loss_of(leaves: list[Any]) -> list[Tensor]:
+                return [reference_loss(_with_leaves(problem, leaves)).loss]
+
+            return None, None, None, None, *reference_gradients(_leaves(problem), loss_of, [grad_loss], needs)
+
+        def again(problem: MFDProblem) -> list[Tensor | None]:
+            return flatten(mfd_backend(ctx.backend).scalar(problem, _needs(needs))[1])
+
+        return None, None, None, None, *ready_gradients(ctx, grad_loss, again)
+
+
+def _needs(flat: Sequence[bool]) -> MFDNeeds:
+    needs: MFDNeeds = unflatten(MFDNeeds, flat, len(flat) - 4)
+    return needs
+
+
+def _leaves(p: MFDProblem) -> tuple[Tensor | None, ...]:
+    return p.pool.query, p.pool.bias, p.head_weight, p.head_bias, *p.pool.features
 
 
 def _with_leaves(problem: MFDProblem, leaves: Sequence[Any]) -> MFDProblem:
     query, bias, head_weight, head_bias, *features = leaves
-    pool = replace(problem.pool, query=query, bias=bias, features=features)
-    return replace(problem, pool=pool, head_weight=head_weight, head_bias=head_bias)
-
-
-def _differentiable_gradients(
-    problem: MFDProblem, leaves: Sequence[Tensor | None], grad_loss: Tensor, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """backward(create_graph=True): the same gradients as differentiable expressions, by the reference."""
-    # One alias per role: a tensor that serves in two of them gets each role's gradient once.
-    leaves = [None if t is None else t.view_as(t) for t in leaves]
-    loss = reference_loss(_with_leaves(problem, leaves)).loss
-    wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need and leaf is not None]
-    found = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needs]
+    pooled = problem.pool.replace(query=query, bias=bias, features=features)
+    return problem.replace(pool=pooled, head_weight=head_weight, head_bias=head_bias)
 
 
 # --------------------------------------------------------------------------------------------- from the ops
@@ -100,52 +94,34 @@ def _composed(problem: MFDProblem, backend: str) -> MFDOutput:
     """The reference's composition with the parts replaced by this library's ops: differentiable to everything."""
 
     def attention(features: list[Tensor], present: Tensor | None, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-        p = problem.pool
-        leading = features[0].shape[:-1]
-        flat = replace(p, features=features, stacked=False, present=present, temperature=temperature, leading=leading)
+        flat = problem.pool.replace(features=features, stacked=False, present=present, temperature=temperature)
+        flat.measure()
         return pool(flat, backend)
 
-    def terms(rows: Rows, soft: bool, hard: bool) -> tuple[Tensor, Tensor]:
+    def terms(rows: RowProblem, soft: bool, hard: bool) -> tuple[Tensor, Tensor]:
         zeros = rows.student.new_zeros(rows.n_rows)
         if not (soft or hard):
             return zeros, zeros
-        if not soft:  # the teacher has no part in the loss
-            rows = rows.replace(teacher=rows.student.detach(), teacher_temperature=rows.temperature)
-        soft_rows, hard_rows, *_ = row_terms(rows, backend, False, contract.is_recorded())
+        soft_rows, hard_rows, *_ = row_terms(rows if soft else rows.without_teacher(), backend, False)
         return soft_rows if soft else zeros, hard_rows if hard else zeros
 
     def distance(pooled: Tensor, target: Tensor, kind: str) -> Tensor:
-        tap = Tap(pooled, target, None, None, 1.0)
-        return distances(FeatureProblem([tap], kind, "none", pooled.dtype, pooled.device), backend)[0]
+        return distances(distances_of([pooled], [target], kind), backend)[0]
 
     return reference_loss(problem, attention, terms, distance)
 
 
 def _gradients_fit_one_pass(p: MFDProblem) -> bool:
     """The scalar pass differentiates the loss to features, query, bias and head, and to nothing else."""
-    others = (
-        p.rows.teacher,
-        p.rows.temperature,
-        p.rows.teacher_temperature,
-        p.pool.temperature,
-        p.teacher_features,
-        p.teacher_pool_weights,
-        p.soft_weight,
-        p.hard_weight,
-        p.feature_weight,
-        p.pool_weight,
-        p.weight,
-        p.normalizer,
-    )
-    if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in others):
+    rows, loss = p.rows, p.loss
+    if requires_grad(
+        *(rows.teacher, rows.temperature, rows.own_teacher_temperature, p.pool.temperature),
+        *(p.teacher_features, p.teacher_pool_weights, p.feature_weight, p.pool_weight),
+        *(loss.soft_weight, loss.hard_weight, loss.weight, loss.normalizer),
+    ):
         return False
     # float16 gradients would underflow before a loss scale reaches them.
     return all(t is None or t.dtype != torch.float16 for t in (*p.pool.features, p.pool.query, p.head_weight))
-
-
-def _has_one_pass(problem: MFDProblem, backend: str) -> bool:
-    """Whether the backend computes this call in one pass; else it runs as a chain of the ops."""
-    return backend == "cpu" or bool(implementation(backend, "mfd_loss").has_one_pass(problem))
 
 
 # ------------------------------------------------------------------------------------------- public function
@@ -244,16 +220,14 @@ def mfd_loss(
         reduction=reduction,
         normalizer=normalizer,
     )
-    compiling = contract.is_recorded()
+    recorded = is_recorded()
     # Under torch.compile the registered ops choose when they run: no choice is baked into the graph.
-    name = backend or "" if compiling else choose("mfd_loss", problem, backend)
+    name = backend or "" if recorded else choose("mfd_loss", problem, backend)
     if name == "reference":
-        return contract.by_pytorch("mfd_loss", problem.tensors(), lambda: reference_loss(problem))
-    chained = compiling or reduction == "none" or not _gradients_fit_one_pass(problem)
-    if chained or not _has_one_pass(problem, name):
+        return by_pytorch("mfd_loss", problem.named_tensors, lambda: reference_loss(problem))
+    chained = recorded or reduction == "none" or not _gradients_fit_one_pass(problem)
+    if chained or not mfd_backend(name).has_one_pass(problem):
         return _composed(problem, name)
-    p = problem
     others: list[Tensor] = []
-    leaves = (p.pool.query, p.pool.bias, p.head_weight, p.head_bias, *p.pool.features)
-    loss = _ScalarLoss.apply(p, name, torch.is_grad_enabled(), others, *leaves)
+    loss = _ScalarLoss.apply(problem, name, torch.is_grad_enabled(), others, *_leaves(problem))
     return MFDOutput(loss, *others)

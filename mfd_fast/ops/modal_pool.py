@@ -8,17 +8,20 @@ ds_m·scale·query. Attention pooling: Ilse, Tomczak, Welling, arXiv:1802.04712.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import contract
-from ..backends import check_not_traced, choose, implementation
+from ..backends import check_not_traced, choose, pool_backend
+from ..backends.protocol import PoolGradients, PoolNeeds
+from ..problems.checks import by_pytorch, is_recorded, upstream
+from ..problems.pool import PoolProblem, check_pool
+from ..reference.modal_pool import modal_pool as reference_pool
 from ..types import ModalPool
-from . import pool_registered as registered
-from .pool_problem import PoolProblem, by_reference, check_pool, differentiable_gradients
+from .autograd import needs_reference, reference_gradients, save, saved
+from .registration import define, define_backward, differentiate, flatten, unflatten
 
 # ------------------------------------------------------------------------------------------------- autograd
 
@@ -27,19 +30,10 @@ class _Pool(torch.autograd.Function):
     """pooled and weights; the backward reads the features once more and recomputes nothing but dot products."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        problem: PoolProblem,
-        backend: str,
-        query: Tensor | None,
-        scores: Tensor | None,
-        bias: Tensor | None,
-        temperature: Tensor | None,
-        *features: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        pooled, weights = implementation(backend, "modal_pool").forward(problem)
-        ctx.call = (problem, backend)
-        ctx.save_for_backward(weights, problem.present, query, scores, bias, temperature, *features)
+    def forward(ctx: Any, problem: PoolProblem, backend: str, *leaves: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG004
+        pooled, weights = pool_backend(backend).forward(problem)
+        save(ctx, (problem,), weights)
+        ctx.backend = backend
         ctx.set_materialize_grads(False)
         return pooled, weights
 
@@ -47,35 +41,105 @@ class _Pool(torch.autograd.Function):
     def backward(ctx: Any, d_pooled: Tensor | None, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_pooled is None and d_weights is None:
             return (None,) * len(ctx.needs_input_grad)
-        problem, backend = ctx.call
-        weights, present, query, scores, bias, temperature, *features = ctx.saved_tensors
-        problem = problem.with_leaves(present, query, scores, bias, temperature, features)
+        (problem,), (weights,) = saved(ctx)
         needs = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
-            return (None, None, *differentiable_gradients(problem, d_pooled, d_weights, needs))
-        d_pooled, d_weights = (None if d is None else contract.upstream(d) for d in (d_pooled, d_weights))
-        found = implementation(backend, "modal_pool").backward(problem, weights, d_pooled, d_weights, needs)
-        return (None, None, *found)
+        if needs_reference():
+
+            def values(leaves: list[Any]) -> tuple[Tensor, Tensor]:
+                return by_reference(_with_leaves(problem, leaves))
+
+            return None, None, *reference_gradients(_leaves(problem), values, (d_pooled, d_weights), needs)
+        d_pooled, d_weights = (None if d is None else upstream(d) for d in (d_pooled, d_weights))
+        wanted = unflatten(PoolNeeds, needs, len(problem.features))
+        found = pool_backend(ctx.backend).backward(problem, weights, d_pooled, d_weights, wanted)
+        return None, None, *flatten(found)
+
+
+def _leaves(p: PoolProblem) -> tuple[Tensor | None, ...]:
+    return p.query, p.scores, p.bias, p.temperature_tensor, *p.features
+
+
+def _with_leaves(p: PoolProblem, leaves: Sequence[Any]) -> PoolProblem:
+    query, scores, bias, temperature, *features = leaves
+    tau = p.temperature if temperature is None else temperature
+    return p.replace(query=query, scores=scores, bias=bias, temperature=tau, features=features)
+
+
+def by_reference(p: PoolProblem) -> tuple[Tensor, Tensor]:
+    """pooled and weights in plain PyTorch."""
+    features = p.modality_features()
+    pooled, weights = reference_pool(features, p.query, p.scores, p.bias, p.temperature, p.present, p.scale, p.dtype)
+    return pooled.to(p.out_dtype), weights
 
 
 def pool(problem: PoolProblem, backend: str) -> tuple[Tensor, Tensor]:
     """pooled and weights of a checked call on a chosen backend."""
     if backend == "reference":
-        return contract.by_pytorch("modal_pool", problem.tensors(), lambda: by_reference(problem))
-    if contract.is_recorded():
-        return contract.by_pytorch("modal_pool", problem.tensors(), lambda: registered.pool(problem, backend))
-    p = problem
-    result: tuple[Tensor, Tensor] = _Pool.apply(
-        p, backend, p.query, p.scores, p.bias, p.temperature_tensor, *p.features
-    )
+        return by_pytorch("modal_pool", problem.named_tensors, lambda: by_reference(problem))
+    if is_recorded():
+        return by_pytorch("modal_pool", problem.named_tensors, lambda: _op(backend, [problem]))
+    result: tuple[Tensor, Tensor] = _Pool.apply(problem, backend, *_leaves(problem))
     return result
 
 
-def choose_backend(problem: PoolProblem, backend: str | None) -> str:
-    """Under torch.compile the registered op chooses when it runs: "" stands for that."""
-    if not contract.is_recorded():
-        return choose("modal_pool", problem, backend)
-    return backend or ""
+# -------------------------------------------------------------------------------------------- registered ops
+
+
+def _chosen(backend: str | None, problem: PoolProblem) -> Any:
+    return pool_backend(choose("modal_pool", problem, backend))
+
+
+def _run(backend: str | None, problem: PoolProblem) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = _chosen(backend, problem).forward(problem)
+    return found
+
+
+def _fake(p: PoolProblem) -> tuple[Tensor, Tensor]:
+    empty = p.features[0].new_empty
+    return empty((*p.leading, p.width), dtype=p.out_dtype), empty((*p.leading, p.modalities), dtype=p.dtype)
+
+
+def _run_backward(
+    backend: str | None,
+    problem: PoolProblem,
+    weights: Tensor,
+    d_pooled: Tensor | None,
+    d_weights: Tensor | None,
+    needs: list[bool],
+) -> PoolGradients:
+    wanted = unflatten(PoolNeeds, needs, len(problem.features))
+    found: PoolGradients = _chosen(backend, problem).backward(problem, weights, d_pooled, d_weights, wanted)
+    return found
+
+
+def _like(p: PoolProblem) -> PoolGradients:
+    return PoolGradients(p.query, p.scores, p.bias, p.temperature_tensor, list(p.features))
+
+
+def _backward(
+    backend: str, problems: list[PoolProblem], kept: list[Tensor], grads: tuple[Any, ...], need: Callable[..., Any]
+) -> dict[tuple[int, str], Any]:
+    (problem,), (weights,), (d_pooled, d_weights) = problems, kept, grads
+    if d_pooled is None and d_weights is None:
+        return {}
+    names = PoolNeeds._fields
+    needs = flatten(PoolNeeds(*(need(0, name) for name in names)))
+    flat = _op_backward(backend, [problem], weights, d_pooled, d_weights, needs)
+    wanted = [g if need else None for g, need in zip(flat, needs, strict=True)]
+    found = unflatten(PoolGradients, wanted, len(problem.features))
+    return {(0, name): gradient for name, gradient in zip(names, found, strict=True)}
+
+
+_op = define("modal_pool", (PoolProblem,), "", "(Tensor, Tensor)", _run, _fake, read=False)
+_op_backward = define_backward(
+    "modal_pool",
+    (PoolProblem,),
+    "Tensor weights, Tensor? d_pooled, Tensor? d_weights",
+    _run_backward,
+    _like,
+    read=False,
+)
+differentiate("modal_pool", (PoolProblem,), lambda out: out[1:], lambda out: (), _backward)  # noqa: ARG005
 
 
 # ------------------------------------------------------------------------------------------- public function
@@ -131,4 +195,6 @@ def modal_pool(
         present=present,
         scale=scale,
     )
-    return ModalPool(*pool(problem, choose_backend(problem, backend)))
+    # Under torch.compile the registered op chooses when it runs: no choice is baked into the graph.
+    name = backend or "" if is_recorded() else choose("modal_pool", problem, backend)
+    return ModalPool(*pool(problem, name))

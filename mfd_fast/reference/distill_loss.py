@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import can_read, check_indices, check_labels_in_range
 from ..divergences import DKD, NKD
-from ..rows import Rows, TopKRows, is_used
+from ..problems.checks import can_read
+from ..problems.rows import RowLoss, RowProblem, TopKRows, check_indices, check_labels_in_range
 from ..types import LogitTransform
 from .divergences import decoupled, label_entropy, log_sum_exp, other_entropy, pointwise
 
@@ -153,7 +153,7 @@ class Sides(NamedTuple):
     indices: Tensor | None
 
 
-def raw_logits(rows: Rows) -> tuple[Tensor, list[Tensor]]:
+def raw_logits(rows: RowProblem) -> tuple[Tensor, list[Tensor]]:
     """The used columns of student and teachers as ``[N, C]`` of the arithmetic's dtype; uniform in rows that do not
     exist, so that every divergence is finite there.
     """
@@ -168,7 +168,7 @@ def raw_logits(rows: Rows) -> tuple[Tensor, list[Tensor]]:
     return used(rows.student, c, 0.0), [used(t, c, 0.0) for t in rows.teachers]
 
 
-def with_existing_temperatures(rows: Rows) -> Rows:
+def with_existing_temperatures(rows: RowProblem) -> RowProblem:
     """Temperature 1 in rows that do not exist: whatever stands there would make NaN of its gradient."""
     counted = rows.counted()
 
@@ -177,15 +177,18 @@ def with_existing_temperatures(rows: Rows) -> Rows:
 
     if counted is None:
         return rows
-    return rows.replace(temperature=existing(rows.temperature), teacher_temperature=existing(rows.teacher_temperature))
+    own = rows.own_teacher_temperature
+    return rows.replace(
+        temperature=existing(rows.temperature), own_teacher_temperature=None if own is None else existing(own)
+    )
 
 
-def both_sides(rows: Rows, op: str) -> Sides:
+def both_sides(rows: RowProblem, op: str) -> Sides:
     """Checks labels and indices where that is free, and transforms; a row of a bad one is NaN elsewhere."""
     check_labels_in_range(op, rows)
     check_indices(op, rows)
     x, ys = raw_logits(rows)
-    labels, indices = rows.labels, None if rows.topk is None else rows.topk.indices
+    labels, indices = rows.labels, rows.indices
     bad = x.new_zeros(rows.n_rows, dtype=torch.bool)
     if labels is not None:
         bad = (labels < 0) | (labels >= rows.classes)
@@ -201,21 +204,21 @@ def both_sides(rows: Rows, op: str) -> Sides:
         label = listed.to(torch.int8).argmax(-1)
     x = transform_logits(x, rows.student_transform)
     if not can_read(x):
-        if rows.topk is not None:
-            ordered = rows.topk.indices.sort(-1).values
+        if rows.indices is not None:
+            ordered = rows.indices.sort(-1).values
             bad = bad | (ordered[:, 1:] == ordered[:, :-1]).any(-1)
         x = torch.where(bad[:, None], torch.full_like(x, torch.nan), x)
     return Sides(x, [transform_logits(y, rows.teacher_transform) for y in ys], labels, label, indices)
 
 
-def compared(rows: Rows, sides: Sides, t: float | Tensor, teacher_t: float | Tensor) -> tuple[Tensor, Tensor]:
+def compared(rows: RowProblem, sides: Sides, t: float | Tensor, teacher_t: float | Tensor) -> tuple[Tensor, Tensor]:
     """log p and log q at the given temperatures, over the classes that are compared."""
     if rows.topk is not None and sides.indices is not None:
         return sparse_pair(sides.x, sides.ys[0], sides.indices, rows.topk, t, teacher_t)
     return mix([soften(y, teacher_t) for y in sides.ys], rows.teacher_weights), soften(sides.x, t)
 
 
-def divergence_value(rows: Rows, log_p: Tensor, log_q: Tensor, label: Tensor | None) -> Tensor:
+def divergence_value(rows: RowProblem, log_p: Tensor, log_q: Tensor, label: Tensor | None) -> Tensor:
     """The part of D(p, q) that carries T², per row; all of it but for NKD."""
     divergence = rows.divergence
     if isinstance(divergence, (DKD, NKD)):
@@ -228,7 +231,7 @@ def divergence_value(rows: Rows, log_p: Tensor, log_q: Tensor, label: Tensor | N
     return pointwise(divergence, log_p, log_q, complete=rows.topk is None or rows.topk.tail != "zero")
 
 
-def soft_value(rows: Rows, sides: Sides) -> Tensor:
+def soft_value(rows: RowProblem, sides: Sides) -> Tensor:
     """T²·D(p, q) per row."""
     if len(sides.ys) > 1:  # float32 has no place for the p_k/p of a teacher of weight 0
         sides = sides._replace(x=sides.x.double(), ys=[y.double() for y in sides.ys])
@@ -247,7 +250,7 @@ def soft_value(rows: Rows, sides: Sides) -> Tensor:
     return value.to(rows.dtype)
 
 
-def row_terms(rows: Rows, op: str = "distill_loss", *, soft: bool = True, hard: bool = True) -> RowTerms:
+def row_terms(rows: RowProblem, op: str = "distill_loss", *, soft: bool = True, hard: bool = True) -> RowTerms:
     """All per-row terms; a term that is not wanted is zeros and costs nothing."""
     rows = with_existing_temperatures(rows)
     sides = both_sides(rows, op)
@@ -265,7 +268,7 @@ def row_terms(rows: Rows, op: str = "distill_loss", *, soft: bool = True, hard: 
 
 
 def _by_products(
-    rows: Rows, x: Tensor, ys: list[Tensor], labels: Tensor | None, _: Tensor | None, indices: Tensor | None
+    rows: RowProblem, x: Tensor, ys: list[Tensor], labels: Tensor | None, _: Tensor | None, indices: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """Entropies, label probabilities and agreement, of all C classes of the student and what the teacher has."""
     log_q = soften(x, rows.temperature)
@@ -287,14 +290,12 @@ def _by_products(
     return entropy(log_q), entropy(log_p), q_label, p_label, agreement
 
 
-def reduce_rows(
-    per_row: Tensor, rows: Rows, weight: Tensor | None, reduction: str, normalizer: float | Tensor | None
-) -> Tensor:
-    """``weight`` [N] and the reduction of the contract; ``per_row`` [N] is 0 where a row is not counted."""
-    counted = rows.counted()
+def reduce_rows(per_row: Tensor, rows: RowProblem, loss: RowLoss) -> Tensor:
+    """The weights and the reduction of the contract; ``per_row`` [N] is 0 where a row is not counted."""
+    counted, weight, reduction, normalizer = rows.counted(), loss.weight, loss.reduction, loss.normalizer
     if weight is not None:
-        weighted = weight * per_row
-        per_row = weighted if counted is None else torch.where(counted, weighted, torch.zeros_like(weighted))
+        # Whatever stands in the weight of a row that is not counted must not reach what the others share.
+        per_row = per_row * (weight if counted is None else torch.where(counted, weight, torch.zeros_like(weight)))
     if reduction == "none":
         return per_row.reshape(rows.student.shape[:-1])
     total = per_row.sum()
@@ -307,38 +308,20 @@ def reduce_rows(
     return total / counted.sum().clamp_min(1)
 
 
-def combine(
-    rows: Rows,
-    weight: Tensor | None,
-    soft_weight: float | Tensor,
-    hard_weight: float | Tensor,
-    reduction: str,
-    normalizer: float | Tensor | None,
-    op: str = "distill_loss",
-) -> Tensor:
+def combine(rows: RowProblem, loss: RowLoss) -> Tensor:
     """The whole loss, differentiable to any order in everything that requires grad."""
-    soft, hard = is_used(soft_weight), is_used(hard_weight)
-    terms = row_terms(rows, op, soft=soft, hard=hard)
-    return combine_rows(rows, terms.soft, terms.hard, weight, soft_weight, hard_weight, reduction, normalizer)
+    terms = row_terms(rows, rows.op, soft=loss.use_soft, hard=loss.use_hard)
+    return combine_rows(rows, loss, terms.soft, terms.hard)
 
 
-def combine_rows(
-    rows: Rows,
-    soft: Tensor,
-    hard: Tensor,
-    weight: Tensor | None,
-    soft_weight: float | Tensor,
-    hard_weight: float | Tensor,
-    reduction: str,
-    normalizer: float | Tensor | None,
-) -> Tensor:
+def combine_rows(rows: RowProblem, loss: RowLoss, soft: Tensor, hard: Tensor) -> Tensor:
     """The loss from the per-row terms ``[N]``; a term whose weight is the number 0 has no part in it."""
     per_row = torch.zeros_like(soft)
-    if is_used(soft_weight):
-        per_row = per_row + soft_weight * soft
-    if is_used(hard_weight):
-        per_row = per_row + hard_weight * hard
-    if not (is_used(soft_weight) or is_used(hard_weight)):
+    if loss.use_soft:
+        per_row = per_row + loss.soft_weight * soft
+    if loss.use_hard:
+        per_row = per_row + loss.hard_weight * hard
+    if not (loss.use_soft or loss.use_hard):
         # An empty slice of the student: a loss without terms can still be differentiated.
         per_row = per_row + rows.student[..., :0].sum()
-    return reduce_rows(per_row, rows, weight, reduction, normalizer)
+    return reduce_rows(per_row, rows, loss)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-KINDS = ("mse", "smooth_l1", "cosine")
 #: Least norm in the cosine's denominator.
 EPSILON = 1e-8
 

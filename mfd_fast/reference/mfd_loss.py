@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..rows import Rows, is_used
+from ..problems.checks import is_used
+from ..problems.mfd import MFDProblem
+from ..problems.rows import RowProblem
 from ..types import MFDOutput
 from .distill_loss import reduce_rows, row_terms
 from .feature_loss import row_distance
 from .modal_pool import modal_log_weights, modal_scores, modal_weights, present_features, weighted_sum
 
 Attention = Callable[[list[Tensor], "Tensor | None", "float | Tensor"], tuple[Tensor, Tensor]]
-Terms = Callable[[Rows, bool, bool], tuple[Tensor, Tensor]]
+Terms = Callable[[RowProblem, bool, bool], tuple[Tensor, Tensor]]
 
 
 def pool_divergence(teacher_weights: Tensor, log_weights: Tensor) -> Tensor:
@@ -29,31 +30,29 @@ def pool_divergence(teacher_weights: Tensor, log_weights: Tensor) -> Tensor:
     return torch.where(kl < 0, kl - kl.detach(), kl)
 
 
-def reference_terms(rows: Rows, soft: bool, hard: bool) -> tuple[Tensor, Tensor]:
+def reference_terms(rows: RowProblem, soft: bool, hard: bool) -> tuple[Tensor, Tensor]:
     """soft ``[N]`` and hard ``[N]`` in plain PyTorch; a term that is not wanted is zeros."""
     terms = row_terms(rows, "mfd_loss", soft=soft, hard=hard)
     return terms.soft, terms.hard
 
 
 def mfd_loss(
-    problem: Any,
+    problem: MFDProblem,
     attention: Attention | None = None,
     terms: Terms = reference_terms,
     distance: Callable[[Tensor, Tensor, str], Tensor] = row_distance,
 ) -> MFDOutput:
-    """The single pass, term by term; ``problem`` is :class:`mfd_fast.ops.mfd_problem.MFDProblem`.
+    """The single pass, term by term.
 
     A backend may pass its own ``attention(features, present, temperature) -> (pooled, weights)`` over ``[N, D]``
     features, its own ``terms`` and its own ``distance`` between rows. The divergence of the pool weights is computed
     from the scores, here for every backend.
     """
-    p = problem
-    rows: Rows = p.rows
+    p, loss, rows = problem, problem.loss, problem.rows
     counted = rows.counted()
     n, modalities, width = rows.n_rows, p.pool.modalities, p.pool.width
     dtype = rows.dtype
-    stacked = p.pool.features[0].unbind(-2) if p.pool.stacked else p.pool.features
-    features = [x.reshape(n, width) for x in stacked]
+    features = [x.reshape(n, width) for x in p.pool.modality_features()]
     present = None if p.pool.present is None else p.pool.present.reshape(n, modalities)
     if counted is not None:  # a row that does not exist has neither modalities nor features
         present = counted[:, None] if present is None else present & counted[:, None]
@@ -75,18 +74,18 @@ def mfd_loss(
     if p.head_bias is not None:
         logits = logits + p.head_bias.to(dtype)
 
-    soft_used, hard_used = is_used(p.soft_weight), is_used(p.hard_weight)
-    student = rows.replace(student=logits, teacher=rows.teacher.reshape(n, rows.classes))
+    soft_used, hard_used = loss.use_soft, loss.use_hard
+    student = rows.replace(student=logits, teachers=[rows.teacher.reshape(n, rows.classes)])
     soft, hard = terms(student, soft_used, hard_used)
     feature = torch.zeros_like(soft)
-    if is_used(p.feature_weight):
+    if is_used(p.feature_weight) and p.teacher_features is not None:
         target = p.teacher_features.reshape(n, width).to(dtype)
         feature = _existing(distance(pooled, _existing(target, counted), p.feature_kind), counted)
     per_row = torch.zeros_like(soft)
-    for weight, term in ((p.soft_weight, soft), (p.hard_weight, hard), (p.feature_weight, feature)):
+    for weight, term in ((loss.soft_weight, soft), (loss.hard_weight, hard), (p.feature_weight, feature)):
         if is_used(weight):
             per_row = per_row + weight * term
-    if pool_used:
+    if pool_used and p.teacher_pool_weights is not None:
         target = _existing(p.teacher_pool_weights.reshape(n, modalities).to(dtype), counted)
         log_weights = modal_log_weights(scores, temperature, present)
         per_row = per_row + p.pool_weight * pool_divergence(target, log_weights)
@@ -94,8 +93,8 @@ def mfd_loss(
     leading = p.leading
 
     def reduced(values: Tensor) -> Tensor:
-        value = reduce_rows(values, rows, p.weight, p.reduction, p.normalizer)
-        return value.reshape(leading) if p.reduction == "none" else value
+        value = reduce_rows(values, rows, loss)
+        return value.reshape(leading) if loss.reduction == "none" else value
 
     predictions = logits.detach().argmax(-1)
     if counted is not None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .. import contract
 from ..number import is_integer
+from ..problems import checks as contract
 
 _owners = WeakTensorKeyDictionary()  # value -> weak reference to its schedule
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import contract
+from ..problems import checks as contract
 from .options import Check, OptionsModule
 from .schedule import Schedule, check_number
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import contract
+from ..problems import checks as contract
 from .buffers import FixedPrecision
 from .schedule import check_count, check_number
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import mfd_fast as mfd
-from mfd_fast import backends, contract
+from mfd_fast import backends
 from mfd_fast.backends import choice
+from mfd_fast.problems.rows import check_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = list(itertools.product((1, 256, 8192, 65536), (10, 1000, 4096, 32000, 128256), (2, 4)))
@@ -37,7 +38,7 @@ def problem(monkeypatch):
     """Rows on a device that is no CPU, on which everything could run."""
     monkeypatch.setattr(backends, "why_not", lambda name, op, problem: None)
     logits = torch.empty((4, 1000), device="meta")
-    return contract.check_rows("distill_loss", logits, logits, None)
+    return check_rows("distill_loss", logits, logits, None)
 
 
 def test_explain_says_that_nothing_was_measured(problem):

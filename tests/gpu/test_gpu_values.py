@@ -9,9 +9,9 @@ from op_db import RECORDS, samples_on
 from steps import OP_IDS, OPS, placed, step_of
 
 import mfd_fast as mfd
-from mfd_fast import contract
 from mfd_fast.backends.cuda import distill_loss as cuda_rows
 from mfd_fast.bench import memory
+from mfd_fast.problems.rows import check_rows
 
 LOSS = RECORDS["distill_loss"]
 CLASSES = [130, 1100, 8191, 32000, 50257, 128256, 202048, 10**6 + 3] if ON_GPU else [130, 1100]
@@ -39,7 +39,7 @@ def test_these_row_lengths_reach_every_rung():
     seen = set()
     for classes in CLASSES:
         logits = torch.zeros((1, classes), dtype=torch.bfloat16, device=DEVICE).expand(2, classes)
-        seen.add(cuda_rows.plan(contract.check_rows("distill_loss", logits, logits, None))[0])
+        seen.add(cuda_rows.plan(check_rows("distill_loss", logits, logits, None))[0])
     has_clusters = ON_GPU and 9 <= torch.cuda.get_device_capability()[0] < 12
     wanted = {"warp", "block", "stream", *(["cluster"] if has_clusters else [])} if ON_GPU else {"warp", "block"}
     assert seen == wanted

@@ -9,8 +9,9 @@ import torch
 from aot_recorder import Launch, recorded, unlaunched
 
 import mfd_fast as mfd
-from mfd_fast.backends.triton import distill_loss
-from mfd_fast.contract import check_rows
+from mfd_fast.backends.protocol import RowNeeds
+from mfd_fast.backends.triton import distill_loss, scale
+from mfd_fast.problems.rows import RowLoss, check_rows
 
 CAPABILITIES = (80, 90, 100)
 CLASSES = (1000, 32000, 128256)
@@ -147,15 +148,15 @@ def _problem(name: str, changes: dict[str, Any]) -> tuple[Any, torch.Tensor]:
 
 
 def _scalar(rows: Any, weight: torch.Tensor) -> Any:
-    return distill_loss.scalar(
-        rows, weight=weight, soft_weight=1.0, hard_weight=0.5, mean=True, normalizer=None, needs_grad=True
-    )
+    loss = RowLoss(reduction="mean", weight=weight, soft_weight=1.0, hard_weight=0.5, normalizer=None)
+    return distill_loss.scalar(rows, loss, needs_grad=True)
 
 
 def _run_everything(rows: Any, weight: torch.Tensor) -> None:
     """Both terms and, in backward, every gradient: the launches that need most registers."""
     _, gradient = _scalar(rows, weight)
     stats = distill_loss.per_row(rows, terms=True)[2]
-    needs = (True,) * (4 if len(rows.teachers) == 1 else 4 + len(rows.teachers))
+    several = len(rows.teachers) > 1
+    needs = RowNeeds(True, True, True, several, [True] * len(rows.teachers))
     distill_loss.per_row_backward(rows, stats, weight, weight, needs)
-    distill_loss.scale_gradient_(gradient, weight[0])
+    scale.scale_gradient_(gradient, weight[0])

@@ -9,7 +9,7 @@ from aot_distill_loss import each
 from aot_recorder import Launch, recorded
 
 from mfd_fast.backends.triton import feature_loss
-from mfd_fast.ops.feature_problem import check_feature_loss
+from mfd_fast.problems.features import check_feature_loss
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NAMES = [

@@ -8,8 +8,9 @@ import torch
 from aot_distill_loss import DIVERGENCES, each
 from aot_recorder import Launch, recorded
 
+from mfd_fast.backends.protocol import MFDNeeds
 from mfd_fast.backends.triton import mfd_loss, scale
-from mfd_fast.ops.mfd_problem import check_mfd_loss
+from mfd_fast.problems.mfd import check_mfd_loss
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHAPE = "3x768x1000"
@@ -82,5 +83,5 @@ def _run(shape: str, dtype_name: str, n: int = 2, **options: Any) -> None:
         labels,
         **given,
     )
-    (loss, *_), gradients = mfd_loss.scalar(problem, [True] * (4 + count))
-    scale.scale_gradients_(gradients, loss)
+    (loss, *_), gradients = mfd_loss.scalar(problem, MFDNeeds(True, True, True, True, [True] * count))
+    scale.scale_gradients_([*gradients[:4], *gradients.features], loss)

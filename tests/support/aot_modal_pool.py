@@ -8,8 +8,9 @@ import torch
 from aot_distill_loss import each
 from aot_recorder import Launch, recorded
 
+from mfd_fast.backends.protocol import PoolNeeds
 from mfd_fast.backends.triton import modal_pool
-from mfd_fast.ops.pool_problem import check_pool
+from mfd_fast.problems.pool import check_pool
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NAMES = [f"pool_backward-4x1024-bf16-{cc}" for cc in (80, 90, 100)]
@@ -41,4 +42,4 @@ def _run(shape: str, dtype_name: str, n: int = 2, **options: Any) -> None:
     vectors = {"query": torch.zeros(width + skipped, dtype=dtype)[skipped:], "bias": torch.zeros(count, dtype=dtype)}
     problem = check_pool("aot", features, present=present, **vectors, **{"temperature": 0.5, **options})
     pooled, weights = modal_pool.forward(problem)
-    modal_pool.backward(problem, weights, pooled, weights, [True, False, True, False, *(True,) * count])
+    modal_pool.backward(problem, weights, pooled, weights, PoolNeeds(True, False, True, False, [True] * count))

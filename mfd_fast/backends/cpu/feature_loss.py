@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...reference.feature_loss import KINDS
+from ...codes import FEATURE_KINDS
+from ...problems.features import FeatureProblem, Tap
 from .. import allocate
+from ..native import address, dense, row_matrix
+from ..protocol import FeatureGradients, FeatureNeeds
 from . import native
-from .rows import address, dense, rows_argument, streams
+from .streams import streams
+
+__all__ = ["can_run", "distances", "distances_backward", "scalar"]
 
 
-def can_run(problem: Any) -> str | None:
+def can_run(problem: FeatureProblem) -> str | None:
     """Why the native kernels cannot take this call, None if they can."""
     return None if problem.device.type == "cpu" else f"the tensors are on {problem.device}"
 
 
 def _tap(
-    module: Any,
-    tap: Any,
+    module: ModuleType,
+    tap: Tap,
     weight: float,
     grad_rows: Tensor | None,
     d_student: Tensor | None,
     d_teacher: Tensor | None,
     distances: Tensor | None,
     stream: bool,
-    keep: list[Tensor],
+    keep: list[Any],
 ) -> Any:
     return module.Tap(
         tap.student.shape[:-1].numel(),
         tap.student.shape[-1],
-        rows_argument(tap.student, keep),
-        rows_argument(tap.teacher, keep),
+        row_matrix(tap.student, keep),
+        row_matrix(tap.teacher, keep),
         dense(tap.mask, torch.bool, keep),
         weight,
         address(grad_rows),
@@ -46,10 +52,10 @@ def _tap(
     )
 
 
-def scalar(problem: Any, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+def scalar(problem: FeatureProblem, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
     """The scalar loss and, from the same pass, its gradient with respect to each student that needs one."""
     module = native()
-    keep: list[Tensor] = []
+    keep: list[Any] = []
     gradients = [
         allocate.empty_gradient(tap.student) if need else None for tap, need in zip(problem.taps, needs, strict=True)
     ]
@@ -61,7 +67,7 @@ def scalar(problem: Any, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | N
     ]
     module.tap_rows(
         taps,
-        KINDS.index(problem.kind),
+        FEATURE_KINDS[problem.feature_kind],
         problem.dtype is torch.float64,
         problem.reduction == "mean",
         loss.data_ptr(),
@@ -70,30 +76,39 @@ def scalar(problem: Any, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | N
     return loss, gradients
 
 
-def distances(problem: Any) -> list[Tensor]:
+def distances(problem: FeatureProblem) -> list[Tensor]:
     """``[...]`` distances of each tap, 0 on masked rows."""
     module = native()
-    keep: list[Tensor] = []
+    keep: list[Any] = []
     found = [allocate.empty(tap.student.shape[:-1], problem.dtype, problem.device) for tap in problem.taps]
     taps = [
         _tap(module, tap, 0.0, None, None, None, out, False, keep) for tap, out in zip(problem.taps, found, strict=True)
     ]
-    module.tap_rows(taps, KINDS.index(problem.kind), problem.dtype is torch.float64, False, 0, torch.get_num_threads())
+    module.tap_rows(
+        taps, FEATURE_KINDS[problem.feature_kind], problem.dtype is torch.float64, False, 0, torch.get_num_threads()
+    )
     return found
 
 
-def distances_backward(problem: Any, grad_distances: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients of ``Σ_k sum(grad_k·distances_k)`` to the students, then to the teachers."""
+def distances_backward(
+    problem: FeatureProblem, grad_distances: Sequence[Tensor], needs: FeatureNeeds
+) -> FeatureGradients:
+    """Gradients of ``Σ_k sum(grad_k·distances_k)``."""
     module = native()
-    keep: list[Tensor] = []
-    sides = [*(tap.student for tap in problem.taps), *(tap.teacher for tap in problem.taps)]
-    found = [allocate.empty_gradient(x) if need else None for x, need in zip(sides, needs, strict=True)]
-    stream = streams(*found)
-    count = len(problem.taps)
+    keep: list[Any] = []
+    found = FeatureGradients(
+        *(
+            [allocate.empty_gradient(x) if need else None for x, need in zip(side, wanted, strict=True)]
+            for side, wanted in ((problem.students, needs.students), (problem.teachers, needs.teachers))
+        )
+    )
+    stream = streams(*found.students, *found.teachers)
     taps = []
-    for k, (tap, grad) in enumerate(zip(problem.taps, grad_distances, strict=True)):
+    for tap, grad, d_student, d_teacher in zip(problem.taps, grad_distances, *found, strict=True):
         upstream = grad.to(problem.dtype).reshape(-1).contiguous()
         keep.append(upstream)
-        taps.append(_tap(module, tap, 0.0, upstream, found[k], found[count + k], None, stream, keep))
-    module.tap_rows(taps, KINDS.index(problem.kind), problem.dtype is torch.float64, False, 0, torch.get_num_threads())
+        taps.append(_tap(module, tap, 0.0, upstream, d_student, d_teacher, None, stream, keep))
+    module.tap_rows(
+        taps, FEATURE_KINDS[problem.feature_kind], problem.dtype is torch.float64, False, 0, torch.get_num_threads()
+    )
     return found

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import allocate
+from ..native import address
 from . import native
-from .rows import address
 
 #: Up to this many multiplications a call into a library costs more than its better use of the caches saves.
 NATIVE_PRODUCTS = 1 << 24

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...codes import FEATURE_KINDS
 from ...divergences import ForwardKL
-from ...reference.feature_loss import KINDS
-from ...rows import is_used
+from ...problems.checks import is_used
+from ...problems.mfd import MFDProblem
+from ...types import MFDOutput
 from .. import allocate
+from ..native import NO_ROWS, address, cast, dense, feature_gradients, row_matrix
+from ..protocol import MFDGradients, MFDNeeds
 from . import distill_loss, native
+from . import modal_pool as pooling
 from .gemm import has_pair_product, linear, pair_product
-from .modal_pool import can_run as pool_can_run
-from .modal_pool import feature_gradients, native_pool
-from .rows import NO_ROWS, address, cast, dense, rows_argument, streams
+from .streams import streams
+
+__all__ = ["can_run", "has_one_pass", "scalar"]
 
 #: Logits of fewer rows may be shared between threads by columns, which read what others would overwrite.
 IN_PLACE_ROWS = 64
@@ -26,35 +30,40 @@ IN_PLACE_ROWS = 64
 NARROW_PRODUCTS = 1 << 22
 
 
-def can_run(problem: Any) -> str | None:
+def can_run(problem: MFDProblem) -> str | None:
     """Why the native kernels cannot take this call, None if they can."""
-    return pool_can_run(problem.pool) or distill_loss.can_run(problem.rows)
+    return pooling.can_run(problem.pool) or distill_loss.can_run(problem.rows)
 
 
-def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
-    """The fields of MFDOutput, and the gradients of query, bias, head weight, head bias and each of the features."""
+def has_one_pass(p: MFDProblem) -> bool:  # noqa: ARG001
+    """Every call is one pass."""
+    return True
+
+
+def scalar(p: MFDProblem, needs: MFDNeeds) -> tuple[MFDOutput, MFDGradients]:
+    """The outputs and, from the same pass, all gradients."""
     module = native()
-    keep: list[Tensor] = []
+    keep: list[Any] = []
     threads = torch.get_num_threads()
-    rows, pool, dtype, device = p.rows, p.pool, p.rows.dtype, p.device
+    rows, pool, terms, dtype, device = p.rows, p.pool, p.loss, p.rows.dtype, p.device
     n, classes, width = rows.n_rows, rows.classes, pool.width
-    use_soft, use_hard = is_used(p.soft_weight), rows.labels is not None and is_used(p.hard_weight)
+    use_soft, use_hard = terms.use_soft, rows.labels is not None and terms.use_hard
     use_feature, use_pool = is_used(p.feature_weight), is_used(p.pool_weight)
 
-    problem = distill_loss.native_problem(module, rows, rows.labels, keep)
+    problem = distill_loss.row_description(module, rows, keep)
     counted = distill_loss.count(module, rows, problem)
     divisor = 1.0
-    if p.reduction == "mean":
-        divisor = float(max(counted, 1) if p.normalizer is None else p.normalizer)
+    if terms.reduction == "mean":
+        divisor = float(max(counted, 1) if terms.normalizer is None else terms.normalizer)
     call = module.Mfd(
-        native_pool(module, pool, keep),
+        pooling.pool_description(module, pool, keep),
         problem,
-        rows_argument(p.teacher_features, keep) if use_feature else NO_ROWS,
-        KINDS.index(p.feature_kind),
+        row_matrix(p.teacher_features, keep) if use_feature and p.teacher_features is not None else NO_ROWS,
+        FEATURE_KINDS[p.feature_kind],
         dense(p.teacher_pool_weights, dtype, keep) if use_pool else 0,
-        address(p.weight),
-        float(p.soft_weight),
-        float(p.hard_weight),
+        address(terms.weight),
+        float(terms.soft_weight),
+        float(terms.hard_weight),
         float(p.feature_weight),
         float(p.pool_weight),
         divisor,
@@ -76,14 +85,14 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
         # The exponential magnifies what the product loses, which no gradient of 16 bits shows.
         logits = linear(pooled, cast(head_weight, dtype), head_bias, exact=head_weight.dtype is dtype)
 
-    need_query, need_bias, need_head_weight, need_head_bias, *need_features = needs
-    need_pool = need_query or need_bias or any(need_features)
-    need_logits = (use_soft or use_hard) and any(needs)
+    need_pool = needs.query or needs.bias or any(needs.features)
+    need_any = need_pool or needs.head_weight or needs.head_bias
+    need_logits = (use_soft or use_hard) and need_any
     in_place = n >= IN_PLACE_ROWS and type(rows.divergence) is ForwardKL
     d_logits = None
     if need_logits:
         d_logits = logits if in_place else allocate.empty_gradient(logits)
-    loss, soft, hard, feature = outputs = [allocate.empty((), dtype, device) for _ in range(4)]
+    loss, soft, hard, feature = [allocate.empty((), dtype, device) for _ in range(4)]
     predictions = allocate.empty(tuple(p.leading), torch.int64, device)
     module.mfd_rows(
         call,
@@ -97,12 +106,12 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
         streams(d_logits) and not in_place,
         threads,
     )
-    fields = (*outputs, weights, predictions)
-    if not any(needs):
-        return fields, [None] * len(needs)
+    found = MFDOutput(loss, soft, hard, feature, weights, predictions)
+    if not need_any:
+        return found, MFDGradients(None, None, None, None, [None] * len(needs.features))
 
     d_pooled = d_head_weight = d_head_bias = None
-    if d_logits is not None and (need_pool or need_head_weight):
+    if d_logits is not None and (need_pool or needs.head_weight):
         # Gradients that end in bfloat16 may pass through it, as eager's do, where that saves time.
         narrow = p.head_weight.dtype is torch.bfloat16 and n * classes * width >= NARROW_PRODUCTS
         if narrow:
@@ -110,26 +119,26 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
             up, w = d_logits.bfloat16(), head_weight
         else:
             up, y, w = d_logits, pooled, cast(head_weight, dtype)
-        if need_head_weight:
+        if needs.head_weight:
             d_head_weight = cast(linear(up.t(), y.t()), p.head_weight.dtype)
         if need_pool:
             d_pooled = linear(up, w.t())
-    elif need_head_weight:
+    elif needs.head_weight:
         d_head_weight = allocate.empty((classes, width), p.head_weight.dtype, device).zero_()
-    if need_head_bias:
+    if needs.head_bias:
         d_head_bias = allocate.empty((classes,), dtype, device)
         if d_logits is None:
             d_head_bias.zero_()
-    d_query = allocate.empty((width,), dtype, device) if need_query else None
-    d_bias = allocate.empty((pool.modalities,), dtype, device) if need_bias else None
+    d_query = allocate.empty((width,), dtype, device) if needs.query else None
+    d_bias = allocate.empty((pool.modalities,), dtype, device) if needs.bias else None
     d_features, addresses, row_stride = feature_gradients(
-        pool.features, need_features, pool.stacked, pool.modalities, width
+        pool.features, needs.features, pool.stacked, pool.modalities, width
     )
     module.mfd_backward(
         call,
         weights.data_ptr(),
         pooled.data_ptr(),
-        NO_ROWS if d_pooled is None else rows_argument(d_pooled, keep),
+        NO_ROWS if d_pooled is None else row_matrix(d_pooled, keep),
         address(d_logits),
         addresses,
         row_stride,
@@ -139,10 +148,10 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
         0 if d_logits is None else address(d_head_bias),
         threads,
     )
-    if d_query is not None:
-        d_query = cast(d_query, pool.query.dtype)
-    if d_bias is not None:
-        d_bias = cast(d_bias, pool.bias.dtype)
-    if d_head_bias is not None:
-        d_head_bias = cast(d_head_bias, p.head_bias.dtype)
-    return fields, [d_query, d_bias, d_head_weight, d_head_bias, *d_features]
+
+    def like(gradient: Tensor | None, leaf: Tensor | None) -> Tensor | None:
+        return None if gradient is None or leaf is None else cast(gradient, leaf.dtype)
+
+    return found, MFDGradients(
+        like(d_query, pool.query), like(d_bias, pool.bias), d_head_weight, like(d_head_bias, p.head_bias), d_features
+    )

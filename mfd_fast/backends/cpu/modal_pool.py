@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...codes import DTYPES
+from ...problems.pool import PoolProblem
 from .. import allocate
+from ..native import (
+    MAX_MODALITIES,
+    NO_ROWS,
+    RowScalar,
+    address,
+    cast,
+    dense,
+    feature_gradients,
+    feature_matrices,
+    row_matrix,
+)
+from ..protocol import PoolGradients, PoolNeeds
 from . import native
-from .rows import DTYPES, NO_ROWS, address, cast, dense, rows_argument, stacked_arguments, streams, temperature_argument
+from .streams import streams
 
-#: Modalities that the kernels have room for.
-MAX_MODALITIES = 32
+__all__ = ["backward", "can_run", "forward", "pool_description"]
 
 
-def can_run(problem: Any) -> str | None:
+def can_run(problem: PoolProblem) -> str | None:
     """Why the native kernels cannot take this call, None if they can."""
     if problem.device.type != "cpu":
         return f"the tensors are on {problem.device}"
@@ -25,9 +38,16 @@ def can_run(problem: Any) -> str | None:
     return None
 
 
-def native_pool(module: Any, p: Any, keep: list[Tensor]) -> Any:
+def _temperature(value: float | Tensor) -> RowScalar:
+    if not isinstance(value, Tensor):
+        return value, 0, 0
+    if value.dim() == 0:
+        return value.item(), 0, 0
+    return 1.0, value.data_ptr(), 1
+
+
+def pool_description(module: ModuleType, p: PoolProblem, keep: list[Any]) -> Any:
     """The native description of a pool; tensors it points into are appended to ``keep``."""
-    features = stacked_arguments(p.features[0], keep) if p.stacked else [rows_argument(x, keep) for x in p.features]
     temperature = p.temperature
     if isinstance(temperature, Tensor) and temperature.dim():
         temperature = temperature.reshape(-1).to(p.dtype).contiguous()
@@ -36,24 +56,24 @@ def native_pool(module: Any, p: Any, keep: list[Tensor]) -> Any:
         p.leading.numel(),
         p.width,
         p.dtype is torch.float64,
-        features,
+        feature_matrices(p.features, p.stacked, keep),
         dense(p.query, p.dtype, keep),
         dense(p.scores, p.dtype, keep),
         dense(p.bias, p.dtype, keep),
-        *temperature_argument(temperature),
+        *_temperature(temperature),
         p.scale,
         dense(p.present, torch.bool, keep),
     )
 
 
-def forward(p: Any) -> tuple[Tensor, Tensor]:
+def forward(p: PoolProblem) -> tuple[Tensor, Tensor]:
     """pooled ``[..., D]`` and weights ``[..., M]``."""
     module = native()
-    keep: list[Tensor] = []
+    keep: list[Any] = []
     pooled = allocate.empty_large(torch.Size([*p.leading, p.width]), p.out_dtype, p.device)
     weights = allocate.empty((*p.leading, p.modalities), p.dtype, p.device)
     module.pool_forward(
-        native_pool(module, p, keep),
+        pool_description(module, p, keep),
         pooled.data_ptr(),
         DTYPES[p.out_dtype],
         weights.data_ptr(),
@@ -63,40 +83,26 @@ def forward(p: Any) -> tuple[Tensor, Tensor]:
     return pooled, weights
 
 
-def feature_gradients(
-    features: Sequence[Tensor], needs: Sequence[bool], stacked: bool, modalities: int, width: int
-) -> tuple[list[Tensor | None], list[int], int]:
-    """Gradient tensors, one address per modality, and the distance of two rows in elements."""
-    found = [allocate.empty_gradient(x) if need else None for x, need in zip(features, needs, strict=True)]
-    if not stacked:
-        return found, [address(t) for t in found], width
-    (one,) = found
-    if one is None:
-        return found, [0] * modalities, width
-    return found, [one.data_ptr() + m * width * one.itemsize for m in range(modalities)], modalities * width
-
-
 def backward(
-    p: Any, weights: Tensor, d_pooled: Tensor | None, d_weights: Tensor | None, needs: Sequence[bool]
-) -> list[Tensor | None]:
+    p: PoolProblem, weights: Tensor, d_pooled: Tensor | None, d_weights: Tensor | None, needs: PoolNeeds
+) -> PoolGradients:
     """Gradients of query, scores, bias, temperature and each of the features."""
     module = native()
-    keep: list[Tensor] = []
-    need_query, need_scores, need_bias, need_temperature, *need_features = needs
+    keep: list[Any] = []
     dtype, device = p.dtype, p.device
-    d_features, addresses, row_stride = feature_gradients(p.features, need_features, p.stacked, p.modalities, p.width)
+    d_features, addresses, row_stride = feature_gradients(p.features, needs.features, p.stacked, p.modalities, p.width)
 
     def empty(need: bool, *shape: int) -> Tensor | None:
         return allocate.empty(shape, dtype, device) if need else None
 
-    per_row = need_temperature and p.temperature.dim() > 0
-    d_query, d_bias = empty(need_query, p.width), empty(need_bias, p.modalities)
-    d_scores = empty(need_scores, *p.leading, p.modalities)
-    d_temperature = empty(need_temperature, *(p.leading if per_row else ()))
+    per_row = isinstance(p.temperature, Tensor) and p.temperature.dim() > 0
+    d_query, d_bias = empty(needs.query, p.width), empty(needs.bias, p.modalities)
+    d_scores = empty(needs.scores, *p.leading, p.modalities)
+    d_temperature = empty(needs.temperature, *(p.leading if per_row else ()))
     module.pool_backward(
-        native_pool(module, p, keep),
+        pool_description(module, p, keep),
         dense(weights, dtype, keep),
-        NO_ROWS if d_pooled is None else rows_argument(d_pooled, keep),
+        NO_ROWS if d_pooled is None else row_matrix(d_pooled, keep),
         dense(d_weights, dtype, keep),
         addresses,
         row_stride,
@@ -108,10 +114,10 @@ def backward(
         address(d_temperature) if per_row else 0,
         torch.get_num_threads(),
     )
-    if d_query is not None:
-        d_query = cast(d_query, p.query.dtype)
-    if d_scores is not None:
-        d_scores = cast(d_scores, p.scores.dtype)
-    if d_bias is not None:
-        d_bias = cast(d_bias, p.bias.dtype)
-    return [d_query, d_scores, d_bias, d_temperature, *d_features]
+
+    def like(gradient: Tensor | None, leaf: Tensor | None) -> Tensor | None:
+        return None if gradient is None or leaf is None else cast(gradient, leaf.dtype)
+
+    return PoolGradients(
+        like(d_query, p.query), like(d_scores, p.scores), like(d_bias, p.bias), d_temperature, d_features
+    )

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...reference.feature_loss import KINDS
+from ...codes import FEATURE_KINDS
+from ...problems.features import FeatureProblem, Tap
 from .. import allocate
-from ..cpu.rows import address, rows_argument
+from ..native import address, row_matrix
+from ..protocol import FeatureGradients, FeatureNeeds
 from . import native, why_not_device
 from .launch import number, where, workspace
 from .modal_pool import contiguous
@@ -18,7 +20,7 @@ from .modal_pool import contiguous
 COUNT_ROWS = 1 << 15  # masked rows of a tap that every one of its blocks counts for itself
 
 
-def can_run(problem: Any) -> str | None:
+def can_run(problem: FeatureProblem) -> str | None:
     """None if the kernels cover this call, else the reason."""
     return why_not_device(problem.device)
 
@@ -26,17 +28,17 @@ def can_run(problem: Any) -> str | None:
 class _Taps:
     """The native taps of a call, those without rows left out."""
 
-    def __init__(self, problem: Any) -> None:
+    def __init__(self, problem: FeatureProblem) -> None:
         self.problem = problem
         self.module = native()
-        self.keep: list[Tensor] = []
+        self.keep: list[Any] = []
         self.taps: list[Any] = []
         self.weights: list[int] = []
         self.counts: list[int] = []
 
     def add(
         self,
-        tap: Any,
+        tap: Tap,
         *,
         weight: tuple[int, float] = (0, 0.0),
         count: int = 0,
@@ -52,8 +54,8 @@ class _Taps:
             self.module.Tap(
                 rows,
                 tap.student.shape[-1],
-                rows_argument(tap.student, self.keep),
-                rows_argument(tap.teacher, self.keep),
+                row_matrix(tap.student, self.keep),
+                row_matrix(tap.teacher, self.keep),
                 contiguous(tap.mask, self.keep),
                 weight[1],
                 address(grad_rows),
@@ -76,7 +78,7 @@ class _Taps:
             self.taps,
             self.weights,
             self.counts,
-            KINDS.index(p.kind),
+            FEATURE_KINDS[p.feature_kind],
             p.dtype is torch.float64,
             p.reduction == "mean",
             address(scratch),
@@ -85,7 +87,7 @@ class _Taps:
         )
 
 
-def scalar(problem: Any, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+def scalar(problem: FeatureProblem, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
     """The scalar loss and, from the same launch, its gradient with respect to each student that needs one.
 
     Of masks over many rows, a library kernel before it counts those that exist.
@@ -99,8 +101,9 @@ def scalar(problem: Any, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | N
         found.append(gradient)
         count = 0
         if problem.reduction == "mean" and tap.mask is not None and tap.mask.numel() > COUNT_ROWS:
-            taps.keep.append(tap.mask.sum())
-            count = taps.keep[-1].data_ptr()
+            counted = tap.mask.sum()
+            taps.keep.append(counted)
+            count = counted.data_ptr()
         taps.add(tap, weight=number(tap.weight, dtype, device, taps.keep), count=count, d_student=gradient)
     if not taps.taps:
         loss.zero_()
@@ -108,7 +111,7 @@ def scalar(problem: Any, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | N
     return loss, found
 
 
-def distances(problem: Any) -> list[Tensor]:
+def distances(problem: FeatureProblem) -> list[Tensor]:
     """``[...]`` distances of each tap, 0 on masked rows."""
     found = [allocate.empty(tuple(tap.student.shape[:-1]), problem.dtype, problem.device) for tap in problem.taps]
     taps = _Taps(problem)
@@ -118,15 +121,20 @@ def distances(problem: Any) -> list[Tensor]:
     return found
 
 
-def distances_backward(problem: Any, grad_distances: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients of ``Σ_k sum(grad_k·distances_k)`` to the students, then to the teachers."""
-    count = len(problem.taps)
-    sides = [*(tap.student for tap in problem.taps), *(tap.teacher for tap in problem.taps)]
-    found = [allocate.empty_gradient(x) if need else None for x, need in zip(sides, needs, strict=True)]
+def distances_backward(
+    problem: FeatureProblem, grad_distances: Sequence[Tensor], needs: FeatureNeeds
+) -> FeatureGradients:
+    """Gradients of ``Σ_k sum(grad_k·distances_k)``."""
+    found = FeatureGradients(
+        *(
+            [allocate.empty_gradient(x) if need else None for x, need in zip(side, wanted, strict=True)]
+            for side, wanted in ((problem.students, needs.students), (problem.teachers, needs.teachers))
+        )
+    )
     taps = _Taps(problem)
-    for k, (tap, grad) in enumerate(zip(problem.taps, grad_distances, strict=True)):
+    for tap, grad, d_student, d_teacher in zip(problem.taps, grad_distances, *found, strict=True):
         upstream = grad.to(problem.dtype).reshape(-1).contiguous()
         taps.keep.append(upstream)
-        taps.add(tap, grad_rows=upstream, d_student=found[k], d_teacher=found[count + k])
+        taps.add(tap, grad_rows=upstream, d_student=d_student, d_teacher=d_teacher)
     taps.launch()
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def where(device: torch.device) -> tuple[int, int]:
     return index, torch.cuda.current_stream(index).cuda_stream
 
 
-def number(value: float | Tensor, dtype: torch.dtype, device: torch.device, keep: list[Tensor]) -> tuple[int, float]:
+def number(value: float | Tensor, dtype: torch.dtype, device: torch.device, keep: list[Any]) -> tuple[int, float]:
     """(address in device memory, or 0; value). Nothing waits for the device."""
     if not isinstance(value, Tensor):
         return 0, float(value)

@@ -2,13 +2,7 @@
 
 The public functions with ``backend="reference"`` run the differentiable composition of
 :mod:`mfd_fast.reference.distill_loss` directly; these entry points serve the registered ops, inside which
-autograd does not record. Every backend has the same four: ``can_run``, ``scalar``, ``per_row``, ``per_row_backward``.
-
-``needs`` of the last, and the gradients it returns, are (student, teacher, temperature, teacher_temperature), and with
-several teachers also (teacher_weights, second teacher, third teacher, …); the gradients of the temperatures are ``[N]``
-and of the weights ``[N, teachers]``, one value per row, of weights that already sum to 1. With a TopK teacher the
-gradient of the teacher is that of its values ``[..., K]``.
-The statistics ``[N, STATISTICS]`` are what the backend chooses; only its own backward reads them.
+autograd does not record.
 """
 
 from __future__ import annotations
@@ -19,7 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...codes import STATISTICS
 from ...divergences import NKD
+from ...problems.checks import is_used
+from ...problems.rows import RowLoss, RowProblem
 from ...reference.distill_loss import (
     RowTerms,
     Sides,
@@ -34,59 +31,56 @@ from ...reference.distill_loss import (
     soften,
     sparse_teacher,
 )
-from ...rows import Rows, is_used
-from ..layout import STATISTICS
+from ..protocol import ByProducts, RowGradients, RowNeeds, RowOutputs, ScalarLoss
 from .gradients import label_slopes, project, slopes, temperature_slope, through_transform
 
-Needs = tuple[bool, ...]
+__all__ = ["can_run", "per_row", "per_row_backward", "scalar"]
 
 
-def can_run(rows: Rows) -> str | None:  # noqa: ARG001
+def can_run(rows: RowProblem) -> str | None:  # noqa: ARG001
     """Every call can run."""
     return None
 
 
-def scalar(
-    rows: Rows,
-    *,
-    weight: Tensor | None,
-    soft_weight: float | Tensor,
-    hard_weight: float | Tensor,
-    mean: bool,
-    normalizer: float | Tensor | None,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
+def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool) -> ScalarLoss:
     """The scalar loss and, if asked, its gradient with respect to the student."""
-    loss = combine(rows, weight, soft_weight, hard_weight, "mean" if mean else "sum", normalizer)
+    value = combine(rows, loss)
     if not needs_grad:
-        return loss, None
-    factor = torch.ones(rows.n_rows, dtype=rows.dtype, device=rows.device) if weight is None else weight
-    if mean and normalizer is not None:
-        factor = factor / normalizer
-    elif mean:
+        return ScalarLoss(value, None)
+    ones = torch.ones(rows.n_rows, dtype=rows.dtype, device=rows.device)
+    factor = ones if loss.weight is None else loss.weight
+    if loss.reduction == "mean" and loss.normalizer is not None:
+        factor = factor / loss.normalizer
+    elif loss.reduction == "mean":
         counted = rows.counted()
         factor = factor / (max(rows.n_rows, 1) if counted is None else counted.sum().clamp_min(1))
-    soft, hard = (factor * w if is_used(w) else None for w in (soft_weight, hard_weight))
-    return loss, _gradients(rows, soft, hard).student
+    soft, hard = (factor * w if is_used(w) else None for w in (loss.soft_weight, loss.hard_weight))
+    return ScalarLoss(value, _gradients(rows, soft, hard).student)
 
 
-def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...] | None]:
+def per_row(rows: RowProblem, *, terms: bool) -> RowOutputs:
     """``soft``, ``hard``, the statistics and the by-products."""
     values = row_terms(rows)
-    return values.soft.clone(), values.hard.clone(), _statistics(rows, values), tuple(values[2:]) if terms else None
+    by_products = ByProducts(*values[2:]) if terms else None  # type: ignore[arg-type]
+    return RowOutputs(values.soft.clone(), values.hard.clone(), _statistics(rows, values), by_products)
 
 
 def per_row_backward(
-    rows: Rows,
-    stats: Tensor,  # noqa: ARG001
+    rows: RowProblem,
+    statistics: Tensor,  # noqa: ARG001
     grad_soft: Tensor,
     grad_hard: Tensor,
-    needs: Needs,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of Σ grad_soft·soft + grad_hard·hard, one per entry of ``needs``."""
+    needs: RowNeeds,
+) -> RowGradients:
+    """Gradients of Σ grad_soft·soft + grad_hard·hard."""
     found = _gradients(rows, grad_soft, grad_hard)
-    every = (found.student, found.teachers[0], *found[2:], *found.teachers[1:])
-    return tuple(g if need else None for g, need in zip(every, needs, strict=False))
+    return RowGradients(
+        found.student if needs.student else None,
+        found.temperature if needs.temperature else None,
+        found.teacher_temperature if needs.teacher_temperature else None,
+        found.teacher_weights if needs.teacher_weights else None,
+        [g if need else None for g, need in zip(found.teachers, needs.teachers, strict=True)],
+    )
 
 
 class _Gradients(NamedTuple):
@@ -97,7 +91,7 @@ class _Gradients(NamedTuple):
     teacher_weights: Tensor
 
 
-def _gradients(rows: Rows, grad_soft: Tensor | None, grad_hard: Tensor | None) -> _Gradients:
+def _gradients(rows: RowProblem, grad_soft: Tensor | None, grad_hard: Tensor | None) -> _Gradients:
     """All of them; a term whose upstream gradient is None has no part."""
     sides = both_sides(rows, rows.op)
     x, ys = sides.x, sides.ys
@@ -139,7 +133,7 @@ def _gradients(rows: Rows, grad_soft: Tensor | None, grad_hard: Tensor | None) -
     )
 
 
-def _of_soft_term(rows: Rows, sides: Sides, upstream: Tensor, zero: _Gradients) -> _Gradients:
+def _of_soft_term(rows: RowProblem, sides: Sides, upstream: Tensor, zero: _Gradients) -> _Gradients:
     """Of Σ upstream·soft, with respect to the transformed logits, the temperatures and the weights."""
     if len(sides.ys) > 1:  # as soft_value
         sides = sides._replace(x=sides.x.double(), ys=[y.double() for y in sides.ys])
@@ -179,7 +173,7 @@ def _column(value: float | Tensor) -> float | Tensor:
 
 
 def _chain(
-    rows: Rows,
+    rows: RowProblem,
     sides: Sides,
     logs: tuple[Tensor, Tensor],
     ab: tuple[Tensor, Tensor],
@@ -220,7 +214,7 @@ def _chain(
 
 
 def _sparse_teacher_gradient(
-    rows: Rows, values: Tensor, b: Tensor, indices: Tensor, teacher_t: float | Tensor
+    rows: RowProblem, values: Tensor, b: Tensor, indices: Tensor, teacher_t: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """To the K values, and −Σ dv·v/T_t of the temperature; v = [values, log of the rest]/T_t."""
     assert rows.topk is not None
@@ -236,7 +230,7 @@ def _sparse_teacher_gradient(
     return dy / _column(teacher_t), temperature_slope(dv, torch.cat((values, rest), -1), teacher_t)
 
 
-def _statistics(rows: Rows, values: RowTerms) -> Tensor:
+def _statistics(rows: RowProblem, values: RowTerms) -> Tensor:
     """Those that all backends share and KL; of several teachers those of log p, of a TopK those of its values."""
     sides = both_sides(rows, rows.op)
     x, y, teacher_t = sides.x, sides.ys[0], rows.teacher_temperature

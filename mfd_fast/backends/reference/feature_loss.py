@@ -7,27 +7,32 @@ directly; these entry points serve the registered ops, inside which autograd doe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...problems.features import FeatureProblem
 from ...reference.feature_loss import tap_rows
+from ..protocol import FeatureGradients, FeatureNeeds
+
+__all__ = ["can_run", "distances", "distances_backward"]
 
 
-def can_run(problem: Any) -> str | None:  # noqa: ARG001
+def can_run(problem: FeatureProblem) -> str | None:  # noqa: ARG001
     """Every call can run."""
     return None
 
 
-def distances(problem: Any) -> list[Tensor]:
+def distances(problem: FeatureProblem) -> list[Tensor]:
     """``[...]`` distances of each tap, 0 on masked rows."""
     p = problem
-    return [tap_rows(tap.student, tap.teacher, None, tap.mask, p.kind, p.dtype).clone() for tap in p.taps]
+    return [tap_rows(tap.student, tap.teacher, None, tap.mask, p.feature_kind, p.dtype).clone() for tap in p.taps]
 
 
-def distances_backward(problem: Any, grad_distances: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients of ``Σ_k sum(grad_k·distances_k)`` to the students, then to the teachers."""
+def distances_backward(
+    problem: FeatureProblem, grad_distances: Sequence[Tensor], needs: FeatureNeeds
+) -> FeatureGradients:
+    """Gradients of ``Σ_k sum(grad_k·distances_k)``."""
     p = problem
     students: list[Tensor | None] = []
     teachers: list[Tensor | None] = []
@@ -36,7 +41,7 @@ def distances_backward(problem: Any, grad_distances: Sequence[Tensor], needs: Se
         if tap.mask is not None:
             zero = torch.zeros((), dtype=p.dtype, device=s.device)
             s, t, up = (torch.where(tap.mask[..., None], x, zero) for x in (s, t, up))
-        if p.kind == "cosine":
+        if p.feature_kind == "cosine":
             ss, tt = s.square().sum(-1, keepdim=True), t.square().sum(-1, keepdim=True)
             nothing = (ss == 0) | (tt == 0)
             ss, tt = torch.where(nothing, torch.ones_like(ss), ss), torch.where(nothing, torch.ones_like(tt), tt)
@@ -46,8 +51,11 @@ def distances_backward(problem: Any, grad_distances: Sequence[Tensor], needs: Se
             ds, dt = up * (cosine / ss * s - t / norms), up * (cosine / tt * t - s / norms)
         else:
             error = s - t
-            ds = up / s.shape[-1] * (2 * error if p.kind == "mse" else error.clamp(-1, 1))
+            ds = up / s.shape[-1] * (2 * error if p.feature_kind == "mse" else error.clamp(-1, 1))
             dt = -ds
         students.append(ds.to(tap.student.dtype))
         teachers.append(dt.to(tap.teacher.dtype))
-    return [g if need else None for g, need in zip([*students, *teachers], needs, strict=True)]
+    return FeatureGradients(
+        [g if need else None for g, need in zip(students, needs.students, strict=True)],
+        [g if need else None for g, need in zip(teachers, needs.teachers, strict=True)],
+    )

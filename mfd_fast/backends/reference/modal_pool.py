@@ -6,36 +6,33 @@ directly; these entry points serve the registered ops, inside which autograd doe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from ...problems.pool import PoolProblem
 from ...reference.modal_pool import modal_pool
+from ..protocol import PoolGradients, PoolNeeds
+
+__all__ = ["backward", "can_run", "forward"]
 
 
-def can_run(problem: Any) -> str | None:  # noqa: ARG001
+def can_run(problem: PoolProblem) -> str | None:  # noqa: ARG001
     """Every call can run."""
     return None
 
 
-def _features(p: Any) -> list[Tensor]:
-    return list(p.features[0].unbind(-2)) if p.stacked else p.features
-
-
-def forward(p: Any) -> tuple[Tensor, Tensor]:
+def forward(p: PoolProblem) -> tuple[Tensor, Tensor]:
     """pooled ``[..., D]`` and weights ``[..., M]``, in memory of their own."""
-    features = _features(p)
+    features = p.modality_features()
     pooled, weights = modal_pool(features, p.query, p.scores, p.bias, p.temperature, p.present, p.scale, p.dtype)
     return pooled.to(p.out_dtype, copy=True), weights.clone(memory_format=torch.contiguous_format)
 
 
 def backward(
-    p: Any, weights: Tensor, d_pooled: Tensor | None, d_weights: Tensor | None, needs: Sequence[bool]
-) -> list[Tensor | None]:
+    p: PoolProblem, weights: Tensor, d_pooled: Tensor | None, d_weights: Tensor | None, needs: PoolNeeds
+) -> PoolGradients:
     """Gradients of query, scores, bias, temperature and each of the features."""
-    xs = [x.to(p.dtype) for x in _features(p)]
+    xs = [x.to(p.dtype) for x in p.modality_features()]
     zero = weights.new_zeros(())
     if p.present is not None:
         xs = [torch.where(p.present[..., m, None], x, zero) for m, x in enumerate(xs)]
@@ -50,26 +47,27 @@ def backward(
     temperature = p.temperature
     ds = ds / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
 
-    need_query, need_scores, need_bias, need_temperature, *need_features = needs
-    found: list[Tensor | None] = [None] * 4
+    d_query = d_scores = d_bias = d_temperature = None
     rows = tuple(range(weights.dim() - 1))
-    if need_query:
+    if needs.query and p.query is not None:
         total = torch.stack([ds[..., m, None] * x for m, x in enumerate(xs)]).sum((0, *(r + 1 for r in rows)))
-        found[0] = (p.scale * total).to(p.query.dtype)
-    if need_scores:
-        found[1] = ds.to(p.scores.dtype, copy=True)
-    if need_bias:
-        found[2] = (ds.sum(rows) if rows else ds.clone()).to(p.bias.dtype)
-    if need_temperature:
+        d_query = (p.scale * total).to(p.query.dtype)
+    if needs.scores and p.scores is not None:
+        d_scores = ds.to(p.scores.dtype, copy=True)
+    if needs.bias and p.bias is not None:
+        d_bias = (ds.sum(rows) if rows else ds.clone()).to(p.bias.dtype)
+    if needs.temperature and isinstance(temperature, Tensor):
         # sum_m ds_m = 0, so log a_m may stand for s_m/temperature, from which it differs by a constant.
         per_row = -(ds * torch.where(weights == 0, torch.ones_like(weights), weights).log()).sum(-1)
-        found[3] = per_row if temperature.dim() else per_row.sum()
+        d_temperature = per_row if temperature.dim() else per_row.sum()
     dxs = [weights[..., m, None] * up for m in range(len(xs))]
     if p.query is not None:
         dxs = [dx + ds[..., m, None] * (p.scale * p.query.to(p.dtype)) for m, dx in enumerate(dxs)]
     if p.present is not None:
         dxs = [torch.where(p.present[..., m, None], dx, zero) for m, dx in enumerate(dxs)]
     if p.stacked:
-        return [*found, torch.stack(dxs, -2).to(p.features[0].dtype) if need_features[0] else None]
-    features = zip(dxs, p.features, need_features, strict=True)
-    return [*found, *(dx.to(x.dtype, copy=True) if need else None for dx, x, need in features)]
+        d_features = [torch.stack(dxs, -2).to(p.features[0].dtype) if needs.features[0] else None]
+    else:
+        features = zip(dxs, p.features, needs.features, strict=True)
+        d_features = [dx.to(x.dtype, copy=True) if need else None for dx, x, need in features]
+    return PoolGradients(d_query, d_scores, d_bias, d_temperature, d_features)

@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contract import check_indices, check_labels_in_range
+from ...codes import STATISTICS
 from ...divergences import NKD, ForwardKL
-from ...rows import Rows, is_used
+from ...problems.rows import RowLoss, RowProblem, Scalar, check_indices, check_labels_in_range
 from .. import allocate
-from ..layout import STATISTICS
 from ..limits import beyond_kernels
+from ..protocol import ByProducts, RowGradients, RowNeeds, RowOutputs, ScalarLoss
 from . import interpreting
 from .launch import aligned, constants, finish, gradient, kernels, launch, number, realigned, taken
 from .row_arguments import RowArguments, row_arguments
-from .scale import scale_gradient_
 from .teachers import has_exponents, mixture_backward
 
-__all__ = ["can_run", "per_row", "per_row_backward", "scalar", "scale_gradient_"]
+__all__ = ["can_run", "per_row", "per_row_backward", "scalar"]
 
 COUNT_BLOCK = 1024
 MAX_COUNTS = 128
@@ -33,7 +32,7 @@ MAX_TEACHERS = 8  # the kernels are unrolled over them
 MAX_COLUMNS = 2**31 - 2**16  # column numbers of a tile are int32
 
 
-def can_run(rows: Rows) -> str | None:
+def can_run(rows: RowProblem) -> str | None:
     """None if the kernels cover this call, else the reason."""
     if len(rows.teachers) > MAX_TEACHERS:
         return f"at most {MAX_TEACHERS} teachers"
@@ -46,40 +45,31 @@ def can_run(rows: Rows) -> str | None:
     return reason or beyond_kernels(rows)
 
 
-def scalar(
-    rows: Rows,
-    *,
-    weight: Tensor | None,
-    soft_weight: float | Tensor,
-    hard_weight: float | Tensor,
-    mean: bool,
-    normalizer: float | Tensor | None,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
+def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool) -> ScalarLoss:
     """The scalar loss and, if asked, its gradient with respect to the student, in one pass over the rows."""
     check_labels_in_range(rows.op, rows)
     check_indices(rows.op, rows)
-    soft = is_used(soft_weight)
-    hard = rows.labels is not None and is_used(hard_weight)
-    loss = allocate.empty((), rows.dtype, rows.device)
+    soft, hard = loss.use_soft, rows.labels is not None and loss.use_hard
+    value = allocate.empty((), rows.dtype, rows.device)
     written, grad = gradient(rows.student) if needs_grad else (None, None)
     if rows.n_rows == 0 or not (soft or hard):
-        return loss.zero_(), None if grad is None else grad.zero_()
+        return ScalarLoss(value.zero_(), None if grad is None else grad.zero_())
 
     counts, n_counts = None, 0
-    if mean and normalizer is None:
-        normalizer = float(rows.n_rows)
+    divisor: Scalar = 1.0
+    if loss.reduction == "mean" and loss.normalizer is not None:
+        divisor = loss.normalizer
+    elif loss.reduction == "mean":
+        divisor = float(rows.n_rows)
         if rows.labels is not None or rows.mask is not None:
             counts, n_counts = _count(rows)
-    elif not mean:
-        normalizer = 1.0
     sparse = soft and rows.topk is not None
     if rows.topk is not None and not sparse:  # the teacher is not read
-        rows = rows.replace(topk=None, teacher=rows.student)
+        rows = rows.replace(topk=None, indices=None, teachers=[rows.student])
     common = row_arguments(rows, (rows.student.shape[-1],))
     programs = -(-rows.n_rows // common.blocks.rows)
     partial = allocate.empty((programs,), torch.float64, rows.device)
-    terms, numbers = loss_arguments(rows, weight, soft_weight, hard_weight, normalizer)
+    terms, numbers = loss_arguments(rows, loss, divisor)
     terms = terms._replace(partial_ptr=partial, grad_ptr=written, counts_ptr=counts)
     arguments = common.numbers | numbers | {"n_counts": n_counts, "width": rows.student.shape[-1] // common.unit}
     arguments |= {"p": common.problem, "listed": common.listed, "loss": terms}
@@ -87,11 +77,11 @@ def scalar(
     kernel = kernels("topk.scalar").topk_scalar if sparse else kernels("distill.scalar").distill_scalar
     more = {"maxnreg": LEAN_REGISTERS} if soft and _is_lean(rows, common) else {}
     launch(kernel, programs, rows.device, common.blocks.warps, taken(kernel, arguments), **more)
-    _reduce(terms, numbers["normalizer"], programs, n_counts, loss)
-    return loss, None if grad is None or written is None else finish(written, grad)
+    _reduce(terms, numbers["normalizer"], programs, n_counts, value)
+    return ScalarLoss(value, None if grad is None or written is None else finish(written, grad))
 
 
-def _is_lean(rows: Rows, common: RowArguments) -> bool:
+def _is_lean(rows: RowProblem, common: RowArguments) -> bool:
     """Whether a program of 8 warps does with half the registers of a multiprocessor, so that two of them run there."""
     return (
         common.blocks.loop
@@ -105,20 +95,14 @@ def _is_lean(rows: Rows, common: RowArguments) -> bool:
     )
 
 
-def loss_arguments(
-    rows: Rows,
-    weight: Tensor | None,
-    soft_weight: float | Tensor,
-    hard_weight: float | Tensor,
-    normalizer: float | Tensor | None,
-) -> tuple[Any, dict[str, float]]:
+def loss_arguments(rows: RowProblem, loss: RowLoss, divisor: Scalar) -> tuple[Any, dict[str, float]]:
     """`structs.Loss` without outputs and counts, and the numbers that go with it."""
-    soft_number, soft_ptr = number(soft_weight, rows.student)
-    hard_number, hard_ptr = number(hard_weight, rows.student)
-    divisor, divisor_ptr = number(normalizer, rows.student)
-    pointers = (None, None, aligned(weight), soft_ptr, hard_ptr, divisor_ptr, None)
+    soft_number, soft_ptr = number(loss.soft_weight, rows.student)
+    hard_number, hard_ptr = number(loss.hard_weight, rows.student)
+    divisor_number, divisor_ptr = number(divisor, rows.student)
+    pointers = (None, None, aligned(loss.weight), soft_ptr, hard_ptr, divisor_ptr, None)
     terms = kernels("rows.structs").Loss(*pointers, **constants({"COUNTS": MAX_COUNTS}))
-    return terms, {"soft_weight": soft_number, "hard_weight": hard_number, "normalizer": divisor}
+    return terms, {"soft_weight": soft_number, "hard_weight": hard_number, "normalizer": divisor_number}
 
 
 def _reduce(terms: Any, normalizer: float, programs: int, n_counts: int, loss: Tensor) -> None:
@@ -136,7 +120,7 @@ def _reduce(terms: Any, normalizer: float, programs: int, n_counts: int, loss: T
     launch(kernels("rows.reduce").reduce_loss, 1, loss.device, 4, arguments)
 
 
-def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...] | None]:
+def per_row(rows: RowProblem, *, terms: bool) -> RowOutputs:
     """soft [N], hard [N], stats [N, STATISTICS] and, if asked, the by-products."""
     check_labels_in_range(rows.op, rows)
     check_indices(rows.op, rows)
@@ -158,30 +142,28 @@ def per_row(rows: Rows, *, terms: bool) -> tuple[Tensor, Tensor, Tensor, tuple[T
         arguments |= {"how": _per_row_how(rows, common, terms), **dict.fromkeys(UPSTREAM, 0)}
         kernel = kernels("distill.per_row").distill_rows if rows.topk is None else kernels("topk.per_row").topk_rows
         launch(kernel, -(-n // common.blocks.rows), device, common.blocks.warps, taken(kernel, arguments))
-    return soft, hard, stats, tuple(extra) if terms else None
+    by_products = ByProducts(*extra) if terms else None  # type: ignore[arg-type]
+    return RowOutputs(soft, hard, stats, by_products)
 
 
 def per_row_backward(
-    rows: Rows, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of Σ grad_soft·soft + grad_hard·hard to student, teacher and, per row, both temperatures.
-
-    With several teachers also to the weights [N, K] and to each further teacher.
-    """
+    rows: RowProblem, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: RowNeeds
+) -> RowGradients:
+    """Gradients of Σ grad_soft·soft + grad_hard·hard to all logits and, per row, temperatures and weights."""
     n, several = rows.n_rows, len(rows.teachers) > 1
-    of_teachers = (needs[1], *needs[5:])
-    student, d_student = gradient(rows.student) if needs[0] else (None, None)
-    teacher, d_teacher = gradient(rows.teacher) if needs[1] and not several else (None, None)
+    student, d_student = gradient(rows.student) if needs.student else (None, None)
+    teacher, d_teacher = gradient(rows.teacher) if needs.teachers[0] and not several else (None, None)
+    need_teachers = any(needs.teachers) or needs.teacher_temperature or needs.teacher_weights
     mixed = exponents = None
-    if several and (any(of_teachers) or any(needs[3:5])):
+    if several and need_teachers:
         mixed = allocate.empty((n, rows.classes), rows.dtype, rows.device)
         if has_exponents(rows.divergence):
             exponents = allocate.empty((n, rows.classes), rows.dtype, rows.device)
     at_one = allocate.empty((n,), rows.dtype, rows.device) if several and isinstance(rows.divergence, NKD) else None
-    wanted = (needs[2], needs[3] and not several)
+    wanted = (needs.temperature, needs.teacher_temperature and not several)
     per_side = [allocate.empty((n,), rows.dtype, rows.device) if need else None for need in wanted]
     common = None
-    if n and any(needs):
+    if n and (needs.student or needs.temperature or need_teachers):
         widths = (rows.student.shape[-1], *(logits.shape[-1] for logits in rows.teachers if rows.topk is None))
         common = row_arguments(rows, widths)
         grad_soft, grad_hard = realigned(grad_soft), realigned(grad_hard)
@@ -212,13 +194,11 @@ def per_row_backward(
         launch(kernel, -(-n // common.blocks.rows), rows.device, common.blocks.warps, taken(kernel, arguments))
     first = None if student is None or d_student is None else finish(student, d_student)
     if several:
-        found = mixture_backward(rows, common, mixed, exponents, at_one, (*needs[3:5], *of_teachers))
-        return first, found.teachers[0], per_side[0], found.temperature, found.weights, *found.teachers[1:]
-    return (
-        first,
-        None if teacher is None or d_teacher is None else finish(teacher, d_teacher),
-        *per_side,
-    )
+        of_mixture = (needs.teacher_temperature, needs.teacher_weights, *needs.teachers)
+        found = mixture_backward(rows, common, mixed, exponents, at_one, of_mixture)
+        return RowGradients(first, per_side[0], found.temperature, found.weights, found.teachers)
+    second = None if teacher is None or d_teacher is None else finish(teacher, d_teacher)
+    return RowGradients(first, per_side[0], per_side[1], None, [second])
 
 
 def _nothing(of: Any) -> Any:
@@ -226,11 +206,11 @@ def _nothing(of: Any) -> Any:
     return of(*(None,) * len(of._fields))
 
 
-def _per_row_how(rows: Rows, common: RowArguments, terms: bool = False) -> Any:
+def _per_row_how(rows: RowProblem, common: RowArguments, terms: bool = False) -> Any:
     return common.how(hard=rows.labels is not None, smooth=rows.label_smoothing != 0, terms=terms)
 
 
-def _count(rows: Rows) -> tuple[Tensor, int]:
+def _count(rows: RowProblem) -> tuple[Tensor, int]:
     """Partial counts of the counted rows, and how many there are."""
     programs = min(-(-rows.n_rows // COUNT_BLOCK), MAX_COUNTS)
     counts = allocate.empty((programs,), torch.int64, rows.device)

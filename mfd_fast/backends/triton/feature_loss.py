@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...reference.feature_loss import KINDS
+from ...codes import FEATURE_KINDS
+from ...problems.features import FeatureProblem, Tap
 from .. import allocate
 from ..layout import RowLayout, row_layout
+from ..protocol import FeatureGradients, FeatureNeeds
 from . import interpreting
 from .launch import aligned, finish, gradient, kernels, launch, number
 from .reduce_columns import ColumnSums
@@ -24,7 +26,7 @@ COUNT_ROWS = 1 << 15  # masked rows that every program counts for itself
 WARPS = 4
 
 
-def can_run(problem: Any) -> str | None:
+def can_run(problem: FeatureProblem) -> str | None:
     """None if the kernels cover this call, else the reason."""
     if len(problem.taps) > MAX_TAPS:
         return f"the kernel is unrolled over at most {MAX_TAPS} taps, not {len(problem.taps)}"
@@ -42,15 +44,17 @@ def _tile(width: int, double: bool) -> tuple[bool, int, int]:
     return (True, 1, tile) if size > most else (False, max(1, min(16, tile // size)), size)
 
 
-def _programs(problem: Any, tiles: Sequence[tuple[bool, int, int]]) -> int:
+def _programs(problem: FeatureProblem, tiles: Sequence[tuple[bool, int, int]]) -> int:
     return sum(-(-tap.student.shape[:-1].numel() // tile[1]) for tap, tile in zip(problem.taps, tiles, strict=True))
 
 
-def _tiles(problem: Any) -> tuple[tuple[bool, int, int], ...]:
+def _tiles(problem: FeatureProblem) -> tuple[tuple[bool, int, int], ...]:
     return tuple(_tile(tap.student.shape[-1], problem.dtype == torch.float64) for tap in problem.taps)
 
 
-def _run(problem: Any, tiles: tuple[tuple[bool, int, int], ...], partial: Tensor | None, **per_tap: Any) -> None:
+def _run(
+    problem: FeatureProblem, tiles: tuple[tuple[bool, int, int], ...], partial: Tensor | None, **per_tap: Any
+) -> None:
     """``per_tap``: tuples of the kernel's optional arguments; those that are missing are None."""
     taps = problem.taps
     module = kernels("features.taps")
@@ -67,7 +71,7 @@ def _run(problem: Any, tiles: tuple[tuple[bool, int, int], ...], partial: Tensor
         "coded_rows": tuple(2 * tap.student.shape[:-1].numel() + 3 for tap in taps),
         "widths": tuple(tap.student.shape[-1] for tap in taps),
         "TILES": tiles,
-        "FEATURE_KIND": KINDS.index(problem.kind),
+        "FEATURE_KIND": FEATURE_KINDS[problem.feature_kind],
         "MEAN": problem.reduction == "mean",
         "DTYPE": tl.float64 if problem.dtype == torch.float64 else tl.float32,
     }
@@ -97,7 +101,7 @@ def _split(value: float) -> tuple[float, float]:
     return high, value - high
 
 
-def scalar(problem: Any, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+def scalar(problem: FeatureProblem, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
     """The scalar loss and, from the same pass, its gradient with respect to each student that needs one."""
     taps = problem.taps
     gradients = [gradient(tap.student) if need else None for tap, need in zip(taps, needs, strict=True)]
@@ -120,23 +124,25 @@ def scalar(problem: Any, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | N
     return loss, [None if pair is None else finish(*pair) for pair in gradients]
 
 
-def _count(tap: Any) -> Tensor | None:
+def _count(tap: Tap) -> Tensor | None:
     """How many rows exist, where counting them in every program would cost too much."""
     return None if tap.mask is None or tap.mask.numel() <= COUNT_ROWS else tap.mask.sum()
 
 
-def distances(problem: Any) -> list[Tensor]:
+def distances(problem: FeatureProblem) -> list[Tensor]:
     """``[...]`` distances of each tap, 0 on masked rows."""
     found = [allocate.empty(tuple(tap.student.shape[:-1]), problem.dtype, problem.device) for tap in problem.taps]
     _run(problem, _tiles(problem), None, distance_ptrs=tuple(found))
     return found
 
 
-def distances_backward(problem: Any, grad_distances: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients of ``Σ_k sum(grad_k·distances_k)`` to the students, then to the teachers."""
-    count = len(problem.taps)
-    sides = [*(tap.student for tap in problem.taps), *(tap.teacher for tap in problem.taps)]
-    found = [gradient(x) if need else None for x, need in zip(sides, needs, strict=True)]
+def distances_backward(
+    problem: FeatureProblem, grad_distances: Sequence[Tensor], needs: FeatureNeeds
+) -> FeatureGradients:
+    """Gradients of ``Σ_k sum(grad_k·distances_k)``."""
+    count = len(problem.students)
+    sides, wanted = (*problem.students, *problem.teachers), (*needs.students, *needs.teachers)
+    found = [gradient(x) if need else None for x, need in zip(sides, wanted, strict=True)]
     written = tuple(None if pair is None else pair[0] for pair in found)
     _run(
         problem,
@@ -146,4 +152,5 @@ def distances_backward(problem: Any, grad_distances: Sequence[Tensor], needs: Se
         d_student_ptrs=written[:count],
         d_teacher_ptrs=written[count:],
     )
-    return [None if pair is None else finish(*pair) for pair in found]
+    finished = [None if pair is None else finish(*pair) for pair in found]
+    return FeatureGradients(finished[:count], finished[count:])

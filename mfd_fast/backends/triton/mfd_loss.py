@@ -7,17 +7,19 @@ one library GEMM. Calls that the kernel does not cover run as a chain of the oth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...contract import check_labels_in_range
-from ...reference.feature_loss import KINDS
-from ...rows import is_used
+from ...codes import FEATURE_KINDS
+from ...problems.checks import is_used
+from ...problems.mfd import MFDProblem
+from ...problems.rows import Scalar, check_labels_in_range
+from ...types import MFDOutput
 from .. import allocate
 from ..layout import row_layout
+from ..protocol import MFDGradients, MFDNeeds
 from . import distill_loss
 from . import modal_pool as pooling
 from .blocks import common_unit
@@ -38,17 +40,17 @@ MAX_ROWS = 8192
 MAX_MODALITIES = 8
 
 
-def can_run(problem: Any) -> str | None:
+def can_run(problem: MFDProblem) -> str | None:
     """None if the kernels cover this call, else the reason."""
     return pooling.can_run(problem.pool) or distill_loss.can_run(problem.rows)
 
 
-def has_one_pass(p: Any) -> bool:
+def has_one_pass(p: MFDProblem) -> bool:
     """Whether the single launch covers this call: a matter of shapes, dtypes and options, never of values."""
     rows = p.rows
     return (
         rows.dtype == torch.float32
-        and (is_used(p.soft_weight) or is_used(p.hard_weight))
+        and (p.loss.use_soft or p.loss.use_hard)
         and rows.classes <= MAX_CLASSES
         and p.pool.width <= MAX_WIDTH
         and rows.n_rows <= MAX_ROWS
@@ -56,7 +58,7 @@ def has_one_pass(p: Any) -> bool:
     )
 
 
-def _operand_dtype(p: Any) -> torch.dtype:
+def _operand_dtype(p: MFDProblem) -> torch.dtype:
     """Dtype of the matrix products' operands: 16 bits where features and head have the same 16 bits."""
     first = p.head_weight.dtype
     sixteen = first in (torch.bfloat16, torch.float16)
@@ -72,17 +74,17 @@ def _tile(most: int, *counts: int) -> int:
     return max(16, min(most, 1 << (max(counts) - 1).bit_length()))
 
 
-def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
-    """The fields of MFDOutput, and the gradients of query, bias, head weight, head bias and each of the features."""
+def scalar(p: MFDProblem, needs: MFDNeeds) -> tuple[MFDOutput, MFDGradients]:
+    """The outputs and, from the same launch, all gradients."""
     rows, pool, device = p.rows, p.pool, p.device
     check_labels_in_range(rows.op, rows)
     n, classes, width, dtype = rows.n_rows, rows.classes, pool.width, rows.dtype
-    need_query, need_bias, need_head_weight, need_head_bias, *need_features = needs
+    need_query, need_bias, need_head_weight, need_head_bias, need_features = needs
     sums = ColumnSums(-(-n // ROWS), device)
     terms = [sums.add((), dtype, torch.float64) for _ in range(4)]
-    query = sums.add((width,), pool.query.dtype, dtype) if need_query else None
-    bias = sums.add((pool.modalities,), pool.bias.dtype, dtype) if need_bias else None
-    head_bias = sums.add((classes,), p.head_bias.dtype, dtype) if need_head_bias else None
+    query = sums.add((width,), pool.query.dtype, dtype) if need_query and pool.query is not None else None
+    bias = sums.add((pool.modalities,), pool.bias.dtype, dtype) if need_bias and pool.bias is not None else None
+    head_bias = sums.add((classes,), p.head_bias.dtype, dtype) if need_head_bias and p.head_bias is not None else None
     d_features, dx_ptrs, dx_stride = pooling.feature_gradients(pool, need_features)
     weights = allocate.empty((*p.leading, pool.modalities), dtype, device)
     predictions = allocate.empty(tuple(p.leading), torch.int64, device)
@@ -95,7 +97,11 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
         pool_needed = need_query or need_bias or any(need_features)
         y = allocate.empty((n, width), operand, device)
         z = allocate.empty((n, _padded(classes)), dtype, device)
-        dz = allocate.empty((n, _padded(classes)), operand, device) if any(needs) else None
+        dz = (
+            allocate.empty((n, _padded(classes)), operand, device)
+            if pool_needed or need_head_weight or need_head_bias
+            else None
+        )
         module = kernels("mfd.single_pass")
         pool_outputs = dict.fromkeys(kernels("pool.modal_pool").PoolGradients._fields)
         pool_outputs |= {
@@ -122,17 +128,18 @@ def scalar(p: Any, needs: Sequence[bool]) -> tuple[tuple[Tensor, ...], list[Tens
             with torch.autocast(device.type, enabled=False):
                 assert dz is not None
                 d_head_weight = (dz[:, :classes].t() @ y).to(p.head_weight.dtype)
-    gradients = [
+    gradients = MFDGradients(
         None if query is None else query[1],
         None if bias is None else bias[1],
         d_head_weight,
         None if head_bias is None else head_bias[1],
-        *(None if pair is None else finish(*pair) for pair in d_features),
-    ]
-    return (*(out for _, out in terms), weights, predictions), gradients
+        [None if pair is None else finish(*pair) for pair in d_features],
+    )
+    loss, soft, hard, feature = (out for _, out in terms)
+    return MFDOutput(loss, soft, hard, feature, weights, predictions), gradients
 
 
-def _arguments(p: Any, z: Tensor) -> dict[str, Any]:
+def _arguments(p: MFDProblem, z: Tensor) -> dict[str, Any]:
     """Everything that the kernel reads, and the shapes of its tiles."""
     rows, pool = p.rows, p.pool
     n, classes = rows.n_rows, rows.classes
@@ -141,9 +148,10 @@ def _arguments(p: Any, z: Tensor) -> dict[str, Any]:
     block_d = _tile(TILE_D, pool.width)
     row_problem, numbers = _row_problem(p, z)
     extra, extra_numbers = _extra(p, head)
-    count = p.reduction == "mean" and p.normalizer is None
-    divisor = 1.0 if p.reduction == "sum" else float(n) if count else p.normalizer
-    loss, loss_numbers = distill_loss.loss_arguments(rows, p.weight, p.soft_weight, p.hard_weight, divisor)
+    divisor: Scalar = 1.0
+    if p.loss.reduction == "mean":
+        divisor = float(n) if p.loss.normalizer is None else p.loss.normalizer
+    loss, loss_numbers = distill_loss.loss_arguments(rows, p.loss, divisor)
     operand_bytes = _operand_dtype(p).itemsize
     tiles = {
         "ROWS": ROWS,
@@ -171,7 +179,7 @@ def _arguments(p: Any, z: Tensor) -> dict[str, Any]:
     }
 
 
-def _row_problem(p: Any, z: Tensor) -> tuple[Any, dict[str, Any]]:
+def _row_problem(p: MFDProblem, z: Tensor) -> tuple[Any, dict[str, Any]]:
     """`structs.RowProblem`, whose student's logits are those that the kernel parks, and its numbers."""
     rows = p.rows
     teacher = row_layout(rows.teacher)
@@ -196,17 +204,19 @@ def _row_problem(p: Any, z: Tensor) -> tuple[Any, dict[str, Any]]:
     return problem, numbers | {"teacher_stride": teacher.row_stride // unit}
 
 
-def _extra(p: Any, head: Tensor) -> tuple[Any, dict[str, Any]]:
+def _extra(p: MFDProblem, head: Tensor) -> tuple[Any, dict[str, Any]]:
     """`single_pass.Extra` and its numbers."""
     rows = p.rows
-    features = row_layout(p.teacher_features) if is_used(p.feature_weight) else None
+    features = None
+    if is_used(p.feature_weight) and p.teacher_features is not None:
+        features = row_layout(p.teacher_features)
     target = aligned(p.teacher_pool_weights) if is_used(p.pool_weight) else None
     feature_weight, feature_weight_ptr = number(p.feature_weight, head)
     pool_weight, pool_weight_ptr = number(p.pool_weight, head)
-    count = p.reduction == "mean" and p.normalizer is None
+    count = p.loss.reduction == "mean" and p.loss.normalizer is None
     everything = rows.labels is None and rows.mask is None
     flat = features is None or features.inner >= rows.n_rows
-    flags = {"F_FLAT": flat, "FEATURE_KIND": KINDS.index(p.feature_kind), "COUNT": count and not everything}
+    flags = {"F_FLAT": flat, "FEATURE_KIND": FEATURE_KINDS[p.feature_kind], "COUNT": count and not everything}
     pointers = (head, aligned(p.head_bias), None if features is None else features.tensor, target)
     extra = kernels("mfd.single_pass").Extra(*pointers, feature_weight_ptr, pool_weight_ptr, **constants(flags))
     numbers = {"feature_weight": feature_weight, "pool_weight": pool_weight, "head_stride": head.stride(0)}
@@ -218,10 +228,10 @@ def _extra(p: Any, head: Tensor) -> tuple[Any, dict[str, Any]]:
     return extra, numbers
 
 
-def _how(p: Any, row_problem: Any) -> Any:
+def _how(p: MFDProblem, row_problem: Any) -> Any:
     """`structs.How` of the rows of logits: a warp per row."""
     rows = p.rows
-    soft, hard = is_used(p.soft_weight), rows.labels is not None and is_used(p.hard_weight)
+    soft, hard = p.loss.use_soft, rows.labels is not None and p.loss.use_hard
     size = 1 << (rows.classes - 1).bit_length()
     vec = min(8, size)
     fields = {

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...problems.pool import PoolProblem
 from .. import allocate
 from ..layout import row_layout
+from ..protocol import PoolGradients, PoolNeeds
 from . import interpreting
 from .launch import aligned, constants, finish, gradient, kernels, launch, number
 from .reduce_columns import ColumnSums
@@ -43,7 +45,7 @@ def pool_blocks(modalities: int, width: int, double: bool) -> PoolBlocks:
     return PoolBlocks(1, min(tile, 1024 if double else 2048), True, 4)
 
 
-def can_run(problem: Any) -> str | None:
+def can_run(problem: PoolProblem) -> str | None:
     """None if the kernels cover this call, else the reason."""
     if problem.modalities > MAX_MODALITIES:
         return f"the kernel is unrolled over at most {MAX_MODALITIES} modalities, not {problem.modalities}"
@@ -52,11 +54,6 @@ def can_run(problem: Any) -> str | None:
     if interpreting():
         return None if problem.device.type == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
     return None if problem.device.type == "cuda" else f"the tensors are on {problem.device}, not on a GPU"
-
-
-def modalities(tensors: Sequence[Tensor], stacked: bool) -> list[Tensor]:
-    """M tensors ``[..., D]``; views of a stacked ``[..., M, D]``."""
-    return list(tensors[0].unbind(-2)) if stacked else list(tensors)
 
 
 def features(tensors: Sequence[Tensor], n: int) -> Any:
@@ -75,20 +72,20 @@ def no_features() -> Any:
     return kernels("pool.modal_pool").Features((None,), (), (), (0,), **constants({"FLAT": True}))
 
 
-def pool_problem(p: Any) -> tuple[Any, float]:
+def pool_problem(p: PoolProblem) -> tuple[Any, float]:
     """`modal_pool.PoolProblem`, and the temperature where it is a number."""
     tau = p.temperature
     if isinstance(tau, Tensor) and tau.dim():
         tau = tau.reshape(-1)
     temperature, temperature_ptr = number(tau, p.features[0])
-    x = features(modalities(p.features, p.stacked), p.leading.numel())
+    x = features(p.modality_features(), p.leading.numel())
     pointers = [aligned(value) for value in (p.query, p.scores, p.bias, p.present)]
     step = 0 if temperature_ptr is None or temperature_ptr.dim() == 0 else 1
     numbers = {"M": p.modalities, "M_TILE": 1 << (p.modalities - 1).bit_length(), "STEP": step}
     return kernels("pool.modal_pool").PoolProblem(x, *pointers, temperature_ptr, **constants(numbers)), temperature
 
 
-def pool_how(p: Any, loop: bool, rows: int, width: int) -> Any:
+def pool_how(p: PoolProblem, loop: bool, rows: int, width: int) -> Any:
     """`modal_pool.PoolHow`: arithmetic and tile."""
     floating = [t for t in (*p.features, p.scores) if t is not None]
     # 16-bit features do not deserve the slower exponentials; float64 has its own.
@@ -97,7 +94,7 @@ def pool_how(p: Any, loop: bool, rows: int, width: int) -> Any:
     return kernels("pool.modal_pool").PoolHow(**constants(fields))
 
 
-def _common(p: Any) -> tuple[dict[str, Any], PoolBlocks]:
+def _common(p: PoolProblem) -> tuple[dict[str, Any], PoolBlocks]:
     blocks = pool_blocks(p.modalities, p.width, p.dtype == torch.float64)
     problem, temperature = pool_problem(p)
     how = pool_how(p, blocks.loop, blocks.rows, blocks.width)
@@ -105,7 +102,7 @@ def _common(p: Any) -> tuple[dict[str, Any], PoolBlocks]:
     return {"p": problem, "how": how, **numbers}, blocks
 
 
-def forward(p: Any) -> tuple[Tensor, Tensor]:
+def forward(p: PoolProblem) -> tuple[Tensor, Tensor]:
     """pooled ``[..., D]`` and weights ``[..., M]``."""
     like = p.features[0].new_empty((), dtype=p.out_dtype).expand(*p.leading, p.width)
     written, pooled = gradient(like)
@@ -120,7 +117,7 @@ def forward(p: Any) -> tuple[Tensor, Tensor]:
 
 
 def feature_gradients(
-    p: Any, needs: Sequence[bool]
+    p: PoolProblem, needs: Sequence[bool]
 ) -> tuple[list[tuple[Tensor, Tensor] | None], tuple[Tensor | None, ...], int]:
     """(written, returned) per feature tensor; per modality where the kernel writes, and the stride of these rows."""
     found = [gradient(x) if need else None for x, need in zip(p.features, needs, strict=True)]
@@ -132,12 +129,12 @@ def feature_gradients(
 
 
 def backward(
-    p: Any, weights: Tensor, d_pooled: Tensor | None, d_weights: Tensor | None, needs: Sequence[bool]
-) -> list[Tensor | None]:
+    p: PoolProblem, weights: Tensor, d_pooled: Tensor | None, d_weights: Tensor | None, needs: PoolNeeds
+) -> PoolGradients:
     """Gradients of query, scores, bias, temperature and each of the features."""
-    need_query, need_scores, need_bias, need_temperature, *need_features = needs
+    need_query, need_scores, need_bias, need_temperature, need_features = needs
     n = p.leading.numel()
-    per_row = need_temperature and p.temperature.dim() > 0
+    per_row = need_temperature and isinstance(p.temperature, Tensor) and p.temperature.dim() > 0
     shared = need_query or need_bias or (need_temperature and not per_row)
     common, blocks = _common(p)
     programs = -(-n // blocks.rows)
@@ -146,15 +143,15 @@ def backward(
     sums = ColumnSums(programs, p.device)
     query_partial = bias_partial = temperature_partial = None
     d_query = d_bias = d_temperature = None
-    if need_query:
+    if need_query and p.query is not None:
         query_partial, d_query = sums.add((p.width,), p.query.dtype, p.dtype)
-    if need_bias:
+    if need_bias and p.bias is not None:
         bias_partial, d_bias = sums.add((p.modalities,), p.bias.dtype, p.dtype)
     if per_row:
         d_temperature = allocate.empty(tuple(p.leading), p.dtype, p.device)
     elif need_temperature:
         temperature_partial, d_temperature = sums.add((), p.dtype, torch.float64)
-    scores = gradient(p.scores) if need_scores else None
+    scores = gradient(p.scores) if need_scores and p.scores is not None else None
     d_features, dx_ptrs, dx_stride = feature_gradients(p, need_features)
     if n == 0:
         for t in (d_query, d_bias, d_temperature):
@@ -177,4 +174,5 @@ def backward(
         launch(module.pool_backward, programs, p.device, blocks.warps, arguments)
         sums.run()
     d_scores = None if scores is None else finish(*scores)
-    return [d_query, d_scores, d_bias, d_temperature, *(None if x is None else finish(*x) for x in d_features)]
+    finished = [None if x is None else finish(*x) for x in d_features]
+    return PoolGradients(d_query, d_scores, d_bias, d_temperature, finished)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...divergences import DKD, JSD, NKD, AlphaBeta, Divergence, ForwardKL, SkewKL, SkewReverseKL
-from ...rows import Rows, TopKRows
+from ...problems.rows import RowProblem, TopKRows
 from ...types import LogitTransform
 from .. import allocate
 from ..layout import row_layout
@@ -69,7 +69,7 @@ class RowArguments(NamedTuple):
         return kernels("rows.structs").How(**constants(options))
 
 
-def row_arguments(rows: Rows, widths: tuple[int, ...], heavy: bool = False) -> RowArguments:
+def row_arguments(rows: RowProblem, widths: tuple[int, ...], heavy: bool = False) -> RowArguments:
     """``widths``: row lengths of the gradients to be written."""
     student, s_inner, s_outer, s_row = row_layout(rows.student)
     (teacher, t_inner, t_outer, t_row), *more = [row_layout(logits) for logits in rows.teachers]
@@ -136,7 +136,7 @@ def row_arguments(rows: Rows, widths: tuple[int, ...], heavy: bool = False) -> R
     if rows.topk is None:
         return RowArguments(problem, None, numbers, options, blocks, unit)
     words = -(-rows.classes // 32)
-    numbers |= {"n_listed": rows.topk.indices.shape[-1], "words": words}
+    numbers |= {"n_listed": rows.teacher.shape[-1], "words": words}
     if rows.topk.tail == "zero" and isinstance(rows.divergence, ForwardKL):
         options["DIVERGENCE"] = constant("distill.divergences", "FORWARD_POINT")
     whole = {"SQUARED": False, "CONTIGUOUS": True, "LOOP": False, "ROWS": 1, "LANES": slots(rows), "VEC": 1}
@@ -159,7 +159,7 @@ def logits_argument(
     return kernels("rows.structs").Logits(ptr, temperature_ptr, **constants(flags))
 
 
-def _blocks(rows: Rows, logits: list[Tensor], columns: int, unit: int, heavy: bool) -> Blocks:
+def _blocks(rows: RowProblem, logits: list[Tensor], columns: int, unit: int, heavy: bool) -> Blocks:
     """The tile of a program; ``unit``: what addresses and strides of the rows share."""
     if rows.topk is not None:
         return choose_row_blocks(columns, rows.student.element_size(), unit, slots(rows))
@@ -177,15 +177,15 @@ def _blocks(rows: Rows, logits: list[Tensor], columns: int, unit: int, heavy: bo
     return choose_blocks(columns, widest, unit, heavy, heaviest)
 
 
-def slots(rows: Rows) -> int:
+def slots(rows: RowProblem) -> int:
     """Room for the listed classes and the rest as one more: a power of two."""
     return power_of_two(rows.teacher.shape[-1] + 1)
 
 
-def _listed(rows: Rows, topk: TopKRows, words: int, tile: Any) -> Any:
+def _listed(rows: RowProblem, topk: TopKRows, words: int, tile: Any) -> Any:
     flags = {"TAIL": constant("topk.values", topk.tail.upper()), "LOGPROBS": topk.logprobs, "SLOTS": slots(rows)}
     bits = allocate.empty((rows.n_rows, words), torch.int32, rows.device)
-    return kernels("topk.values").Listed(aligned(topk.indices), bits, **constants(flags), tile=tile)
+    return kernels("topk.values").Listed(aligned(rows.indices), bits, **constants(flags), tile=tile)
 
 
 def is_standardized(transform: LogitTransform | None) -> bool:

@@ -43,7 +43,9 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
 def scale_gradients_(gradients: Sequence[Tensor], factor: Tensor) -> None:
     """Each of the contiguous ``gradients`` ``*= factor``, as :func:`scale_gradient_`, in one launch for all."""
     filled = [g for g in gradients if g.numel()]
-    if not filled:
+    if len(filled) == 1:
+        scale_gradient_(filled[0], factor)
+    if len(filled) < 2:
         return
     emulate = [interpreting() and g.dtype == torch.bfloat16 for g in filled]  # see launch.gradient
     targets = [g.float() if e else g for g, e in zip(filled, emulate, strict=True)]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...divergences import DKD, NKD, AlphaBeta, Divergence, ReverseKL
-from ...rows import Rows
+from ...problems.rows import RowProblem
 from .. import allocate
 from .launch import constants, finish, gradient, kernels, launch, taken
 from .row_arguments import RowArguments
@@ -27,7 +27,7 @@ def has_exponents(divergence: Divergence) -> bool:
 
 
 def mixture_backward(
-    rows: Rows,
+    rows: RowProblem,
     common: RowArguments | None,
     mixed: Tensor | None,
     exponents: Tensor | None,

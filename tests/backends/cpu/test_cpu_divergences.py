@@ -4,9 +4,8 @@ import pytest
 import torch
 
 import mfd_fast as mfd
+from mfd_fast import codes
 from mfd_fast.backends import cpu
-from mfd_fast.backends.cpu.distill_loss import _DIVERGENCES
-from mfd_fast.backends.layout import STATISTICS
 from mfd_fast.divergences import DIVERGENCES
 from mfd_fast.testing import distill_inputs
 
@@ -85,9 +84,9 @@ def assert_agree(actual, exact, context, tolerance=1e-9):
 
 
 def test_numbers_and_widths_are_those_of_the_native_module():
-    assert set(_DIVERGENCES) == {*DIVERGENCES, "alpha_beta"}
-    assert sorted(_DIVERGENCES.values()) == list(range(len(_DIVERGENCES)))
-    assert cpu.native().statistics == STATISTICS
+    assert set(codes.DIVERGENCES) == {*DIVERGENCES, "alpha_beta"}
+    assert sorted(codes.DIVERGENCES.values()) == list(range(len(codes.DIVERGENCES)))
+    assert cpu.native().statistics == codes.STATISTICS
 
 
 @every_divergence

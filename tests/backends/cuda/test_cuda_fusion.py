@@ -9,7 +9,7 @@ from test_values import narrowed
 
 from mfd_fast.backends import cuda
 from mfd_fast.backends.cuda import feature_loss, modal_pool, scale
-from mfd_fast.ops.pool_problem import check_pool
+from mfd_fast.problems.pool import check_pool
 from mfd_fast.testing import modal_inputs
 
 POOL, FEATURE = RECORDS["modal_pool"], RECORDS["feature_loss"]

@@ -7,9 +7,9 @@ from harness import assert_same, evaluate, on
 from op_db import RECORDS
 
 import mfd_fast as mfd
-from mfd_fast import contract
 from mfd_fast.backends import cuda
 from mfd_fast.backends.cuda import distill_loss as backend
+from mfd_fast.problems.rows import check_rows
 from mfd_fast.testing import distill_inputs
 
 LOSS = RECORDS["distill_loss"]
@@ -25,9 +25,7 @@ def emulate():
 
 def plan(classes, dtype, rows=2, teachers=1):
     logits = torch.zeros((1, classes), dtype=dtype).expand(rows, classes)
-    return backend.plan(
-        contract.check_rows("distill_loss", logits, logits if teachers == 1 else [logits] * teachers, None)
-    )
+    return backend.plan(check_rows("distill_loss", logits, logits if teachers == 1 else [logits] * teachers, None))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from test_cuda_rungs import A100, H100, emulate  # noqa: F401
 from test_triton_topk import OPTIONS, bad_lists, every_divergence, special_rows
 
 import mfd_fast as mfd
-from mfd_fast import contract
 from mfd_fast.backends.cuda import distill_loss
+from mfd_fast.problems.rows import check_rows
 
 TAILS = ("bucket", "renormalize", "zero")
 # Small shared memory makes short rows long ones: (device, classes) and the rung.
@@ -25,7 +25,7 @@ RUNGS = {
 def plan(arguments):
     student = arguments["student"]
     teacher = mfd.TopK(arguments["values"]["logprobs"], arguments["indices"])
-    return distill_loss.plan(contract.check_rows("distill_loss", student, teacher, None))[0]
+    return distill_loss.plan(check_rows("distill_loss", student, teacher, None))[0]
 
 
 def agree(arguments, context, tail, values_are, **options):

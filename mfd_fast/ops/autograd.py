@@ -1,0 +1,82 @@
+"""What the autograd nodes of all ops share.
+
+A node keeps problems without tensors; every tensor it reads again goes through ``save_for_backward``, also gradients
+that are computed already. So autograd frees them after the backward, notices if they have changed, and hooks and
+checkpoints see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import scale_backend
+from ..problems.checks import upstream
+from ..problems.problem import Problem
+
+
+def save(ctx: Any, problems: tuple[Problem, ...], *more: Tensor | None) -> None:
+    """Keeps what :func:`saved` gives back."""
+    kept, tensors = [], []
+    for problem in problems:
+        rest, found = problem.apart()
+        kept.append(rest)
+        tensors += found
+    ctx.problems, ctx.count, ctx.given = kept, len(tensors), False
+    ctx.save_for_backward(*tensors, *more)
+
+
+def saved(ctx: Any) -> tuple[list[Any], list[Any]]:
+    """The problems with their tensors, and the further tensors."""
+    tensors = iter(ctx.saved_tensors)
+    return [problem.with_tensors(tensors) for problem in ctx.problems], list(tensors)
+
+
+def needs_reference() -> bool:
+    """Whether gradients must be differentiable (create_graph) or are batched (is_grads_batched): no kernel can."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+def reference_gradients(
+    leaves: Sequence[Tensor | None],
+    outputs_of: Callable[[list[Any]], Sequence[Tensor]],
+    grad_outputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of ``leaves`` as autograd finds them through ``outputs_of(leaves)`` in plain PyTorch."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # One alias per role: a tensor that serves in two of them gets each role's gradient once.
+        aliases = [None if leaf is None else leaf.view_as(leaf) for leaf in leaves]
+        ends = zip(outputs_of(aliases), grad_outputs, strict=True)
+        pairs = [(value, g) for value, g in ends if g is not None and value.requires_grad]
+        wanted = [leaf for leaf, need in zip(aliases, needs, strict=True) if need and leaf is not None]
+        if not pairs or not wanted:
+            return [None] * len(needs)
+        outputs, upstreams = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, upstreams, create_graph=create_graph, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+def ready_gradients(
+    ctx: Any, grad_loss: Tensor, again: Callable[..., Sequence[Tensor | None]]
+) -> Sequence[Tensor | None]:
+    """Gradients that the forward pass of a scalar loss has computed and saved, times ``grad_loss``, without a copy.
+
+    The first backward gives these tensors away; a later one runs the pass once more: ``again(*problems)``.
+    """
+    if ctx.given:
+        found = again(*saved(ctx)[0])
+    else:
+        # Aliases with a version of their own: what is done to them is no change of a saved tensor.
+        found = [None if g is None else g.data for g in ctx.saved_tensors[ctx.count :]]
+        ctx.given = True
+    scale_backend(ctx.backend).scale_gradients_([g for g in found if g is not None], upstream(grad_loss))
+    return found
+
+
+def requires_grad(*values: object) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)

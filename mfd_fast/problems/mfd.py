@@ -1,0 +1,162 @@
+"""The problem of mfd_loss: a pool, a head, row losses of the logits to come, and two more terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..codes import FEATURE_KINDS
+from .checks import (
+    check_choice,
+    check_device,
+    check_floating,
+    check_row_tensor,
+    check_scalar,
+    check_temperature,
+    is_used,
+    value_error,
+)
+from .pool import PoolProblem, check_pool, check_vector
+from .problem import Problem
+from .rows import RowLoss, RowProblem, Scalar, check_row_loss, check_rows
+
+
+class MFDProblem(Problem):
+    """A checked mfd_loss call.
+
+    Attributes:
+        pool: of the features; its arithmetic has the dtype of ``rows``.
+        rows: ``rows.student`` only has the shape of the logits that are still to be computed.
+        loss: what becomes of soft and hard term, and of the two others.
+        head_weight, head_bias: ``[C, D]``, ``[C]`` or None.
+        teacher_features, teacher_pool_weights: ``[..., D]`` and ``[..., M]`` or None.
+        feature_weight, pool_weight: number or 0-d tensor.
+        feature_kind: of the feature term.
+    """
+
+    OPTIONS: ClassVar = {"feature_kind": "str"}
+    TENSORS = (
+        "head_weight",
+        "head_bias",
+        "teacher_features",
+        "teacher_pool_weights",
+        "feature_weight",
+        "pool_weight",
+    )
+    PARTS = ("pool", "rows", "loss")
+
+    feature_kind: str
+    head_weight: Tensor
+    head_bias: Tensor | None
+    teacher_features: Tensor | None
+    teacher_pool_weights: Tensor | None
+    feature_weight: Scalar
+    pool_weight: Scalar
+    pool: PoolProblem
+    rows: RowProblem
+    loss: RowLoss
+
+    @property
+    def leading(self) -> torch.Size:
+        return self.pool.leading
+
+    @property
+    def device(self) -> torch.device:
+        return self.pool.device
+
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        own = super().named_tensors()
+        first = len(own) - len(self.rows.named_tensors()) - len(self.loss.named_tensors())
+        names = {"student": "teacher_logits", "teacher": "teacher_logits"}
+        pooled = {"temperature": "pool_temperature"}
+        return [((pooled if k < first else names).get(name, name), t) for k, (name, t) in enumerate(own)]
+
+
+def check_mfd_loss(
+    op: str,
+    features: Sequence[Tensor] | Tensor,
+    query: Tensor | None,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    *,
+    teacher_features: Tensor | None,
+    present: Tensor | None,
+    bias: Tensor | None,
+    pool_temperature: float | Tensor,
+    pool_scale: float | None,
+    soft_weight: Scalar,
+    hard_weight: Scalar,
+    feature_weight: Scalar,
+    feature_kind: str,
+    teacher_pool_weights: Tensor | None,
+    pool_weight: Scalar,
+    weight: Tensor | None,
+    reduction: str,
+    normalizer: Scalar | None,
+    **options: Any,
+) -> MFDProblem:
+    """The whole contract of mfd_loss; ``options`` are those of :func:`check_rows`."""
+    pool = check_pool(op, features, query, bias=bias, present=present, scale=pool_scale, scale_name="pool_scale")
+    leading, device, width = pool.leading, pool.device, pool.width
+    head_weight = check_floating(op, "head_weight", head_weight)
+    if head_weight.dim() != 2 or head_weight.shape[1] != width or head_weight.shape[0] < 1:
+        raise value_error(op, "head_weight", head_weight, f"of shape [C, {width}] with C >= 1")
+    check_device(op, "head_weight", head_weight, device)
+    classes = head_weight.shape[0]
+    head_bias = check_vector(op, "head_bias", head_bias, classes, device)
+    teacher_logits = check_floating(op, "teacher_logits", teacher_logits)
+    check_device(op, "teacher_logits", teacher_logits, device)
+    if teacher_logits.shape != (*leading, classes):
+        raise value_error(op, "teacher_logits", teacher_logits, f"of shape {[*leading, classes]}")
+
+    # Anything of the logits' shape, dtype and device.
+    logits = teacher_logits
+    if logits.dtype != pool.dtype:
+        logits = head_weight.detach().new_zeros(()).to(pool.dtype).expand(*leading, classes)
+    rows = check_rows(op, logits, teacher_logits, labels, **options)
+    rows.student = teacher_logits
+    pool.dtype = pool.out_dtype = rows.dtype
+    pool.temperature = _pool_temperature(rows, pool_temperature, leading)
+    loss = check_row_loss(rows, soft_weight, hard_weight, weight, reduction, normalizer)
+    feature_weight = check_scalar(op, "feature_weight", feature_weight, dtype=rows.dtype)
+    pool_weight = check_scalar(op, "pool_weight", pool_weight, dtype=rows.dtype)
+    check_choice(op, "feature_kind", feature_kind, tuple(FEATURE_KINDS))
+    if is_used(feature_weight) and teacher_features is None:
+        raise value_error(op, "teacher_features", None, "given when feature_weight is not 0")
+    if teacher_features is not None:
+        teacher_features = check_floating(op, "teacher_features", teacher_features)
+        if teacher_features.shape != (*leading, width):
+            raise value_error(op, "teacher_features", teacher_features, f"of shape {[*leading, width]}")
+        check_device(op, "teacher_features", teacher_features, device)
+    if is_used(pool_weight) and teacher_pool_weights is None:
+        raise value_error(op, "teacher_pool_weights", None, "given when pool_weight is not 0")
+    if teacher_pool_weights is not None:
+        shape = torch.Size([*leading, pool.modalities])
+        teacher_pool_weights = check_row_tensor(op, "teacher_pool_weights", teacher_pool_weights, shape, device, None)
+    return MFDProblem(
+        feature_kind=feature_kind,
+        head_weight=head_weight,
+        head_bias=head_bias,
+        teacher_features=teacher_features,
+        teacher_pool_weights=teacher_pool_weights,
+        feature_weight=feature_weight,
+        pool_weight=pool_weight,
+        pool=pool,
+        rows=rows,
+        loss=loss,
+    )
+
+
+def _pool_temperature(rows: RowProblem, value: float | Tensor, leading: torch.Size) -> float | Tensor:
+    """In the shape of the rows, and 1 in those that do not exist: whatever stands there has no effect."""
+    exists = (rows.mask, rows.labels, rows.ignore_index)
+    tau = check_temperature(rows.op, "pool_temperature", value, leading, rows.device, rows.dtype, *exists)
+    if not isinstance(tau, Tensor) or tau.dim() == 0:
+        return tau
+    counted = rows.counted()
+    return (tau if counted is None else torch.where(counted, tau, torch.ones_like(tau))).reshape(leading)

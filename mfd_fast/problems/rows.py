@@ -1,0 +1,488 @@
+"""The problem of the row losses: N rows of student and teacher logits, and what becomes of their two terms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..divergences import DKD, NKD, AlphaBeta, Divergence, ForwardKL, ReverseKL
+from ..types import LogitTransform, TopK
+from .checks import (
+    REDUCTIONS,
+    can_read,
+    check_bool,
+    check_choice,
+    check_dense,
+    check_device,
+    check_divergence,
+    check_floating,
+    check_ignore_index,
+    check_row_tensor,
+    check_scalar,
+    check_smoothing,
+    check_temperature,
+    check_transform,
+    compute_dtype,
+    counted_rows,
+    extremes,
+    flat,
+    is_used,
+    label_error,
+    value_error,
+)
+from .problem import Problem
+
+Scalar = float | Tensor
+
+
+class TopKRows(NamedTuple):
+    """How the K values of a sparse teacher are meant; see :class:`mfd_fast.TopK`.
+
+    ``tail``: "bucket", "renormalize" or "zero". ``logprobs``: the values are log-probabilities, else logits.
+    """
+
+    tail: str
+    logprobs: bool
+
+
+class RowProblem(Problem):
+    """N rows of C classes of student and teacher logits with everything the row losses depend on.
+
+    Built by :func:`check_rows`; backends trust it.
+
+    Attributes:
+        student, teachers: ``[..., Cs]`` and each ``[..., Ct]`` raw logits, any strides, one device. Almost always
+            there is one teacher.
+        temperature: float, or a tensor (0-d or contiguous ``[N]``) of ``dtype``.
+        own_teacher_temperature: the same of the teacher's side, None where it is the student's.
+        teacher_weights: ``[len(teachers)]`` or ``[N, len(teachers)]`` of ``dtype``, contiguous, >= 0 and summing to 1
+            (``check_rows`` has normalised them, still in the graph); None: equal weights.
+        labels, mask: ``[N]`` int64 / bool, contiguous, or None.
+        indices: contiguous int64 ``[N, K]``, unchecked, of the classes of a sparse teacher; else None.
+        topk: None, or the teacher holds ``[..., K]`` values of a sparse teacher. Its ``tail`` is "renormalize"
+            where K = C.
+        divergence: canonical, so JSD has 0 < beta < 1 and the skewed ones 0 < lam < 1.
+        n_rows, classes: N, and the C columns used on both sides.
+        dtype: dtype of the arithmetic and of the losses: float64 if either side is, else float32.
+        op: name of the public function, for messages.
+        student_transform, teacher_transform: None where the values are used as they are.
+    """
+
+    OPTIONS: ClassVar = {
+        "op": "str",
+        "classes": "SymInt",
+        "dtype": "ScalarType",
+        "divergence": "Divergence",
+        "label_smoothing": "float",
+        "ignore_index": "int",
+        "student_transform": "LogitTransform",
+        "teacher_transform": "LogitTransform",
+        "scale_by_temperature": "bool",
+        "topk": "TopKRows",
+    }
+    SIZES = ("n_rows",)
+    TENSORS = ("student", "temperature", "own_teacher_temperature", "teacher_weights", "labels", "mask", "indices")
+    LISTS = ("teachers",)
+    ARGUMENTS: ClassVar = {
+        "own_teacher_temperature": "teacher_temperature",
+        "indices": "teacher.indices",
+        "teachers": "teacher",
+    }
+
+    op: str
+    n_rows: int
+    classes: int
+    dtype: torch.dtype
+    divergence: Divergence
+    label_smoothing: float
+    ignore_index: int
+    student_transform: LogitTransform | None
+    teacher_transform: LogitTransform | None
+    scale_by_temperature: bool
+    topk: TopKRows | None
+    student: Tensor
+    temperature: Scalar
+    own_teacher_temperature: Scalar | None
+    teacher_weights: Tensor | None
+    labels: Tensor | None
+    mask: Tensor | None
+    indices: Tensor | None
+    teachers: Sequence[Tensor]
+
+    def measure(self) -> None:
+        self.n_rows = self.student.shape[:-1].numel()
+
+    @property
+    def teacher(self) -> Tensor:
+        return self.teachers[0]
+
+    @property
+    def teacher_temperature(self) -> Scalar:
+        own = self.own_teacher_temperature
+        return self.temperature if own is None else own
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device
+
+    @property
+    def columns(self) -> int:
+        return self.classes
+
+    def counted(self) -> Tensor | None:
+        """Bool ``[N]``, True where a row exists; None when all do."""
+        return counted_rows(self.mask, self.labels, self.ignore_index)
+
+    def without_teacher(self) -> RowProblem:
+        """The same rows where the teacher has no part in the loss: the detached student stands in its place."""
+        return self.replace(
+            divergence=ForwardKL(),
+            teachers=[self.student.detach()],
+            teacher_weights=None,
+            topk=None,
+            indices=None,
+            teacher_transform=self.student_transform,
+            own_teacher_temperature=None,
+        )
+
+    def member(self, argument: str, index: int) -> str:
+        if argument == "teacher" and len(self.teachers) == 1:
+            return argument
+        return super().member(argument, index)
+
+
+class RowLoss(Problem):
+    """What becomes of the two terms of every row: weight · (soft_weight · soft + hard_weight · hard), reduced.
+
+    ``weight``: ``[N]`` of the rows' dtype, contiguous, or None. ``normalizer``: replaces the row count of "mean".
+    """
+
+    OPTIONS: ClassVar = {"reduction": "str"}
+    TENSORS = ("weight", "soft_weight", "hard_weight", "normalizer")
+    ZERO = ("soft_weight", "hard_weight")
+
+    reduction: str
+    weight: Tensor | None
+    soft_weight: Scalar
+    hard_weight: Scalar
+    normalizer: Scalar | None
+
+    @property
+    def use_soft(self) -> bool:
+        return is_used(self.soft_weight)
+
+    @property
+    def use_hard(self) -> bool:
+        return is_used(self.hard_weight)
+
+
+def check_topk(op: str, topk: TopK, divergence: Divergence, transform: object, classes: int) -> TopKRows:
+    """How the values are meant. The indices are left to :func:`check_indices`, which reads them."""
+    if transform is not None:
+        raise ValueError(f"{op}: teacher_transform needs the whole row of teacher logits, got a TopK teacher")
+    width = topk.values.shape[-1]
+    if width > classes:
+        raise ValueError(f"{op}: teacher must list at most {classes} classes (the student's), got K = {width}")
+    tail = "renormalize" if width == classes else topk.tail
+    logprobs = topk.values_are == "logprobs"
+    if tail == "zero" and isinstance(divergence, (DKD, NKD)):
+        raise ValueError(f"{op}: {divergence.name} needs a whole teacher distribution, got TopK(tail='zero')")
+    alpha, beta = divergence.parameters
+    if (tail == "zero" or (tail == "bucket" and not logprobs)) and (
+        isinstance(divergence, ReverseKL) or (isinstance(divergence, AlphaBeta) and (alpha <= 0 or alpha + beta <= 0))
+    ):
+        got = f"TopK(tail={tail!r}, values_are={topk.values_are!r})"
+        raise ValueError(f"{op}: {divergence} is infinite where the teacher is 0, got {got}")
+    return TopKRows(tail, logprobs)
+
+
+def check_log_probabilities(op: str, topk: TopK, counted: Tensor | None) -> None:
+    """None of those of a counted row is above 0, beyond rounding; on a CPU only, where the check is free.
+
+    +inf is left to the arithmetic, which gives NaN for its row.
+    """
+    if topk.values_are != "logprobs" or not can_read(topk.values):
+        return
+    values = topk.values.detach()
+    positive = (values > 64 * torch.finfo(values.dtype).eps) & (values < math.inf)
+    positive = positive.reshape(-1, values.shape[-1])
+    if counted is not None and positive.any():
+        positive &= counted[:, None]
+    if positive.any():
+        row = int(positive.any(-1).nonzero()[0])
+        found = float(values.reshape(positive.shape)[row][positive[row]][0])
+        raise ValueError(
+            f"{op}: teacher.values must be log-probabilities <= 0, got {found:g} in row {row}; "
+            "for logits pass TopK(values_are='logits')"
+        )
+
+
+def check_teacher_weights(
+    op: str,
+    value: object,
+    count: int,
+    leading: torch.Size,
+    device: torch.device,
+    dtype: torch.dtype,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+) -> Tensor | None:
+    """``[count]`` or ``[N, count]`` summing to 1 in each row, still in the graph; equal in rows that do not exist."""
+    if value is None:
+        return None
+    weights = check_floating(op, "teacher_weights", value)
+    if weights.shape not in ((count,), (*leading, count)):
+        need = f"of shape [{count}] or {[*leading, count]} (one value per teacher)"
+        raise value_error(op, "teacher_weights", weights, need)
+    check_device(op, "teacher_weights", weights, device)
+    weights = weights.to(dtype)
+    per_row = weights.dim() > 1 or len(leading) == 0
+    weights = weights.reshape(-1, count) if per_row else weights
+    exists = counted_rows(mask, labels, ignore_index) if per_row else None
+    if exists is not None:
+        weights = torch.where(exists[:, None], weights, torch.ones_like(weights))
+    total = weights.sum(-1, keepdim=True)
+    if can_read(weights):
+        low, high = extremes(weights)
+        least, most = extremes(total)
+        if not (0 <= low <= high < math.inf and 0 < least <= most < math.inf):  # NaN too
+            raise ValueError(
+                f"{op}: teacher_weights must be finite and >= 0 with a finite sum > 0, "
+                f"got values from {low} to {high} and sums from {least} to {most}"
+            )
+    return (weights / total).contiguous()
+
+
+def check_class_dimension(op: str, argument: str, value: object, shape: torch.Size) -> None:
+    """Logits ``[B, C, ...]``, as ``F.cross_entropy`` has them, show in what has one value per row."""
+    if isinstance(value, Tensor) and len(shape) > 2 and value.shape == (shape[0], *shape[2:]) != shape[:-1]:
+        raise ValueError(
+            f"{op}: {argument} of shape {list(value.shape)} fits classes in dimension 1 of the student's "
+            f"{list(shape)}, here they are the last: pass student.movedim(1, -1), and the teacher likewise"
+        )
+
+
+def check_teachers(op: str, teacher: object, leading: torch.Size, device: torch.device) -> list[Tensor]:
+    """The teachers' tensors: one, or those of a sequence."""
+    several = isinstance(teacher, Sequence)
+    given: tuple[object, ...] = tuple(teacher) if isinstance(teacher, Sequence) else (teacher,)
+    if not given:
+        raise value_error(op, "teacher", teacher, "a tensor, a TopK or a non-empty sequence of tensors")
+    teachers = []
+    for k, value in enumerate(given):
+        name = f"teacher[{k}]" if several else "teacher"
+        tensor = check_floating(op, name, value)
+        if tensor.dim() < 1 or tensor.shape[:-1] != leading:
+            raise value_error(op, name, tensor, f"of shape {[*leading, 'C']} (the student's leading dimensions)")
+        check_device(op, name, tensor, device)
+        teachers.append(tensor)
+    return teachers
+
+
+def check_rows(
+    op: str,
+    student: Tensor,
+    teacher: Tensor | TopK | Sequence[Tensor],
+    labels: Tensor | None,
+    *,
+    teacher_weights: Tensor | None = None,
+    divergence: str | Divergence = "forward_kl",
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    student_transform: LogitTransform | None = None,
+    teacher_transform: LogitTransform | None = None,
+    scale_by_temperature: bool = True,
+) -> RowProblem:
+    """Checks the arguments that distill_loss and distill_terms share and brings them to one form."""
+    student = check_floating(op, "student", student)
+    if student.dim() < 1:
+        raise value_error(op, "student", student, "of shape [..., C]")
+    leading, device = student.shape[:-1], student.device
+    teachers = check_teachers(op, teacher.values if isinstance(teacher, TopK) else teacher, leading, device)
+
+    classes = check_transform(op, "student_transform", student_transform, student.shape[-1])
+    for tensor in () if isinstance(teacher, TopK) else teachers:
+        teacher_classes = check_transform(op, "teacher_transform", teacher_transform, tensor.shape[-1])
+        if classes != teacher_classes:
+            raise ValueError(
+                f"{op}: teacher must have as many classes as student, got {teacher_classes} and {classes}; "
+                "for padded heads pass LogitTransform(classes=...) for the wider side"
+            )
+    if classes < 1:
+        raise value_error(op, "student", student, "of shape [..., C] with C >= 1")
+
+    dtype = compute_dtype(student, *teachers)
+    for name, value in (("labels", labels), ("mask", mask)):
+        check_class_dimension(op, name, value, student.shape)
+    if labels is not None:
+        labels = flat(check_row_tensor(op, "labels", labels, leading, device, torch.int64))
+    if mask is not None:
+        mask = flat(check_row_tensor(op, "mask", mask, leading, device, torch.bool))
+    ignore_index = check_ignore_index(op, ignore_index)
+    exists = (mask, labels, ignore_index)
+    temperature = check_temperature(op, "temperature", temperature, leading, device, dtype, *exists)
+    if teacher_temperature is not None:
+        teacher_temperature = check_temperature(
+            op, "teacher_temperature", teacher_temperature, leading, device, dtype, *exists
+        )
+    divergence = check_divergence(op, divergence, labels)
+    topk = indices = None
+    if isinstance(teacher, TopK):
+        indices = check_dense(op, "teacher.indices", teacher.indices)
+        check_device(op, "teacher.indices", indices, device)
+        check_log_probabilities(op, teacher, counted_rows(mask, labels, ignore_index))
+        topk = check_topk(op, teacher, divergence, teacher_transform, classes)
+        indices = indices.reshape(leading.numel(), indices.shape[-1]).to(torch.int64).contiguous()
+    if teacher_weights is not None and not isinstance(teacher, Sequence):
+        raise value_error(op, "teacher", teacher, "a sequence of tensors when teacher_weights is given")
+    teacher_weights = check_teacher_weights(op, teacher_weights, len(teachers), leading, device, dtype, *exists)
+    label_smoothing = check_smoothing(op, label_smoothing)
+    check_bool(op, "scale_by_temperature", scale_by_temperature)
+    return RowProblem(
+        op=op,
+        n_rows=leading.numel(),
+        classes=classes,
+        dtype=dtype,
+        divergence=divergence,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        student_transform=_changing(student_transform),
+        teacher_transform=_changing(teacher_transform),
+        scale_by_temperature=scale_by_temperature,
+        topk=topk,
+        student=student,
+        temperature=temperature,
+        own_teacher_temperature=teacher_temperature,
+        teacher_weights=teacher_weights if len(teachers) > 1 else None,
+        labels=labels,
+        mask=mask,
+        indices=indices,
+        teachers=teachers,
+    )
+
+
+def _changing(transform: LogitTransform | None) -> LogitTransform | None:
+    """None where the values are used as they are."""
+    return transform if transform is not None and transform.changes_values else None
+
+
+def check_reduction(op: str, reduction: object, normalizer: object, dtype: torch.dtype) -> float | Tensor | None:
+    """The normalizer."""
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    if normalizer is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(f"{op}: normalizer replaces the row count of reduction='mean', got {reduction!r}")
+    return check_scalar(op, "normalizer", normalizer, positive=True, dtype=dtype)
+
+
+def check_weight(
+    op: str, weight: object, leading: torch.Size, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """One factor per row as contiguous ``[N]`` of ``dtype``, still in the graph."""
+    return None if weight is None else flat(check_row_tensor(op, "weight", weight, leading, device, None).to(dtype))
+
+
+def check_labels_in_range(op: str, rows: RowProblem) -> None:
+    """On a CPU only: elsewhere a bad label gives NaN for its row instead of a synchronisation."""
+    if rows.labels is None or not can_read(rows.labels):
+        return
+    labels = rows.labels
+    bad = (labels < 0) | (labels >= rows.classes)
+    counted = rows.counted()
+    if counted is not None:
+        bad &= counted
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise label_error(op, row, int(labels[row]), rows.classes)
+
+
+def check_indices(op: str, rows: RowProblem) -> None:
+    """A TopK teacher's indices in the counted rows; on a CPU only, as :func:`check_labels_in_range`.
+
+    In range, none twice in a row, and the label among them where the divergence needs it.
+    """
+    if rows.indices is None or not can_read(rows.indices):
+        return
+    indices, counted = rows.indices, rows.counted()
+
+    def first(bad: Tensor) -> int | None:
+        """First counted row with a True."""
+        found = bad.any(-1) if counted is None else bad.any(-1) & counted
+        return int(found.nonzero()[0]) if found.any() else None
+
+    bad = (indices < 0) | (indices >= rows.classes)
+    row = first(bad)
+    if row is not None:
+        value = int(indices[row][bad[row]][0])
+        raise ValueError(f"{op}: teacher.indices must be in [0, {rows.classes}), got {value} in row {row}")
+    ordered = indices.sort(-1).values
+    twice = ordered[:, 1:] == ordered[:, :-1]
+    row = first(twice)
+    if row is not None:
+        value = int(ordered[row, 1:][twice[row]][0])
+        raise ValueError(f"{op}: teacher.indices must differ within a row, got {value} twice in row {row}")
+    if rows.divergence.needs_labels and rows.labels is not None:
+        row = first((indices != rows.labels[:, None]).all(-1, keepdim=True))
+        if row is not None:
+            label = int(rows.labels[row])
+            raise ValueError(
+                f"{op}: {rows.divergence.name} needs the label among teacher.indices, got label {label} in row {row}"
+            )
+
+
+def check_row_loss(
+    rows: RowProblem,
+    soft_weight: Scalar,
+    hard_weight: Scalar,
+    weight: Tensor | None,
+    reduction: str,
+    normalizer: Scalar | None,
+) -> RowLoss:
+    """Checks what distill_loss and mfd_loss do with the terms of checked rows."""
+    op, dtype = rows.op, rows.dtype
+    soft_weight = check_scalar(op, "soft_weight", soft_weight, dtype=dtype)
+    hard_weight = check_scalar(op, "hard_weight", hard_weight, dtype=dtype)
+    if rows.labels is None and is_used(hard_weight):
+        raise value_error(op, "labels", None, "given when hard_weight is not 0")
+    weight = check_weight(op, weight, rows.student.shape[:-1], rows.device, dtype)
+    normalizer = check_reduction(op, reduction, normalizer, dtype)
+    return RowLoss(
+        reduction=reduction, weight=weight, soft_weight=soft_weight, hard_weight=hard_weight, normalizer=normalizer
+    )
+
+
+class DistillProblem(Problem):
+    """A checked distill_loss call."""
+
+    PARTS = ("rows", "loss")
+
+    rows: RowProblem
+    loss: RowLoss
+
+
+def check_loss(
+    op: str,
+    student: Tensor,
+    teacher: Tensor | TopK | Sequence[Tensor],
+    labels: Tensor | None,
+    *,
+    soft_weight: Scalar,
+    hard_weight: Scalar,
+    weight: Tensor | None,
+    reduction: str,
+    normalizer: Scalar | None,
+    **options: Any,
+) -> DistillProblem:
+    """The whole contract of distill_loss; ``options`` are those of :func:`check_rows`."""
+    rows = check_rows(op, student, teacher, labels, **options)
+    loss = check_row_loss(rows, soft_weight, hard_weight, weight, reduction, normalizer)
+    return DistillProblem(rows=rows, loss=loss)
