@@ -35,9 +35,11 @@ def saved(ctx: Any) -> tuple[list[Any], list[Any]]:
     return [problem.with_tensors(tensors) for problem in ctx.problems], list(tensors)
 
 
-def needs_reference() -> bool:
+def needs_reference(*grad_outputs: Tensor | None) -> bool:
     """Whether gradients must be differentiable (create_graph) or are batched (is_grads_batched): no kernel can."""
-    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return True
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grad_outputs)
 
 
 def reference_gradients(

@@ -46,7 +46,7 @@ class _ScalarLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if needs_reference():
+        if needs_reference(grad_output):
             (rows, loss), _ = saved(ctx)
 
             def value(leaves: list[Tensor]) -> list[Tensor]:
@@ -88,7 +88,7 @@ class _RowTerms(torch.autograd.Function):
         if grad_soft is None and grad_hard is None:
             return (None,) * (3 + len(needs))
         (rows,), (statistics,) = saved(ctx)
-        if needs_reference():
+        if needs_reference(grad_soft, grad_hard):
             found = reference_gradients(
                 _leaves(rows), lambda leaves: _values(rows, leaves), (grad_soft, grad_hard), needs
             )

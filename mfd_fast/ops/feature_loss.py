@@ -80,7 +80,7 @@ class _ScalarLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[3:]
-        if needs_reference():
+        if needs_reference(grad_loss):
             (problem,), _ = saved(ctx)
 
             def loss_of(sides: list[Tensor]) -> list[Tensor]:
@@ -113,7 +113,7 @@ class _Distances(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (problem,), _ = saved(ctx)
         needs = ctx.needs_input_grad[2:]
-        if needs_reference():
+        if needs_reference(*grads):
 
             def values(sides: list[Tensor]) -> list[Tensor]:
                 return _reference_distances(_with_sides(problem, sides))

@@ -58,7 +58,7 @@ class _ScalarLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[4:]
-        if needs_reference():
+        if needs_reference(grad_loss):
             (problem,), _ = saved(ctx)
 
             def loss_of(leaves: list[Any]) -> list[Tensor]:

@@ -43,7 +43,7 @@ class _Pool(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         (problem,), (weights,) = saved(ctx)
         needs = ctx.needs_input_grad[2:]
-        if needs_reference():
+        if needs_reference(d_pooled, d_weights):
 
             def values(leaves: list[Any]) -> tuple[Tensor, Tensor]:
                 return by_reference(_with_leaves(problem, leaves))

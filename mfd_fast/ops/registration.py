@@ -46,7 +46,7 @@ def _to_topk(values: Sequence[int]) -> TopKRows | None:
 
 
 class _Codec(NamedTuple):
-    """An option as a schema has it: its type there, and the ways to and fro."""
+    """An option as a schema has it: its type there, and the ways there and back."""
 
     schema: str
     pack: Callable[[Any], Any]

@@ -23,6 +23,9 @@ class _Saved:
 
 SAVED: Any = _Saved()
 
+#: What stands in the place of a tensor most often.
+_NUMBERS = frozenset({type(None), float, int})
+
 
 class Problem:
     """Base of the problems. A subclass lists its attributes, in the order in which their tensors are given out.
@@ -55,7 +58,7 @@ class Problem:
         return 0
 
     def __init__(self, **values: Any) -> None:
-        self.__dict__ |= values
+        self.__dict__ = values
 
     def description(self) -> tuple[Hashable, ...]:
         """What this call is apart from its tensors and the numbers in their place."""
@@ -72,15 +75,14 @@ class Problem:
 
     def apart(self) -> tuple[Self, list[Tensor]]:
         """:meth:`without_tensors` and :meth:`tensors`."""
-        same = object.__new__(type(self))
-        values = same.__dict__
-        values |= self.__dict__
-        found = []
+        values = self.__dict__.copy()
+        found: list[Tensor] = []
         for name in self.TENSORS:
             value = values[name]
-            if value is not None and isinstance(value, Tensor):
-                found.append(value)
-                values[name] = SAVED
+            if type(value) in _NUMBERS or not isinstance(value, Tensor):
+                continue
+            found.append(value)
+            values[name] = SAVED
         for name in self.LISTS:
             each = values[name]
             found += [value for value in each if isinstance(value, Tensor)]
@@ -88,13 +90,16 @@ class Problem:
         for name in self.PARTS:
             values[name], more = values[name].apart()
             found += more
+        if not found:
+            return self, found
+        same = object.__new__(type(self))
+        same.__dict__ = values
         return same, found
 
     def with_tensors(self, tensors: Iterator[Tensor]) -> Self:
         """A copy of what :meth:`without_tensors` has left with as many of ``tensors`` as :meth:`tensors` gave."""
         same = object.__new__(type(self))
-        values = same.__dict__
-        values |= self.__dict__
+        values = same.__dict__ = self.__dict__.copy()
         for name in self.TENSORS:
             if values[name] is SAVED:
                 values[name] = next(tensors)
@@ -130,10 +135,21 @@ class Problem:
 
     def why_no_kernel(self) -> str | None:
         """None if kernels can read these tensors, else the reason."""
-        for value in self.tensors():
-            if type(value) is not Tensor and is_foreign(value):
-                name = next(name for name, t in self.named_tensors() if t is value)
-                return f"{name} is a {type(value).__name__}, which has no memory that a kernel could read"
+        if self._has_foreign():
+            name, value = next((name, t) for name, t in self.named_tensors() if is_foreign(t))
+            return f"{name} is a {type(value).__name__}, which has no memory that a kernel could read"
         if is_transformed():
             return "a transform of torch.func or a forward derivative looks into every operation"
         return None
+
+    def _has_foreign(self) -> bool:
+        values = self.__dict__
+        for name in self.TENSORS:
+            value = values[name]
+            if type(value) is not Tensor and type(value) not in _NUMBERS and is_foreign(value):
+                return True
+        for name in self.LISTS:
+            for value in values[name]:
+                if type(value) is not Tensor and type(value) not in _NUMBERS and is_foreign(value):
+                    return True
+        return any(values[name]._has_foreign() for name in self.PARTS)

@@ -260,7 +260,9 @@ def row_terms(rows: RowProblem, op: str = "distill_loss", *, soft: bool = True, 
     if hard and sides.labels is not None:
         hard_term = cross_entropy(sides.x, sides.labels, rows.label_smoothing)
     with torch.no_grad():
-        terms = RowTerms(soft_term, hard_term, *_by_products(rows, *sides))
+        by_products = _by_products(rows, *sides)
+    # Detached, as no_grad does not stop forward derivatives.
+    terms = RowTerms(soft_term, hard_term, *(None if t is None else t.detach() for t in by_products))  # type: ignore[arg-type]
     counted = rows.counted()
     if counted is None:
         return terms
