@@ -150,8 +150,8 @@ def status() -> dict[str, str | None]:
     return found
 
 
-def why_not(name: str, op: str, problem: Problem, beside: Problem | None = None) -> str | None:
-    """None if backend ``name`` can run this call of ``op``, else the reason; ``beside``: what else its kernels read."""
+def why_not(name: str, op: str, problem: Problem) -> str | None:
+    """None if backend ``name`` can run this call of ``op``, else the reason."""
     reason = availability(name)
     if reason is not None:
         return reason
@@ -159,11 +159,17 @@ def why_not(name: str, op: str, problem: Problem, beside: Problem | None = None)
         return f"{op} has no {name} kernel yet"
     if name == "reference":
         return None
-    reason = problem.why_no_kernel() or (None if beside is None else beside.why_no_kernel())
+    reason = problem.why_no_kernel()
     if reason is not None:
         return reason
     refusal: str | None = implementation(name, op).can_run(problem)
     return refusal
+
+
+def _why_not_both(name: str, op: str, problem: Problem, beside: Problem | None) -> str | None:
+    """:func:`why_not`, also of what the same kernels read ``beside``."""
+    reason = why_not(name, op, problem)
+    return reason or (None if beside is None or name == "reference" else beside.why_no_kernel())
 
 
 def choose(
@@ -177,10 +183,10 @@ def choose(
     name, origin = requested(backend, public_name or op)
     if name is None:
         for name in _order(op, problem)[0]:
-            if _prefers(name, problem) and why_not(name, op, problem, beside) is None:
+            if _prefers(name, problem) and _why_not_both(name, op, problem, beside) is None:
                 return name
         raise BackendError(f"{public_name or op}: no backend can run this call")
-    reason = why_not(name, op, problem, beside)
+    reason = _why_not_both(name, op, problem, beside)
     if reason is not None:
         raise BackendError(f"{public_name or op}: backend {name!r} cannot run ({origin}): {reason}")
     return name
@@ -208,13 +214,13 @@ def explain_choice(
         chosen = choose(op, problem, name, public_name, beside)
         for other in NAMES:
             if other != chosen:
-                rejected[other] = why_not(other, op, problem, beside) or origin
+                rejected[other] = _why_not_both(other, op, problem, beside) or origin
         return Choice(chosen, origin, rejected)
     chosen = choose(op, problem, None, public_name, beside)
     for other in NAMES:
         if other == chosen:
             continue
-        reason = why_not(other, op, problem, beside)
+        reason = _why_not_both(other, op, problem, beside)
         if reason is None:
             interpreted = not _prefers(other, problem)
             reason = (
