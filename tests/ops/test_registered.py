@@ -66,7 +66,8 @@ def test_opcheck(record, name, backend):
             seen.add(func._schema.name.removeprefix("mfd_fast::"))
             differentiable = not func._schema.name.endswith("backward")
             leaves = [map_tensors(a, lambda t: t.detach().clone()) for a in args]
-            first = leaves[0] if torch.is_tensor(leaves[0]) else leaves[0][0]
+            flat = [t for a in leaves for t in (a if isinstance(a, (list, tuple)) else [a])]
+            first = next(t for t in flat if torch.is_tensor(t) and t.is_floating_point())
             first.requires_grad_(differentiable)
             here(torch.library.opcheck)(func, tuple(leaves), test_utils=UTILITIES)
     assert seen <= set(record.registered)
