@@ -287,7 +287,7 @@ MFD_INLINE void over_rows(const ForwardLaunch& launch, const Group& group,
 
 // Blocks of 128 threads that share a processor: as many as need no spill on any architecture.
 constexpr int kl_blocks(Dtype dtype, bool labels, int vectors) {
-  if (vectors == 1) return 5;
+  if (vectors == 1) return dtype == Dtype::kFloat32 ? 4 : 5;
   return dtype == Dtype::kFloat32 || (dtype == Dtype::kFloat16 && labels) ? 3 : 4;
 }
 
