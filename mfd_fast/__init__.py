@@ -17,9 +17,10 @@ from .divergences import (
 from .explain import explain
 from .ops.distill_loss import distill_loss, distill_terms
 from .ops.feature_loss import feature_loss
+from .ops.linear_distill_loss import linear_distill_loss
 from .ops.mfd_loss import mfd_loss
 from .ops.modal_pool import modal_pool
-from .types import DistillTerms, LogitTransform, MFDOutput, ModalPool, TopK
+from .types import DistillTerms, LinearDistillOutput, LogitTransform, MFDOutput, ModalPool, TopK
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "DistillTerms",
     "Divergence",
     "ForwardKL",
+    "LinearDistillOutput",
     "LogitTransform",
     "MFDOutput",
     "ModalPool",
@@ -46,6 +48,7 @@ __all__ = [
     "distill_terms",
     "explain",
     "feature_loss",
+    "linear_distill_loss",
     "mfd_loss",
     "modal_pool",
     "nn",

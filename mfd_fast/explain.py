@@ -9,10 +9,12 @@ from typing import Any
 from .backends import Choice, explain_choice
 from .ops.distill_loss import distill_loss, distill_terms
 from .ops.feature_loss import feature_loss
+from .ops.linear_distill_loss import linear_distill_loss
 from .ops.mfd_loss import mfd_loss
 from .ops.modal_pool import modal_pool
 from .problems.checks import value_error
 from .problems.features import check_feature_loss
+from .problems.linear import LinearProblem, check_linear_distill_loss
 from .problems.mfd import check_mfd_loss
 from .problems.pool import check_pool
 from .problems.problem import Problem
@@ -22,6 +24,7 @@ from .problems.rows import DistillProblem, check_loss, check_rows
 _PLANS: dict[Callable[..., Any], tuple[str, Callable[..., Any]]] = {
     distill_loss: ("distill_loss", check_loss),
     distill_terms: ("distill_loss", check_rows),
+    linear_distill_loss: ("distill_loss", check_linear_distill_loss),
     modal_pool: ("modal_pool", check_pool),
     feature_loss: ("feature_loss", check_feature_loss),
     mfd_loss: ("mfd_loss", check_mfd_loss),
@@ -49,7 +52,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     backend = bound.arguments.pop("backend")
     problem: Problem = check(name, **bound.arguments)
     beside: Problem | None = None
-    if isinstance(problem, DistillProblem):
-        beside = problem.loss
+    if isinstance(problem, (DistillProblem, LinearProblem)):
+        beside = problem.loss if isinstance(problem, DistillProblem) else problem
         problem = problem.rows
     return explain_choice(kernel_op, problem, backend, name, beside)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .number import is_integer, is_real, plain
 
-__all__ = ["DistillTerms", "LogitTransform", "MFDOutput", "ModalPool", "TopK"]
+__all__ = ["DistillTerms", "LinearDistillOutput", "LogitTransform", "MFDOutput", "ModalPool", "TopK"]
 
 TAILS = ("bucket", "renormalize", "zero")
 VALUES = ("logprobs", "logits")
@@ -133,6 +133,21 @@ class DistillTerms(NamedTuple):
     student_label_prob: Tensor | None
     teacher_label_prob: Tensor | None
     agreement: Tensor
+
+
+class LinearDistillOutput(NamedTuple):
+    """Result of :func:`mfd_fast.linear_distill_loss`.
+
+    ``loss`` is differentiable. ``soft`` and ``hard`` are the detached terms before their weights (0 if not computed),
+    reduced as the loss is, row weights included. ``student_entropy`` is the sum over the counted rows of the softened
+    student's entropy in nats, ``rows`` their number (int64); both 0-d and detached.
+    """
+
+    loss: Tensor
+    soft: Tensor
+    hard: Tensor
+    student_entropy: Tensor
+    rows: Tensor
 
 
 class ModalPool(NamedTuple):

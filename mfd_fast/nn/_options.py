@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import backends
 from ..codes import FEATURE_KINDS
 from ..problems import checks as contract
+from ..problems.linear import check_chunk_rows
 from ..schedules.options import Check
 
 _ANY_COLUMNS = 2**62
@@ -100,6 +101,7 @@ def _unchecked(op: str, name: str, value: Any) -> None:
 
 
 _CHECKS: dict[str, Check] = {
+    "chunk_rows": check_chunk_rows,
     "backend": _backend,
     "divergence": _divergence,
     "feature_kind": _feature_kind,

@@ -16,6 +16,7 @@ from torch.nn.modules.loss import _Loss
 from .. import types
 from ..ops.distill_loss import distill_loss
 from ..ops.feature_loss import feature_loss
+from ..ops.linear_distill_loss import linear_distill_loss
 from ..ops.mfd_loss import mfd_loss
 from ..ops.modal_pool import modal_pool
 from ..problems import checks as contract
@@ -23,7 +24,7 @@ from ..schedules.options import Check, OptionsModule
 from . import _options
 from ._inputs import check_size
 
-__all__ = ["DistillationLoss", "FeatureLoss", "MFDLoss", "ModalPool"]
+__all__ = ["DistillationLoss", "FeatureLoss", "LinearDistillationLoss", "MFDLoss", "ModalPool"]
 
 
 class _LossModule(OptionsModule, _Loss):
@@ -71,6 +72,57 @@ class DistillationLoss(_LossModule):
             mask=mask,
             weight=weight,
             normalizer=normalizer,
+            reduction=self.reduction,
+            **self.options,
+        )
+
+
+class LinearDistillationLoss(_LossModule):
+    """Module of :func:`mfd_fast.linear_distill_loss`; ``options`` are its keyword arguments of the same names.
+
+    The heads belong to the models: weights and biases are arguments of every call.
+
+    >>> import torch, mfd_fast as mfd
+    >>> criterion = mfd.nn.LinearDistillationLoss(temperature=2.0)
+    >>> student, teacher = torch.nn.Linear(8, 50), torch.nn.Linear(16, 50)
+    >>> out = criterion(
+    ...     torch.randn(6, 8), student.weight, torch.randn(6, 16), teacher.weight, student_bias=student.bias
+    ... )
+    >>> out.loss.shape
+    torch.Size([])
+    """
+
+    _OPTIONS: ClassVar[Mapping[str, Check]] = _options.of(
+        linear_distill_loss, ("student_bias", "teacher_bias", "mask", "weight", "normalizer", "process_group")
+    )
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor | types.TopK | None,
+        teacher_weight: Tensor | None,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        process_group: Any = None,
+    ) -> types.LinearDistillOutput:
+        return linear_distill_loss(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            mask=mask,
+            weight=weight,
+            normalizer=normalizer,
+            process_group=process_group,
             reduction=self.reduction,
             **self.options,
         )

@@ -14,16 +14,19 @@ from mfd_fast.testing import assert_bitwise_equal
 
 PER_CALL = {
     "distill_loss": ("mask", "weight", "normalizer"),
+    "linear_distill_loss": ("student_bias", "teacher_bias", "mask", "weight", "normalizer"),
     "feature_loss": ("mask",),
     "mfd_loss": ("teacher_features", "present", "bias", "teacher_pool_weights", "mask", "weight"),
 }
 MODULES = {
     "distill_loss": mfd.nn.DistillationLoss,
+    "linear_distill_loss": mfd.nn.LinearDistillationLoss,
     "feature_loss": mfd.nn.FeatureLoss,
     "mfd_loss": mfd.nn.MFDLoss,
 }
 POSITIONAL = {
     "distill_loss": ("student", "teacher", "labels"),
+    "linear_distill_loss": ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "labels"),
     "feature_loss": ("student", "teacher"),
     "mfd_loss": ("features", "query", "head_weight", "head_bias", "teacher_logits", "labels"),
 }
@@ -38,7 +41,7 @@ def split(op, sample):
 
 
 def value(result):
-    return result.loss if isinstance(result, mfd.MFDOutput) else result
+    return result.loss if isinstance(result, (mfd.LinearDistillOutput, mfd.MFDOutput)) else result
 
 
 @pytest.mark.parametrize(("op", "name"), CASES)

@@ -5,6 +5,7 @@ import numpy_oracle as oracle
 import pytest
 import torch
 from harness import evaluate, map_tensors, on
+from numpy_oracle_linear import linear_distill_loss
 from op_db import RECORDS
 
 from mfd_fast import LogitTransform, TopK
@@ -164,3 +165,16 @@ def test_oracle_gradients_are_those_of_its_values():
         ends = [oracle.distill_loss(**{**arguments, name: arguments[name] + s * direction})[0] for s in (step, -step)]
         slope = (ends[0] - ends[1]) / (2 * step)
         np.testing.assert_allclose(slope, (grads[name] * direction).sum(), rtol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("name", samples_of("linear_distill_loss"))
+def test_linear_distill_loss_is_that_of_numpy(name, distance):
+    arguments = samples_of("linear_distill_loss", distance)[name]
+    expected, grads = linear_distill_loss(**numpy_arguments(arguments))
+    result = run_reference(RECORDS["linear_distill_loss"], arguments)
+    for field, value in result.outputs.items():
+        agree(value, expected[field], field)
+    assert {"student_hidden", "student_weight"} <= result.grads.keys()
+    for argument, grad in result.grads.items():
+        agree(grad, grads[argument.removesuffix(".values")], f"d {argument}")

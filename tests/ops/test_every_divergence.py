@@ -9,7 +9,11 @@ from op_db import RECORDS
 from op_db_divergences import DIVERGENCES
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-OPS = {"distill_terms": ("student", "teacher"), "mfd_loss": ("features", "query", "head_weight")}
+OPS = {
+    "distill_terms": ("student", "teacher"),
+    "linear_distill_loss": ("student_hidden", "student_weight", "teacher_hidden"),
+    "mfd_loss": ("features", "query", "head_weight"),
+}
 CASES = [
     pytest.param(RECORDS[op], *values, id="-".join((op, *values)))
     for op in OPS

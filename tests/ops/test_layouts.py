@@ -15,9 +15,10 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 def laid_out(arguments, names, layout):
     """Both the argument in that layout and its contiguous copy (some layouts repeat values)."""
-    if layout in ("expanded", "stride_zero") and isinstance(arguments.get("teacher"), mfd.TopK):
+    sparse = [name for name, value in arguments.items() if isinstance(value, mfd.TopK)]
+    if layout in ("expanded", "stride_zero") and sparse:
         # The indices differ within a row, and the label may have to be among them: neither can be repeated.
-        names = tuple(name for name in names if name not in ("teacher", "labels"))
+        names = tuple(name for name in names if name not in (*sparse, "labels"))
     odd = {k: map_tensors(v, LAYOUTS[layout]) if k in names else v for k, v in arguments.items()}
     return odd, map_tensors(odd, lambda t: t.clone(memory_format=torch.contiguous_format))
 

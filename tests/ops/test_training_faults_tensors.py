@@ -168,6 +168,7 @@ def test_arguments_made_in_inference_mode(record, backend, name):
 SCALARS = {
     "distill_loss": ("temperature", "teacher_temperature", "soft_weight", "hard_weight", "normalizer"),
     "distill_terms": ("temperature", "teacher_temperature"),
+    "linear_distill_loss": ("temperature", "teacher_temperature", "soft_weight", "hard_weight", "normalizer"),
     "modal_pool": ("temperature",),
     "feature_loss": ("weight",),
     "mfd_loss": (

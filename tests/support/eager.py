@@ -224,3 +224,38 @@ def mfd_loss(
     out["loss"] = _reduce(per_row, keep, weight, reduction, normalizer)
     out["weights"] = torch.where(keep.unsqueeze(-1), pool["weights"].detach(), 0)
     return out
+
+
+def linear_distill_loss(
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
+    labels=None,
+    *,
+    student_bias=None,
+    teacher_bias=None,
+    soft_weight=1.0,
+    hard_weight=0.0,
+    weight=None,
+    reduction="mean",
+    normalizer=None,
+    chunk_rows=None,
+    **options,
+):
+    z = F.linear(student_hidden, student_weight, student_bias)
+    t = teacher_hidden if teacher_weight is None else F.linear(teacher_hidden, teacher_weight, teacher_bias)
+    soft, hard, keep, log_q, _ = _rows(z, z.detach() if t is None else t, labels, **options)
+
+    def reduced(value):
+        return _reduce(value, keep, weight, reduction, normalizer)
+
+    nothing = torch.zeros_like(soft)
+    soft, hard = nothing if t is None else soft, hard if hard_weight else nothing
+    return {
+        "loss": reduced(soft_weight * soft + hard_weight * hard),
+        "soft": reduced(soft.detach()),
+        "hard": reduced(hard.detach()),
+        "student_entropy": torch.where(keep, -(log_q.exp() * log_q).sum(-1), 0).sum().detach(),
+        "rows": keep.sum(),
+    }

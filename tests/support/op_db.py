@@ -8,6 +8,7 @@ from typing import Any
 
 import eager
 import op_db_divergences
+import op_db_linear
 import op_errors
 import pytest
 import torch
@@ -251,6 +252,16 @@ RECORDS = {
             backends=_ALL_BACKENDS,
             errors=op_errors.distill_terms,
             registered=("distill_rows", "distill_rows_backward"),
+        ),
+        OpRecord(
+            op=mfd.linear_distill_loss,
+            eager=eager.linear_distill_loss,
+            samples=op_db_linear.samples,
+            differentiable=(*op_db_linear.HEADS, "temperature", "teacher_temperature", "weight", "normalizer"),
+            outputs=_fields,
+            backends=_ALL_BACKENDS,
+            errors=op_errors.linear_distill_loss,
+            registered=("linear_distill_loss", "linear_distill_rows", "linear_distill_rows_backward"),
         ),
         OpRecord(
             op=mfd.modal_pool,

@@ -229,3 +229,47 @@ def mfd_loss() -> list[ErrorInput]:
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
     ]
     return _matches("mfd_loss", cases)
+
+
+def linear_distill_loss() -> list[ErrorInput]:
+    """The valid call has hidden states [6, 5] and [6, 7] and heads [11, 5] and [11, 7]."""
+    six = torch.zeros(6, dtype=torch.int64)
+    topk = mfd.TopK(torch.zeros(6, 2), torch.tensor([[0, 1]] * 6))
+    cases: list[tuple[Arguments, type[Exception], str]] = [
+        ({"student_hidden": [1.0]}, TypeError, "student_hidden must be a tensor, got list"),
+        ({"student_hidden": torch.tensor(1.0)}, ValueError, r"student_hidden must be of shape \[\.\.\., H\]"),
+        ({"student_hidden": sparse(6, 5)}, TypeError, "student_hidden must be a dense tensor, got a sparse_coo"),
+        ({"student_weight": None}, TypeError, "student_weight must be a tensor, got NoneType"),
+        ({"student_weight": torch.zeros(11, 4)}, ValueError, r"student_weight must be of shape \[C, 5\]"),
+        (
+            {"student_weight": torch.zeros(12, 5), "student_bias": None},
+            ValueError,
+            "teacher must have as many classes as student",
+        ),
+        ({"student_weight": torch.zeros(11, 5, device=META)}, ValueError, "student_weight must be on cpu"),
+        ({"student_bias": torch.zeros(10)}, ValueError, r"student_bias must be of shape \[11\]"),
+        ({"teacher_hidden": None}, TypeError, "teacher_hidden must be a tensor, got NoneType"),
+        ({"teacher_hidden": None, "teacher_weight": None}, TypeError, "teacher_hidden must be .*soft_weight is not"),
+        ({"teacher_hidden": torch.zeros(5, 7)}, ValueError, r"teacher_hidden must be of shape \[6, 'H'\]"),
+        ({"teacher_hidden": [torch.zeros(6, 7)] * 2}, TypeError, "teacher_hidden must be one teacher's tensor"),
+        ({"teacher_hidden": topk}, TypeError, "teacher_hidden must be a tensor, got TopK"),
+        ({"teacher_hidden": torch.zeros(6, 12), "teacher_weight": None}, ValueError, "teacher must have as many"),
+        ({"teacher_weight": torch.zeros(11, 6)}, ValueError, r"teacher_weight must be of shape \[C, 7\]"),
+        (
+            {"teacher_hidden": torch.zeros(6, 11), "teacher_weight": None, "teacher_bias": torch.zeros(11)},
+            ValueError,
+            "teacher_bias must be None where teacher_weight is None",
+        ),
+        ({"labels": six + 11}, ValueError, r"labels must be in \[0, 11\) or ignore_index, got 11 in row 0"),
+        ({"hard_weight": 1.0}, ValueError, "labels must be given when hard_weight is not 0"),
+        ({"divergence": "dkd"}, ValueError, "labels must be given for"),
+        ({"temperature": 0.0}, ValueError, "temperature must be a finite number > 0"),
+        ({"mask": torch.ones(5, dtype=torch.bool)}, ValueError, r"mask must be of shape \[6\]"),
+        ({"weight": torch.ones(5)}, ValueError, r"weight must be of shape \[6\]"),
+        ({"reduction": "avg"}, ValueError, "reduction must be one of"),
+        ({"normalizer": 2.0, "reduction": "sum"}, ValueError, "normalizer replaces the row count"),
+        ({"chunk_rows": 0}, ValueError, "chunk_rows must be None or an int >= 1"),
+        ({"chunk_rows": 2.0}, ValueError, "chunk_rows must be None or an int >= 1"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of"),
+    ]
+    return _matches("linear_distill_loss", cases)

@@ -1,0 +1,172 @@
+"""linear_distill_loss: what its chunks, its dropped rows and its frozen sides cost and change."""
+
+import pytest
+import torch
+from op_db import RECORDS
+
+import mfd_fast as mfd
+from mfd_fast.backends import products
+
+RECORD = RECORDS["linear_distill_loss"]
+
+
+def heads(rows=40, width=6, classes=50, dtype=torch.float32):
+    rng = torch.Generator().manual_seed(1)
+    shapes = ((rows, width), (classes, width), (rows, width), (classes, width))
+    return [torch.randn(shape, generator=rng).to(dtype) for shape in shapes]
+
+
+def gradients(arguments, names, **options):
+    leaves = {k: arguments[k].detach().requires_grad_() for k in names}
+    out = mfd.linear_distill_loss(**{**arguments, **leaves, **options})
+    return out, torch.autograd.grad(out.loss.sum(), list(leaves.values()))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_any_chunk_gives_the_same_numbers(backend, reduction):
+    sample = {**RECORD.samples(rows=13)["everything"], "reduction": reduction, "backend": backend}
+    names = ("student_hidden", "student_weight", "student_bias")
+    whole, expected = gradients(sample, names, chunk_rows=13)
+    for chunk_rows in (1, 2, 5, 12, 100, None):
+        out, found = gradients(sample, names, chunk_rows=chunk_rows)
+        for a, b in zip((*out, *found), (*whole, *expected), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        again, repeated = gradients(sample, names, chunk_rows=chunk_rows)
+        assert all(torch.equal(a, b) for a, b in zip((*out, *found), (*again, *repeated), strict=True))
+
+
+@pytest.mark.parametrize("backend", RECORD.backends)
+def test_rows_that_do_not_count_reach_no_product(backend, monkeypatch):
+    h, w, ht, wt = heads(rows=12)
+    labels = torch.arange(12)
+    labels[3:9] = -100
+    mask = torch.ones(12, dtype=torch.bool)
+    mask[0] = False
+    for t in (h, ht):
+        t[3:9] = torch.nan
+        t[0] = torch.inf
+    seen = []
+    real = products.logits
+    monkeypatch.setattr(products, "logits", lambda x, *rest: seen.append(x.shape[0]) or real(x, *rest))
+    leaf = h.requires_grad_()
+    out = mfd.linear_distill_loss(leaf, w, ht, wt, labels, mask=mask, hard_weight=1.0, backend=backend)
+    (grad,) = torch.autograd.grad(out.loss, [leaf])
+    assert out.rows.item() == 5
+    assert out.loss.isfinite()
+    assert not grad[3:9].any()
+    assert not grad[0].any()
+    assert grad[[1, 2, 9, 10, 11]].isfinite().all()
+    assert all(n == 5 for n in seen)
+
+
+@pytest.mark.parametrize("backend", RECORD.backends)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_rows_give_zero_with_a_graph(backend, reduction):
+    h, w, ht, wt = heads(rows=4)
+    leaves = [h.requires_grad_(), w.requires_grad_()]
+    out = mfd.linear_distill_loss(
+        *leaves, ht, wt, torch.full((4,), -100), hard_weight=1.0, reduction=reduction, backend=backend
+    )
+    assert out.rows.item() == 0
+    assert not out.loss.any()
+    for grad in torch.autograd.grad(out.loss.sum(), leaves):
+        assert not grad.any()
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Calls of each product."""
+    calls = {"logits": 0, "hidden_gradient": 0, "add_weight_gradient": 0}
+    for name in calls:
+        real = getattr(products, name)
+
+        def wrapper(*args, _name=name, _real=real):
+            calls[_name] += 1
+            return _real(*args)
+
+        monkeypatch.setattr(products, name, wrapper)
+    return calls
+
+
+def test_four_products_and_none_for_what_is_frozen(counted):
+    h, w, ht, wt = heads()
+
+    def step(hidden, weight):
+        for name in counted:
+            counted[name] = 0
+        loss = mfd.linear_distill_loss(hidden, weight, ht, wt, backend="cpu").loss
+        if loss.requires_grad:
+            loss.backward()
+        return tuple(counted.values())
+
+    leaf = torch.Tensor.requires_grad_
+    assert step(leaf(h.clone()), leaf(w.clone())) == (2, 1, 1)
+    assert step(leaf(h.clone()), w) == (2, 1, 0)
+    assert step(h, leaf(w.clone())) == (2, 0, 1)
+    assert step(h, w) == (2, 0, 0)
+    with torch.no_grad():
+        assert step(leaf(h.clone()), leaf(w.clone())) == (2, 0, 0)
+    for name in counted:
+        counted[name] = 0
+    mfd.linear_distill_loss(h, w, None, None, torch.zeros(40, dtype=torch.int64), soft_weight=0.0, hard_weight=1.0)
+    assert counted["logits"] == 1
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_classes_of_a_transform_read_only_those_weights(side):
+    h, w, ht, wt = heads(classes=50)
+    transform = {f"{side}_transform": mfd.LogitTransform(classes=40)}
+    own, other = (w, wt) if side == "student" else (wt, w)
+    own[40:] = torch.nan
+    if side == "student":
+        out, (grad,) = gradients(
+            {"student_hidden": h, "student_weight": own, "teacher_hidden": ht, "teacher_weight": other[:40]},
+            ("student_weight",),
+            **transform,
+        )
+        assert not grad[40:].any()
+        assert grad[:40].isfinite().all()
+    else:
+        out, _ = gradients(
+            {"student_hidden": h, "student_weight": other[:40], "teacher_hidden": ht, "teacher_weight": own},
+            ("student_hidden",),
+            **transform,
+        )
+    assert out.loss.isfinite()
+
+
+def test_weights_of_16_bits_are_widened_in_parts(monkeypatch):
+    h, w, ht, wt = heads(classes=60, dtype=torch.bfloat16)
+    sample = {"student_hidden": h, "student_weight": w, "teacher_hidden": ht, "teacher_weight": wt, "backend": "cpu"}
+    monkeypatch.setattr("mfd_fast.backends.cpu.gemm.has_pair_product", lambda *_: False)
+    whole, expected = gradients(sample, ("student_hidden", "student_weight"))
+    monkeypatch.setattr(products, "WIDENED_BYTES", 7 * 6 * 4)
+    out, found = gradients(sample, ("student_hidden", "student_weight"))
+    torch.testing.assert_close(out.loss, whole.loss, rtol=1e-5, atol=0)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-4)
+
+
+def test_logits_are_never_16_bits():
+    """A bfloat16 head beside its float64 twin: the loss keeps float32's digits of what the operands say."""
+    h, w, ht, wt = heads(rows=64, classes=200, dtype=torch.bfloat16)
+    exact = mfd.linear_distill_loss(*(t.double() for t in (h, w, ht, wt)), backend="reference").loss
+    for backend in ("reference", "cpu"):
+        loss = mfd.linear_distill_loss(h, w, ht, wt, backend=backend).loss
+        torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_temperature_shared_by_both_sides_has_one_gradient():
+    sample = RECORD.samples(dtype=torch.float64)["plain"]
+    sample["temperature"] = torch.tensor(1.7, dtype=torch.float64)
+    for backend in ("cpu", "reference"):
+        t = sample["temperature"].clone().requires_grad_()
+        loss = mfd.linear_distill_loss(**{**sample, "temperature": t}, backend=backend).loss
+        (found,) = torch.autograd.grad(loss, [t])
+        step = 1e-6
+        high, low = (
+            mfd.linear_distill_loss(**{**sample, "temperature": t.detach() + e}, backend="reference").loss
+            for e in (step, -step)
+        )
+        torch.testing.assert_close(found, (high - low) / (2 * step), rtol=1e-6, atol=1e-9)
