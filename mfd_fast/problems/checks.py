@@ -23,8 +23,6 @@ Result = TypeVar("Result")
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 INTEGER = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 REDUCTIONS = ("mean", "sum", "none")
-#: Where T² and 1/T² are normal numbers: (least, most) by the dtype of the arithmetic.
-TEMPERATURES = {torch.float32: (2.0**-63, 2.0**63), torch.float64: (2.0**-511, 2.0**511)}
 
 
 def describe(value: object) -> str:
@@ -272,7 +270,8 @@ def check_temperature(
 
     ``mask`` and ``labels`` ``[N]`` say which rows exist; the values of the others are not looked at.
     """
-    least, most = TEMPERATURES[dtype]
+    # Where T² and 1/T² are normal numbers. Literals: torch.compile makes symbols of floats that it reads elsewhere.
+    least, most = (2.0**-511, 2.0**511) if dtype == torch.float64 else (2.0**-63, 2.0**63)
     if not isinstance(value, Tensor):
         number = check_scalar(op, argument, value, positive=True)
         if not least <= number <= most:
