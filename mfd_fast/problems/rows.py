@@ -114,7 +114,8 @@ class RowProblem(Problem):
     teachers: Sequence[Tensor]
 
     def measure(self) -> None:
-        self.n_rows = self.student.shape[:-1].numel()
+        # torch.Size.numel would make a plain int of the sizes that torch.compile leaves open.
+        self.n_rows = math.prod(self.student.shape[:-1])
 
     @property
     def teacher(self) -> Tensor:
