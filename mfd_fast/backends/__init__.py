@@ -12,7 +12,6 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import cast
 
 import torch
 
@@ -29,6 +28,9 @@ OPS: dict[str, tuple[str, ...]] = {
     "feature_loss": ("cuda", "triton", "cpu", "reference"),
     "mfd_loss": ("cuda", "triton", "cpu", "reference"),
 }
+
+_INTERPRETED = ("triton", "cuda")
+_ON_CPU = tuple(name for name in NAMES if name not in _INTERPRETED)
 
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("mfd_fast_backend", default=None)
 
@@ -104,23 +106,23 @@ def implementation(name: str, op: str) -> ModuleType:
 
 
 def row_backend(name: str) -> RowBackend:
-    return cast(RowBackend, implementation(name, "distill_loss"))
+    return implementation(name, "distill_loss")  # type: ignore[return-value]
 
 
 def pool_backend(name: str) -> PoolBackend:
-    return cast(PoolBackend, implementation(name, "modal_pool"))
+    return implementation(name, "modal_pool")  # type: ignore[return-value]
 
 
 def feature_backend(name: str) -> FeatureBackend:
-    return cast(FeatureBackend, implementation(name, "feature_loss"))
+    return implementation(name, "feature_loss")  # type: ignore[return-value]
 
 
 def mfd_backend(name: str) -> MFDBackend:
-    return cast(MFDBackend, implementation(name, "mfd_loss"))
+    return implementation(name, "mfd_loss")  # type: ignore[return-value]
 
 
 def scale_backend(name: str) -> ScaleBackend:
-    return cast(ScaleBackend, implementation(name, "scale"))
+    return implementation(name, "scale")  # type: ignore[return-value]
 
 
 def _module(path: str) -> ModuleType:
@@ -183,7 +185,7 @@ def choose(
     name, origin = requested(backend, public_name or op)
     if name is None:
         for name in _order(op, problem)[0]:
-            if _prefers(name, problem) and _why_not_both(name, op, problem, beside) is None:
+            if _why_not_both(name, op, problem, beside) is None:
                 return name
         raise BackendError(f"{public_name or op}: no backend can run this call")
     reason = _why_not_both(name, op, problem, beside)
@@ -193,15 +195,15 @@ def choose(
 
 
 def _order(op: str, problem: Problem) -> tuple[tuple[str, ...], str]:
-    """The backends of ``op``, best first for this call, and the reason for that order."""
+    """The backends of ``op`` that need not be asked for, best first for this call, and the reason for that order."""
     if problem.device.type == "cpu":
-        return OPS[op], "the only kernels for a CPU"
+        return _ON_CPU, "the only kernels for a CPU"
     return choice.order(op, problem.columns, OPS[op])
 
 
 def _prefers(name: str, problem: Problem) -> bool:
     """On CPU tensors the interpreter is for checking, never for speed: it must be asked for."""
-    return not (name in ("triton", "cuda") and problem.device.type == "cpu")
+    return not (name in _INTERPRETED and problem.device.type == "cpu")
 
 
 def explain_choice(

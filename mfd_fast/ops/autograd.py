@@ -81,4 +81,7 @@ def ready_gradients(
 
 
 def requires_grad(*values: object) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+    """Whether one of the values is a tensor to whose gradient the result leads."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)

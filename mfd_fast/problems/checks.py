@@ -72,11 +72,12 @@ def check_dense(op: str, argument: str, value: object) -> Tensor:
             raise TypeError(f"{op}: {argument} must be a tensor with values, got {got}")
     if value.layout is not torch.strided or value.is_nested:
         raise type_error(op, argument, value, "a dense tensor")
-    if foreign_execution():
-        if not is_foreign(value):
-            check_mode(op, argument, value)
-        return value
-    return value if is_foreign(value) else usable(op, argument, value)
+    foreign = type(value) is not Tensor and is_foreign(value)
+    if not foreign and not foreign_execution():
+        return usable(op, argument, value)
+    if not foreign:
+        check_mode(op, argument, value)
+    return value
 
 
 def check_mode(op: str, argument: str, value: Tensor) -> None:
@@ -327,6 +328,8 @@ def check_smoothing(op: str, value: object) -> float:
 
 
 def check_ignore_index(op: str, value: object) -> int:
+    if type(value) is int:
+        return value
     if not is_integer(value):
         raise type_error(op, "ignore_index", value, "an int")
     return plain(value)  # type: ignore[no-any-return]

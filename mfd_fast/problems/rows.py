@@ -270,8 +270,8 @@ def check_class_dimension(op: str, argument: str, value: object, shape: torch.Si
 
 def check_teachers(op: str, teacher: object, leading: torch.Size, device: torch.device) -> list[Tensor]:
     """The teachers' tensors: one, or those of a sequence."""
-    several = isinstance(teacher, Sequence)
-    given: tuple[object, ...] = tuple(teacher) if isinstance(teacher, Sequence) else (teacher,)
+    several = not isinstance(teacher, Tensor) and isinstance(teacher, Sequence)
+    given: tuple[object, ...] = tuple(teacher) if several else (teacher,)  # type: ignore[arg-type]
     if not given:
         raise value_error(op, "teacher", teacher, "a tensor, a TopK or a non-empty sequence of tensors")
     teachers = []
