@@ -31,6 +31,7 @@ RIGHT, WRONG, LATE = 0, 1, 2
 CASES: tuple[tuple[str, Mapping[str, int], Mapping[str, Any]], ...] = (
     ("distill_loss", {"rows": 64, "classes": 1000}, {"hard_weight": 0.5}),
     ("distill_terms", {"rows": 64, "classes": 1000}, {}),
+    ("linear_distill", {"rows": 64, "hidden": 64, "classes": 1000}, {}),
     ("modal_pool", {"batch": 64, "modalities": 3, "width": 768}, {}),
     ("feature_loss", {"rows": 64, "taps": 4, "width": 768}, {}),
     ("mfd_loss", {"batch": 64, "modalities": 3, "width": 256, "classes": 100}, {}),
@@ -42,10 +43,10 @@ CASES: tuple[tuple[str, Mapping[str, int], Mapping[str, Any]], ...] = (
     ("feature_loss", {"rows": 64, "taps": 2, "width": 768}, {"kind": "cosine"}),
 )
 #: So many of the cases come first, one of every public op.
-OPS = 5
+OPS = 6
 DTYPES = ("float32", "bfloat16")
 #: Workloads of the benchmarks that are calls of another public op.
-PUBLIC = {"topk_loss": "distill_loss"}
+PUBLIC = {"topk_loss": "distill_loss", "linear_distill": "linear_distill_loss"}
 #: Of eager's error, to the backend that is plain PyTorch as eager is, in another order: its probabilities come from
 #: log-probabilities, which costs its float32 gradient of a near teacher up to 1.5 times eager's error.
 LENIENCE = {"reference": 2.0}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..problems.linear import HeadProblem
 from ..problems.rows import RowLoss, RowProblem
+from ..reference.linear_distill_loss import without_autocast
 from . import allocate, products, row_backend
 from .class_sharded import ClassSharded
 from .protocol import RowNeeds
@@ -73,7 +74,13 @@ def run(
             column.zero_()
     total = LinearGradients(*(_start(leaf, need, rows) for leaf, need in zip(leaves, needs, strict=True)))
     step = max(int(heads.chunk_rows), 1)
-    with torch.autocast(rows.device.type, enabled=False):
+    # Flattened once: what has no view as [N, H] is copied once.
+    rows = rows.replace(teachers=[_flat(rows.teacher)])
+    heads = heads.replace(
+        student_hidden=_flat(heads.student_hidden),
+        teacher_hidden=None if heads.teacher_hidden is None else _flat(heads.teacher_hidden),
+    )
+    with without_autocast(rows.device):
         for first in range(0, n, step):
             last = min(first + step, n)
             part = slice(first, last) if n == rows.n_rows or index is None else index[first:last]
@@ -114,13 +121,13 @@ def _chunk(backend: str, rows: RowProblem, loss: RowLoss, heads: HeadProblem, pa
 
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias = bias if bias is None else bias[: rows.classes]
-        return products.logits(_flat(hidden)[part], weight[: rows.classes], bias, rows.dtype, backend)
+        return products.logits(hidden[part], weight[: rows.classes], bias, rows.dtype, backend)
 
     z = logits(heads.student_hidden, heads.student_weight, heads.student_bias)
     if heads.teacher_hidden is not None and heads.teacher_weight is not None:
         t = logits(heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias)
     else:
-        t = _flat(rows.teacher)[part] if loss.use_soft else z
+        t = rows.teacher[part] if loss.use_soft else z
     return rows.replace(
         student=z,
         teachers=[t],
@@ -152,7 +159,7 @@ def _add_head(total: Sequence[Any], d_logits: Tensor | None, hidden: Any, weight
     if d_hidden is not None:
         _flat(d_hidden)[part] = products.hidden_gradient(d_logits, weight[:classes])
     if d_weight is not None:
-        products.add_weight_gradient(d_weight[:classes], d_logits, _flat(hidden)[part])
+        products.add_weight_gradient(d_weight[:classes], d_logits, hidden[part])
     if d_bias is not None:
         d_bias[:classes] += d_logits.sum(0)
 

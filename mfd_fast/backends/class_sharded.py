@@ -51,11 +51,12 @@ class ClassSharded:
 
     def __init__(self, group: Any, columns: int, device: torch.device) -> None:
         self.group = group
-        sizes = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(sizes, torch.tensor(columns, device=device), group=group)
-        counts = [int(size) for size in sizes]
-        #: First class of this rank, and the number of classes of all ranks.
-        self.first, self.classes = sum(counts[: dist.get_rank(group)]), sum(counts)
+        own = torch.full((1,), columns, dtype=torch.int64, device=device)
+        sizes = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(sizes, own, group=group)
+        counts = torch.cat(sizes).tolist()
+        #: First class of this rank, the number of classes of all ranks, and of the rank that has most.
+        self.first, self.classes, self.most = sum(counts[: dist.get_rank(group)]), sum(counts), max(counts)
 
     def add_up(self, tensor: Tensor) -> None:
         """``tensor`` becomes the sum over the ranks, in place."""
@@ -74,21 +75,28 @@ class ClassSharded:
         here = (column >= 0) & (column < rows.classes)
         return torch.where(here, column, torch.zeros_like(column))[:, None], here
 
+    def _has_label(self, rows: RowProblem) -> Tensor:
+        """Whether each row's label is a class of some rank; elsewhere than on a CPU nobody has asked."""
+        assert rows.labels is not None
+        return (rows.labels >= 0) & (rows.labels < self.classes)
+
     def per_row(self, rows: RowProblem, *, terms: bool) -> RowOutputs:
         """soft, hard, the statistics, and of the by-products the entropies."""
         x, _, u, v, _ = _softened(rows)
         top = torch.stack([u.amax(-1), v.amax(-1), x.amax(-1)])
         dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
-        parts = [(side - m[:, None]).exp().sum(-1) for side, m in zip((u, v, x), top.unbind(), strict=True)]
+        of_u, of_v, of_x = (m[:, None] for m in top.unbind())
+        parts = [(side - m).exp().sum(-1) for side, m in ((u, of_u), (v, of_v), (x, of_x))]
         zero = x.new_zeros(rows.n_rows)
         at_label = spread = zero
         if rows.labels is not None:
             column, here = self._own_label(rows)
-            at_label = torch.where(here, x.gather(-1, column).squeeze(-1), zero)
-            spread = x.sum(-1) if rows.label_smoothing else zero
+            at_label = torch.where(here, (x - of_x).gather(-1, column).squeeze(-1), zero)
+            spread = (x - of_x).sum(-1) if rows.label_smoothing else zero
         *sums, at_label, spread = self._sum(*parts, at_label, spread)
-        lse_u, lse_v, lse_x = (m + s.log() for m, s in zip(top.unbind(), sums, strict=True))
-        log_q, log_p = u - lse_u[:, None], v - lse_v[:, None]
+        # Relative to the maxima, whose size would cost the digits of what is left.
+        log_u, log_v, log_x = (total.log() for total in sums)
+        log_q, log_p = u - of_u - log_u[:, None], v - of_v - log_v[:, None]
         own = [-(s.exp() * torch.where(s == -torch.inf, torch.zeros_like(s), s)).sum(-1) for s in (log_q, log_p)]
         # The second sum is what the gradient's expectation E_q[g] is made of.
         divergence, expected, entropy, of_teacher = self._sum(*_sums(rows.divergence, log_q, log_p), *own)
@@ -96,8 +104,9 @@ class ClassSharded:
         soft, hard = divergence * squared, zero
         if rows.labels is not None:
             e = rows.label_smoothing
-            hard = lse_x - (1 - e) * at_label - (e / self.classes * spread if e else 0.0)
-        stats = torch.stack([lse_u, lse_v, lse_x, expected], 1)
+            hard = log_x - ((1 - e) * at_label if e < 1 else 0.0) - (e / self.classes * spread if e else 0.0)
+            hard = torch.where(self._has_label(rows), hard, torch.nan)
+        stats = torch.stack([*top.unbind(), log_u, log_v, log_x, expected], 1)
         # agreement would need an all-reduce of its own, for which nobody asks.
         by_products = ByProducts(entropy, of_teacher, None, None, None) if terms else None  # type: ignore[arg-type]
         return RowOutputs(soft, hard, stats, by_products)
@@ -109,16 +118,16 @@ class ClassSharded:
         if not needs.student:
             return RowGradients(None, None, None, None, [None])
         x, _, u, v, slope = _softened(rows)
-        lse_u, lse_v, lse_x, expected = stats[:, :, None].unbind(1)
+        of_u, of_v, of_x, log_u, log_v, log_x, expected = stats[:, :, None].unbind(1)
         t = rows.temperature[..., None] if isinstance(rows.temperature, Tensor) else rows.temperature
         factor = grad_soft[:, None] * (t if rows.scale_by_temperature else 1 / t)
-        d = factor * _d_softened(rows.divergence, u - lse_u, v - lse_v, expected)
+        d = factor * _d_softened(rows.divergence, u - of_u - log_u, v - of_v - log_v, expected)
         if rows.labels is not None:
             e = rows.label_smoothing
             column, here = self._own_label(rows)
-            hard = (x - lse_x).exp() - e / self.classes
+            hard = (x - of_x - log_x).exp() - e / self.classes
             hard.scatter_add_(-1, column, (e - 1) * here[:, None].to(hard.dtype))
-            d = d + grad_hard[:, None] * hard
+            d = d + grad_hard[:, None] * torch.where(self._has_label(rows)[:, None], hard, torch.nan)
         return RowGradients(d if slope is None else d * slope, None, None, None, [None])
 
 
@@ -152,8 +161,9 @@ def _sums(divergence: Divergence, log_q: Tensor, log_p: Tensor) -> tuple[Tensor,
     assert isinstance(divergence, JSD)
     beta = divergence.beta
     log_m = _log_mixture(beta, log_q, log_p)
-    of_p = (p * _log_ratio(log_p, log_m, p)).sum(-1)
-    of_q = (q * _log_ratio(log_q, log_m, q)).sum(-1)
+    m = log_m.exp()
+    of_p = (p * _log_ratio(log_p, log_m, p) - (p - m)).sum(-1)
+    of_q = (q * _log_ratio(log_q, log_m, q) - (q - m)).sum(-1)
     return beta * of_p + (1 - beta) * of_q, of_q
 
 

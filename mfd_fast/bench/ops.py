@@ -1,7 +1,7 @@
 """The measured ops: inputs, the call into mfd_fast, the eager call, and the least work that physics allows.
 
-``linear_distill`` and ``student_step`` are compositions around public ops: the first is where rivals that start from
-hidden states compete, the second is one whole step of a small student without its optimizer.
+``linear_distill`` is ``linear_distill_loss``, where rivals that start from hidden states compete; ``student_step`` is a
+composition around public ops: one whole step of a small student without its optimizer.
 """
 
 from __future__ import annotations
@@ -177,24 +177,7 @@ def _linear_inputs(sizes: Sizes, dtype: torch.dtype, distance: str, seed: int) -
 
 
 def _linear_call(options: Mapping[str, Any], backend: str | None) -> Callable[..., Tensor]:
-    def call(
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
-        labels: Tensor | None,
-    ) -> Tensor:
-        with torch.no_grad():
-            teacher = F.linear(teacher_hidden, teacher_weight)
-        return mfd.distill_loss(F.linear(student_hidden, student_weight), teacher, labels, **options, backend=backend)
-
-    return call
-
-
-def _linear_choice(arguments: Arguments, options: Mapping[str, Any], backend: str | None) -> mfd.Choice:
-    shape = (arguments["student_hidden"].shape[0], arguments["student_weight"].shape[0])
-    student = arguments["student_hidden"].new_zeros(()).expand(shape)
-    return mfd.explain(mfd.distill_loss, student, student, arguments["labels"], **options, backend=backend)
+    return lambda **arguments: mfd.linear_distill_loss(**arguments, **options, backend=backend).loss
 
 
 def _linear_work(sizes: Sizes, item: int, training: bool) -> Work:
@@ -337,7 +320,7 @@ OPS: dict[str, BenchOp] = {
             leaves=frozenset({"student_hidden", "student_weight"}),
             call=_linear_call,
             eager=eager.linear_distill,
-            choice=_linear_choice,
+            choice=_explained(mfd.linear_distill_loss),
             work=_linear_work,
         ),
         BenchOp(

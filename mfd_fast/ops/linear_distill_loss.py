@@ -23,7 +23,7 @@ from ..backends.chunked_heads import HEADS, LinearGradients, Terms, leaves_of, r
 from ..backends.class_sharded import ClassSharded, why_not
 from ..divergences import Divergence
 from ..problems.checks import by_pytorch, is_recorded, upstream
-from ..problems.linear import HeadProblem, LinearProblem, check_linear_distill_loss
+from ..problems.linear import HeadProblem, LinearProblem, check_linear_distill_loss, default_chunk_rows
 from ..problems.rows import RowLoss, RowProblem, check_indices, check_labels_in_range
 from ..reference.distill_loss import combine_rows, reduce_rows
 from ..reference.linear_distill_loss import linear_row_terms
@@ -271,6 +271,11 @@ def _sharded(op: str, problem: LinearProblem, group: Any) -> ClassSharded:
     reason = why_not(rows)
     if reason is not None:
         raise ValueError(f"{op}: process_group does not support {reason}")
+    of_teacher = rows.teacher.shape[-1] if heads.teacher_weight is None else heads.teacher_weight.shape[0]
+    if {heads.student_weight.shape[0], of_teacher} != {rows.classes}:
+        raise ValueError(f"{op}: process_group does not support classes of a transform; pass this rank's classes alone")
+    if torch.distributed.get_rank(group) < 0:
+        raise ValueError(f"{op}: process_group must be a group of torch.distributed that this rank is in")
     if requires_grad(*leaves_of(rows, heads)[3:], *problem.loss.tensors()):
         raise ValueError(f"{op}: with process_group, only the student's head is differentiated; detach the rest")
     return ClassSharded(group, rows.classes, rows.device)
@@ -310,7 +315,7 @@ def linear_distill_loss(
         teacher_hidden, teacher_weight, teacher_bias: the teacher's. With ``teacher_weight=None`` the first is the
             teacher's logits ``[..., C]`` or a :class:`~mfd_fast.TopK`; None where ``soft_weight`` is the number 0.
         labels, divergence, temperature, …, normalizer: as in :func:`mfd_fast.distill_loss`. Rows that are masked or
-            ignored are dropped before the products; on a GPU their number is waited for once. ``classes`` of a
+            ignored are dropped before the products; on a GPU their number is waited for. ``classes`` of a
             transform reads only that many rows of the weight. Labels are not shifted.
         chunk_rows: rows whose logits are in memory at a time, >= 1. None: 128 MiB of one side's logits, at least 64
             rows. The result is the same up to rounding.
@@ -362,13 +367,17 @@ def linear_distill_loss(
         teacher_transform=teacher_transform,
         scale_by_temperature=scale_by_temperature,
     )
-    rows, loss, heads = parts = problem.rows, problem.loss, problem.heads
-    sharded = None if process_group is None else _sharded(op, problem, process_group)
+    rows, loss, heads = problem.rows, problem.loss, problem.heads
+    recorded, sharded = is_recorded(), None
+    if process_group is not None:
+        if recorded:
+            raise ValueError(f"{op}: process_group cannot be recorded by a compiler; call the op eagerly")
+        sharded = _sharded(op, problem, process_group)
+        if chunk_rows is None:  # the same on all ranks, whose all-reduces meet
+            heads = heads.replace(chunk_rows=default_chunk_rows(sharded.most, rows.dtype))
+    parts = rows, loss, heads
     check_labels_in_range(op, rows if sharded is None else rows.replace(classes=sharded.classes))
     check_indices(op, rows)
-    recorded = is_recorded()
-    if recorded and sharded is not None:
-        raise ValueError(f"{op}: process_group cannot be recorded by a compiler; call the op eagerly")
     # Under torch.compile the registered op chooses when it runs: no choice is baked into the graph.
     name = backend or "" if recorded else _chosen(backend, *parts)
     leaves = leaves_of(rows, heads)
@@ -399,10 +408,12 @@ def linear_distill_loss(
     if recompute or (name == "reference" and sharded is None):
         soft, hard, entropy = by_pytorch(op, problem.named_tensors, terms)
         value = combine_rows(rows, loss, soft, hard)
+        if not (loss.use_soft or loss.use_hard):  # a loss without terms can still be differentiated
+            value = value + heads.student_hidden[..., :0].sum().to(value.dtype)
     else:
         value, soft, hard, entropy = by_pytorch(op, problem.named_tensors, whole)
     counted = rows.counted()
-    count = torch.tensor(rows.n_rows, device=rows.device) if counted is None else counted.sum()
+    count = torch.full((), rows.n_rows, device=rows.device) if counted is None else counted.sum()
     with torch.no_grad():
         used = ((soft, loss.use_soft), (hard, loss.use_hard))
         parts_alone = [reduce_rows(v.detach() if use else torch.zeros_like(v), rows, loss).detach() for v, use in used]

@@ -77,6 +77,11 @@ class LinearProblem(Problem):
         return [(names.get(name, name), value) for name, value in super().named_tensors()]
 
 
+def default_chunk_rows(classes: int, dtype: torch.dtype) -> int:
+    """Rows of one chunk of logits."""
+    return max(CHUNK_BYTES // (classes * dtype.itemsize), MIN_CHUNK_ROWS)
+
+
 def check_chunk_rows(op: str, argument: str, value: object) -> None:
     """None, or an int >= 1."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -149,7 +154,7 @@ def check_linear_distill_loss(
     check_chunk_rows(op, "chunk_rows", chunk_rows)
 
     logits = given.values if isinstance(given, TopK) else given
-    dtype = compute_dtype(*(t for t in (*student[:2], *teacher[:2], logits) if t is not None))
+    dtype = compute_dtype(*(t for t in (*student, *teacher, logits) if t is not None))
 
     def logits_of(head: tuple[Tensor, Tensor, Any]) -> Tensor:
         """What checks need of logits that are still to be computed, in one number's memory."""
@@ -161,10 +166,8 @@ def check_linear_distill_loss(
     loss = check_row_loss(rows, soft_weight, hard_weight, weight, reduction, normalizer)
     if not loss.use_soft:
         rows, teacher = rows.without_teacher(), (None, None, None)
-    if chunk_rows is None:
-        chunk_rows = max(CHUNK_BYTES // (rows.classes * dtype.itemsize), MIN_CHUNK_ROWS)
     heads = HeadProblem(
-        chunk_rows=chunk_rows,
+        chunk_rows=default_chunk_rows(rows.classes, dtype) if chunk_rows is None else chunk_rows,
         student_hidden=student[0],
         student_weight=student[1],
         student_bias=student[2],

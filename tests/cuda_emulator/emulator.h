@@ -54,7 +54,7 @@ Interceptor& interceptor();
 template <class... Parameters>
 std::vector<unsigned char> packed(const typename std::decay<Parameters>::type&... values) {
   std::vector<unsigned char> bytes;
-  const auto add = [&](const void* value, size_t size, size_t alignment) {
+  [[maybe_unused]] const auto add = [&](const void* value, size_t size, size_t alignment) {
     bytes.resize((bytes.size() + alignment - 1) / alignment * alignment);
     bytes.insert(bytes.end(), static_cast<const unsigned char*>(value),
                  static_cast<const unsigned char*>(value) + size);

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import mfd_fast as mfd
+from mfd_fast.problems import linear
 
 ROWS, CLASSES = 9, 23
 CASES = {
@@ -51,6 +52,8 @@ def _compare(rank, world, file):
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world, timeout=timeout)
+    # So few that shards of different sizes would choose different chunks.
+    linear.CHUNK_BYTES, linear.MIN_CHUNK_ROWS = 270, 1
     student, teacher, labels = _heads()
     # Shards of different sizes.
     ends = [0] + [CLASSES * (r + 1) // world for r in range(world)]
@@ -62,7 +65,7 @@ def _compare(rank, world, file):
             [teacher[0], teacher[1][own]],
             labels,
             process_group=dist.group.WORLD,
-            chunk_rows=4,
+            chunk_rows=4 if name == "jsd" else None,
             **_options(options),
         )
         for a, b in zip(mine, whole, strict=True):
@@ -81,6 +84,40 @@ def _compare(rank, world, file):
             teacher[1][own],
             process_group=dist.group.WORLD,
         )
+    with pytest.raises(ValueError, match="process_group does not support classes of a transform"):
+        mfd.linear_distill_loss(
+            student[0],
+            student[1][own],
+            teacher[0],
+            teacher[1][own],
+            student_transform=mfd.LogitTransform(classes=3),
+            teacher_transform=mfd.LogitTransform(classes=3),
+            process_group=dist.group.WORLD,
+        )
+    hidden = student[0].clone().requires_grad_()
+    out = mfd.linear_distill_loss(hidden, student[1][own], teacher[0], teacher[1][own], process_group=dist.group.WORLD)
+    with pytest.raises(RuntimeError, match="class-sharded heads have no second derivatives"):
+        torch.autograd.grad(out.loss, hidden, create_graph=True)
+    # Plain PyTorch all the way, and logits far from zero.
+    moved = [t.float().requires_grad_() for t in (student[0], student[1][own], student[2][own] + 1e4)]
+    out = mfd.linear_distill_loss(
+        *moved[:2],
+        *(t.float() for t in (teacher[0], teacher[1][own])),
+        labels,
+        student_bias=moved[2],
+        hard_weight=1.0,
+        process_group=dist.group.WORLD,
+        backend="reference",
+    )
+    out.loss.backward()
+    exact = mfd.linear_distill_loss(
+        *(t.float().double() for t in student[:2]),
+        *(t.float().double() for t in teacher),
+        labels,
+        student_bias=(student[2] + 1e4).float().double(),
+        hard_weight=1.0,
+    )
+    torch.testing.assert_close(out.loss.double(), exact.loss, rtol=1e-3, atol=0)
     dist.destroy_process_group()
 
 

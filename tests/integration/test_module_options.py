@@ -185,6 +185,7 @@ def test_casting_a_module_leaves_its_schedule_alone():
 
 MODULES = {
     "DistillationLoss": lambda: mfd.nn.DistillationLoss(temperature=2.0),
+    "LinearDistillationLoss": lambda: mfd.nn.LinearDistillationLoss(temperature=2.0),
     "FeatureLoss": lambda: mfd.nn.FeatureLoss(projections=[(4, 6), None]),
     "MFDLoss": lambda: mfd.nn.MFDLoss(hard_weight=0.5),
     "ModalPool": lambda: mfd.nn.ModalPool(4, 2),

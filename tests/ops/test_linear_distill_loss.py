@@ -49,15 +49,44 @@ def test_rows_that_do_not_count_reach_no_product(backend, monkeypatch):
     seen = []
     real = products.logits
     monkeypatch.setattr(products, "logits", lambda x, *rest: seen.append(x.shape[0]) or real(x, *rest))
-    leaf = h.requires_grad_()
-    out = mfd.linear_distill_loss(leaf, w, ht, wt, labels, mask=mask, hard_weight=1.0, backend=backend)
-    (grad,) = torch.autograd.grad(out.loss, [leaf])
+    leaves = [h.requires_grad_(), w.requires_grad_(), wt]
+    for chosen in (leaves[:2], leaves):
+        wt.requires_grad_(len(chosen) == 3)
+        out = mfd.linear_distill_loss(h, w, ht, wt, labels, mask=mask, hard_weight=1.0, backend=backend)
+        grad, *of_weights = torch.autograd.grad(out.loss, chosen)
+        assert all(g.isfinite().all() for g in of_weights)
     assert out.rows.item() == 5
     assert out.loss.isfinite()
     assert not grad[3:9].any()
     assert not grad[0].any()
     assert grad[[1, 2, 9, 10, 11]].isfinite().all()
     assert all(n == 5 for n in seen)
+
+
+@pytest.mark.parametrize("backend", RECORD.backends)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_without_terms_is_zero_with_a_graph(backend, reduction):
+    h, w, ht, wt = heads(rows=4)
+    out = mfd.linear_distill_loss(h.requires_grad_(), w, ht, wt, soft_weight=0.0, reduction=reduction, backend=backend)
+    (grad,) = torch.autograd.grad(out.loss.sum(), [h])
+    assert not out.loss.any()
+    assert not grad.any()
+
+
+def test_the_dtype_is_float64_where_a_bias_is():
+    h, w, ht, wt = heads(rows=4)
+    assert mfd.linear_distill_loss(h, w, ht, wt, student_bias=torch.zeros(50).double()).loss.dtype == torch.float64
+
+
+def test_hidden_states_without_a_view_are_copied_once(monkeypatch):
+    """``hidden[:, :-1]`` is no matrix: each chunk must not flatten the whole again."""
+    h = torch.randn(4, 7, 6)[:, :-1]
+    w = torch.randn(50, 6)
+    copies = []
+    real = torch.Tensor.reshape
+    monkeypatch.setattr(torch.Tensor, "reshape", lambda t, *shape: copies.append(tuple(t.shape)) or real(t, *shape))
+    mfd.linear_distill_loss(h, w, h, w, chunk_rows=2, backend="cpu")
+    assert sum(shape == (4, 6, 6) for shape in copies) == 2  # the student's and the teacher's
 
 
 @pytest.mark.parametrize("backend", RECORD.backends)
@@ -113,8 +142,9 @@ def test_four_products_and_none_for_what_is_frozen(counted):
     assert counted["logits"] == 1
 
 
+@pytest.mark.parametrize("backend", RECORD.backends)
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_classes_of_a_transform_read_only_those_weights(side):
+def test_classes_of_a_transform_read_only_those_weights(side, backend):
     h, w, ht, wt = heads(classes=50)
     transform = {f"{side}_transform": mfd.LogitTransform(classes=40)}
     own, other = (w, wt) if side == "student" else (wt, w)
@@ -124,6 +154,7 @@ def test_classes_of_a_transform_read_only_those_weights(side):
             {"student_hidden": h, "student_weight": own, "teacher_hidden": ht, "teacher_weight": other[:40]},
             ("student_weight",),
             **transform,
+            backend=backend,
         )
         assert not grad[40:].any()
         assert grad[:40].isfinite().all()
@@ -132,6 +163,7 @@ def test_classes_of_a_transform_read_only_those_weights(side):
             {"student_hidden": h, "student_weight": other[:40], "teacher_hidden": ht, "teacher_weight": own},
             ("student_hidden",),
             **transform,
+            backend=backend,
         )
     assert out.loss.isfinite()
 

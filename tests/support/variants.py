@@ -10,6 +10,7 @@ from op_db import samples_on
 VARIANTS = {
     "distill_loss": ("plain", "per_row", "transforms", "dkd", "topk_bucket", "teachers"),
     "distill_terms": ("labels",),
+    "linear_distill_loss": ("plain", "per_row"),
     "modal_pool": ("query", "everything"),
     "feature_loss": ("mse", "cosine", "taps"),
     "mfd_loss": ("plain", "per_row"),

@@ -36,6 +36,7 @@ def test_every_launch_takes_the_callers_stream_and_device(monkeypatch, record, b
 QUIET = {
     *("cudaGetDevice", "cudaSetDevice", "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaLaunchKernelEx"),
     *("cudaGetErrorString", "cudaGetLastError"),
+    *("cudaOccupancyMaxActiveBlocksPerMultiprocessor", "cudaOccupancyMaxActiveClusters"),
 }
 
 
