@@ -39,6 +39,13 @@ def distill_loss(rows, width):
     return whole, {"hard_weight": 0.5, "temperature": 2.0, "reduction": "sum"}
 
 
+def linear_distill_loss(rows, width):
+    """Hidden states and teacher logits of that width; the rows of a chunk are few."""
+    whole = {"student_hidden": drawn(rows, width), "teacher_hidden": drawn(rows, width)}
+    weights = {"student_weight": drawn(8, width, 0.1), "teacher_weight": drawn(8, width, 0.1)}
+    return whole, {**weights, "temperature": 2.0, "reduction": "sum"}
+
+
 def modal_pool(rows, width):
     return {"features": [drawn(rows, width), drawn(rows, width)]}, {"query": drawn(1, width)[0]}
 
@@ -53,7 +60,7 @@ def mfd_loss(rows, width):
     return whole, {**head, "reduction": "sum"}
 
 
-MAKE = {f.__name__: f for f in (distill_loss, modal_pool, feature_loss, mfd_loss)}
+MAKE = {f.__name__: f for f in (distill_loss, linear_distill_loss, modal_pool, feature_loss, mfd_loss)}
 
 
 def of_rows(value, rows):

@@ -89,8 +89,7 @@ def scalar(p: MFDProblem, needs: MFDNeeds) -> tuple[MFDOutput, MFDGradients]:
     weights = allocate.empty((*p.leading, pool.modalities), dtype, device)
     predictions = allocate.empty(tuple(p.leading), torch.int64, device)
     if n == 0:
-        for out in sums.outs:
-            out.zero_()
+        sums.zero()
         d_head_weight = torch.zeros_like(p.head_weight) if need_head_weight else None
     else:
         operand = _operand_dtype(p)

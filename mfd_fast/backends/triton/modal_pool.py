@@ -154,9 +154,7 @@ def backward(
     scores = gradient(p.scores) if need_scores and p.scores is not None else None
     d_features, dx_ptrs, dx_stride = feature_gradients(p, need_features)
     if n == 0:
-        for t in (d_query, d_bias, d_temperature):
-            if t is not None:
-                t.zero_()
+        sums.zero()
     else:
         module = kernels("pool.modal_pool")
         outputs = module.PoolGradients(

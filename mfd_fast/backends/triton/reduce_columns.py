@@ -35,6 +35,11 @@ class ColumnSums:
         self.outs.append(out)
         return partial, out
 
+    def zero(self) -> None:
+        """Instead of :meth:`run` where there are no rows."""
+        for tensor in (*self.written, *self.outs):
+            tensor.zero_()
+
     def run(self) -> None:
         lengths = tuple(t.numel() for t in self.outs)
         if not lengths:

@@ -119,3 +119,12 @@ def test_predictions_are_those_of_argmax_on_triton(value):
         evaluate(MFD, on(MFD, b), call, names=()).outputs["predictions"] for b in ("triton", "reference")
     )
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("op", ["modal_pool", "mfd_loss"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_rows_leave_no_buffer_unwritten(op, dtype):
+    record = RECORDS[op]
+    for arguments in record.samples(dtype=DTYPES[dtype], rows=0).values():
+        found = evaluate(record, on(record, "triton"), arguments)  # which poisons every allocation
+        assert not any(bool(grad.any()) for grad in found.grads.values())
