@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-#: csrc/common/types.h: Dtype.
+#: csrc/common/problems/rows.h: Dtype.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-#: csrc/common/types.h: Divergence.
+#: csrc/common/problems/rows.h: Divergence.
 DIVERGENCES = {
     "forward_kl": 0,
     "reverse_kl": 1,
@@ -26,5 +26,5 @@ TAILS = {"bucket": 0, "renormalize": 1, "zero": 2}
 FEATURE_KINDS = {"mse": 0, "smooth_l1": 1, "cosine": 2}
 
 #: Columns of the statistics that the per-row forward saves for the backward of the same backend: kStats of
-#: csrc/common/types.h, which says what those of `cpu` hold; a backend writes 0 where it needs none.
+#: csrc/common/problems/rows.h, which says what those of `cpu` hold; a backend writes 0 where it needs none.
 STATISTICS = 11

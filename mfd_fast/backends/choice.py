@@ -3,9 +3,9 @@
 The model of an op on a backend: ``launches * LAUNCH_US + passes * (bytes of one pass) / BYTES_PER_US``, in
 microseconds. Its inputs:
 
-- ``LAUNCH_US``: what one launch costs the host. CUDA C++ launches in about 2 us, Triton's launcher in 10 to 20
-  (the design's performance notes, "Launch cost"); the middle is taken. It decides small shapes.
-- ``BYTES_PER_US``: an H200 moves 4.3 TB/s (there, "H200, bfloat16").
+- ``LAUNCH_US``: what one launch costs the host. CUDA C++ is taken to launch in about 2 us, Triton's launcher in 10 to
+  20, of which the middle is taken; neither was measured here. It decides small shapes.
+- ``BYTES_PER_US``: the 4.3 TB/s that a copy is taken to move on an H200 (docs/predictions.md).
 - ``READ_ONCE``: rows of at most so many bytes of each side are held on the chip and read once, longer ones twice. The
   CUDA kernels park a row pair in the shared memory of up to 8 blocks on sm_90 and sm_100 (227 KiB each), of one block
   elsewhere (99 KiB at least); a Triton program of 8 warps holds 32 bytes of each side in each thread, so 8 KiB

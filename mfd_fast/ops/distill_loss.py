@@ -35,9 +35,9 @@ class _ScalarLoss(torch.autograd.Function):
     """loss with d loss/d student computed beside it and handed to the first backward without a copy."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, rows: RowProblem, loss: RowLoss, backend: str, recorded: bool) -> Tensor:  # noqa: ARG004
-        # Under no_grad (`recorded` is False) autograd still says that a leaf needs its gradient.
-        needs_grad = recorded and ctx.needs_input_grad[0]
+    def forward(ctx: Any, student: Tensor, rows: RowProblem, loss: RowLoss, backend: str, grad_enabled: bool) -> Tensor:  # noqa: ARG004
+        # Under no_grad (`grad_enabled` is False) autograd still says that a leaf needs its gradient.
+        needs_grad = grad_enabled and ctx.needs_input_grad[0]
         value, gradient = row_backend(backend).scalar(rows, loss, needs_grad=needs_grad)
         if needs_grad:
             save(ctx, (rows, loss), gradient)

@@ -68,9 +68,9 @@ class _ScalarLoss(torch.autograd.Function):
     """loss over all taps with its gradient to the students, handed to the first backward without a copy."""
 
     @staticmethod
-    def forward(ctx: Any, problem: FeatureProblem, backend: str, recorded: bool, *students: Tensor) -> Tensor:  # noqa: ARG004
-        # Under no_grad (`recorded` is False) autograd still says that a leaf needs its gradient.
-        needs = [recorded and need for need in ctx.needs_input_grad[3:]]
+    def forward(ctx: Any, problem: FeatureProblem, backend: str, grad_enabled: bool, *students: Tensor) -> Tensor:  # noqa: ARG004
+        # Under no_grad (`grad_enabled` is False) autograd still says that a leaf needs its gradient.
+        needs = [grad_enabled and need for need in ctx.needs_input_grad[3:]]
         loss, gradients = feature_backend(backend).scalar(problem, needs)
         if any(needs):
             save(ctx, (problem,), *gradients)

@@ -81,11 +81,11 @@ class _ScalarLoss(torch.autograd.Function):
         heads: HeadProblem,
         backend: str,
         sharded: ClassSharded | None,
-        recorded: bool,
+        grad_enabled: bool,
         *leaves: Tensor | None,  # noqa: ARG004
     ) -> tuple[Tensor, ...]:
-        # Under no_grad (`recorded` is False) autograd still says that a leaf needs its gradient.
-        needs = LinearGradients(*(recorded and need for need in ctx.needs_input_grad[6:]))
+        # Under no_grad (`grad_enabled` is False) autograd still says that a leaf needs its gradient.
+        needs = LinearGradients(*(grad_enabled and need for need in ctx.needs_input_grad[6:]))
         soft, hard, entropy, gradients = _scalar(backend, rows, loss, heads, needs, sharded)
         if any(needs):
             save(ctx, (rows, loss, heads), *gradients)

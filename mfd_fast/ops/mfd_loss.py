@@ -42,12 +42,12 @@ class _ScalarLoss(torch.autograd.Function):
         ctx: Any,
         problem: MFDProblem,
         backend: str,
-        recorded: bool,
+        grad_enabled: bool,
         others: list[Tensor],
         *leaves: Tensor | None,  # noqa: ARG004
     ) -> Tensor:
-        # Under no_grad (`recorded` is False) autograd still says that a leaf needs its gradient.
-        needs = _needs([recorded and need for need in ctx.needs_input_grad[4:]])
+        # Under no_grad (`grad_enabled` is False) autograd still says that a leaf needs its gradient.
+        needs = _needs([grad_enabled and need for need in ctx.needs_input_grad[4:]])
         (loss, *fields), gradients = mfd_backend(backend).scalar(problem, needs)
         others.extend(fields)
         if any(flatten(needs)):
