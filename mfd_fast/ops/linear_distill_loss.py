@@ -317,8 +317,8 @@ def linear_distill_loss(
         labels, divergence, temperature, …, normalizer: as in :func:`mfd_fast.distill_loss`. Rows that are masked or
             ignored are dropped before the products; on a GPU their number is waited for. ``classes`` of a
             transform reads only that many rows of the weight. Labels are not shifted.
-        chunk_rows: rows whose logits are in memory at a time, >= 1. None: 128 MiB of one side's logits, at least 64
-            rows. The result is the same up to rounding.
+        chunk_rows: rows whose logits are in memory at a time, >= 1. None: 32 MiB of one side's logits on a CPU,
+            256 MiB elsewhere, at least 256 rows. The result is the same up to rounding.
         process_group: of torch.distributed, whose ranks hold the classes ``C`` in turn: weights, biases and teacher
             logits are this rank's, hidden states and labels are the same on all. Forward KL, reverse KL, JSD and the
             hard term; the student's head alone is differentiated, and the gradient of its hidden states is the sum
@@ -374,7 +374,7 @@ def linear_distill_loss(
             raise ValueError(f"{op}: process_group cannot be recorded by a compiler; call the op eagerly")
         sharded = _sharded(op, problem, process_group)
         if chunk_rows is None:  # the same on all ranks, whose all-reduces meet
-            heads = heads.replace(chunk_rows=default_chunk_rows(sharded.most, rows.dtype))
+            heads = heads.replace(chunk_rows=default_chunk_rows(sharded.most, rows.dtype, rows.device))
     parts = rows, loss, heads
     check_labels_in_range(op, rows if sharded is None else rows.replace(classes=sharded.classes))
     check_indices(op, rows)
