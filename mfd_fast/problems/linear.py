@@ -21,7 +21,7 @@ from .problem import Problem
 from .rows import RowLoss, RowProblem, Scalar, check_row_loss, check_rows
 
 #: Bytes of one side's logits in a chunk, where ``chunk_rows`` is not given: on a CPU what the caches still help with
-#: (at 1024x(512, 512)x32000 float32, chunks of 1024, 512, 256, 128 rows take 1.27, 1.13, 1.08, 1.14 times the products).
+#: (1024x(512, 512)x32000 float32: chunks of 1024, 512, 256, 128 rows take 1.27, 1.13, 1.08, 1.14 times the products).
 CHUNK_BYTES = 32 << 20
 #: The same on a GPU, whose library wants more rows at a time. No GPU has measured it.
 CHUNK_BYTES_OFF_CPU = 256 << 20
