@@ -67,13 +67,18 @@ def run(
     """
     counted, dtype, leaves = rows.counted(), rows.dtype, leaves_of(rows, heads)
     index = None if counted is None else counted.nonzero().squeeze(-1)
+    if index is not None and index.shape[0] == rows.n_rows:
+        index = None
     n = rows.n_rows if index is None else index.shape[0]
     soft, hard, entropy = columns = [allocate.empty((rows.n_rows,), dtype, rows.device) for _ in range(3)]
-    if n < rows.n_rows:
+    if index is not None:
         for column in columns:
             column.zero_()
     total = LinearGradients(*(_start(leaf, need, rows) for leaf, need in zip(leaves, needs, strict=True)))
-    step = max(int(heads.chunk_rows), 1)
+    step = int(heads.chunk_rows)
+    kernels = sharded or row_backend(backend)
+    of_teacher = any(needs[3:7])
+    wanted = RowNeeds(any(needs[:3]), bool(needs.temperature), bool(needs.teacher_temperature), False, [of_teacher])
     # Flattened once: what has no view as [N, H] is copied once.
     rows = rows.replace(teachers=[_flat(rows.teacher)])
     heads = heads.replace(
@@ -83,21 +88,13 @@ def run(
     with without_autocast(rows.device):
         for first in range(0, n, step):
             last = min(first + step, n)
-            part = slice(first, last) if n == rows.n_rows or index is None else index[first:last]
+            part = slice(first, last) if index is None else index[first:last]
             chunk = _chunk(backend, rows, loss, heads, part, last - first)
-            kernels = sharded or row_backend(backend)
             soft[part], hard[part], statistics, by_products = kernels.per_row(chunk, terms=True)
             entropy[part] = by_products.student_entropy  # type: ignore[union-attr]
             if any(needs):
                 zero = statistics.new_zeros(()).expand(last - first)
                 soft_up, hard_up = (zero if g is None else g[part] for g in (grad_soft, grad_hard))
-                wanted = RowNeeds(
-                    any(needs[:3]),
-                    bool(needs.temperature),
-                    bool(needs.teacher_temperature),
-                    False,
-                    [any(needs[3:7])],
-                )
                 found = kernels.per_row_backward(chunk, statistics, soft_up, hard_up, wanted)
                 _add_head(total[:3], found.student, heads.student_hidden, heads.student_weight, part)
                 if heads.teacher_weight is not None:
