@@ -1,4 +1,4 @@
-# make demo | test | test-all | trainers | aot | machine-code | gpu | lint | format | bench | wheel | clean
+# make demo | test | test-all | trainers | docs | aot | machine-code | gpu | lint | format | bench | wheel | clean
 # Another interpreter, the first time: make demo PYTHON=python3.12
 
 PYTHON  ?= python3
@@ -12,13 +12,15 @@ CPP_FILES := $(shell find csrc kernels/cuda tests -name '*.h' -o -name '*.cpp' -
 # A spinning OpenMP thread would take the core of another test worker.
 export OMP_WAIT_POLICY ?= passive
 
+BROWSER ?= $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
+
 # One architecture for the tests: tests/machine_code/test_cuda_aot.py compiles others.
 $(VENV)/native: export MFD_FAST_CUDA_ARCHS ?= 90
 
 .SILENT:
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-rest test-all trainers aot machine-code gpu lint mypy format bench wheel clean
+.PHONY: help demo test test-rest test-all trainers docs no-browser aot machine-code gpu lint mypy format bench wheel clean
 
 help:
 	sed -n '1,2s/^# //p' Makefile
@@ -37,6 +39,7 @@ test test-rest test-all: $(VENV)/packages-test $(VENV)/native
 ifneq ($(wildcard build/trainers-venv/packages),)
 test-all: trainers
 endif
+test-all: $(if $(BROWSER),docs,no-browser)
 
 # The adapters of mfd_fast/integrations against the trainers themselves, in an environment with another PyTorch:
 # 102 packages, 2 GB beside it. The native module is this tree's: it has no tie to a PyTorch.
@@ -56,6 +59,18 @@ $(TRAINERS)/packages: pyproject.toml constraints-trainers.txt $(VENV)/python
 	$(TRAINERS)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints-trainers.txt \
 	  --no-deps autogluon.multimodal torchtune
 	touch $@
+
+# The site in build/docs, of docs/ and the docstrings; warnings and unresolved references are errors. A browser then
+# reads it: Chromium, which no package of PyPI has.
+docs: $(VENV)/packages-docs
+	echo "docs: build/docs"
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html --doctree-dir build/docs-doctrees docs build/docs
+	$(if $(BROWSER),echo "tests: the pages in $(BROWSER)",$(MAKE) no-browser)
+	$(if $(BROWSER),MFD_FAST_SITE=build/docs MFD_FAST_BROWSER=$(BROWSER) \
+	  $(BIN)/python -m pytest --confcutdir=tests/site -p no:cacheprovider -q $(ARGS) tests/site)
+
+no-browser:
+	echo "docs: the pages are not tried, since no browser was found (chromium; Debian: apt install chromium)"
 
 # Every Triton kernel with every option and every CUDA source for every GPU: it takes long.
 aot: $(VENV)/packages-test $(VENV)/native
@@ -128,6 +143,11 @@ $(VENV)/packages-demo: pyproject.toml constraints.txt $(VENV)/python
 $(VENV)/packages-test: $(VENV)/packages-demo
 	echo "install: the packages of the tests"
 	MFD_FAST_NATIVE=0 $(PIP) -qq --no-build-isolation --editable '.[test]'
+	touch $@
+
+$(VENV)/packages-docs: $(VENV)/packages-demo
+	echo "install: the packages of the documentation"
+	MFD_FAST_NATIVE=0 $(PIP) -qq --no-build-isolation --editable '.[docs]'
 	touch $@
 
 $(VENV)/python:

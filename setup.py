@@ -28,9 +28,10 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = "mfd_fast._C"
-SDIST_TREES = ("csrc", "kernels", "benchmarks", "tests", "docs")
-SDIST_FILES = ("CMakeLists.txt", "Makefile", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md", ".clang-format")
-SDIST_SUFFIXES = (".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".md", ".txt")
+SDIST_TREES = ("csrc", "kernels", "benchmarks", "tests", "docs", "examples")
+SDIST_FILES = ("CMakeLists.txt", "Makefile", "CHANGELOG.md", "CONTRIBUTING.md", ".clang-format", "constraints.txt")
+SDIST_FILES += ("constraints-trainers.txt",)
+SDIST_SUFFIXES = (".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".md", ".txt", ".css", ".svg", ".png")
 
 
 def find_compiler() -> list[str] | None:

@@ -1,8 +1,10 @@
 """The row divergences D(p, q) between a teacher p and a student q, both softened.
 
 A pointwise divergence is a sum Σ_j f(p_j, q_j) over the classes. With g = ∂f/∂q and h = ∂f/∂p its gradients
-with respect to the softened logits u = x/T and v = y/T are, for every one of them,
+with respect to the softened logits u = x/T and v = y/T are, for every one of them, ::
+
     dD/du_j = q_j (g_j − E_q[g]),    dD/dv_j = p_j (h_j − E_p[h])
+
 (a constant added to g or h changes nothing, unless p sums to less than 1: a TopK with the tail "zero").
 DKD and NKD depend on the label as well and are written out.
 The soft term of the losses is T²·D, except where a docstring says otherwise.
@@ -176,7 +178,7 @@ class SkewReverseKL(Divergence):
 
 @dataclass(frozen=True)
 class TVD(Divergence):
-    """Total variation ½ Σ |p − q|. Gradient: q (g − E_q[g]) with g = ½ sign(q − p), 0 at a tie; h = −g.
+    """Total variation ``½ Σ |p − q|``. Gradient: q (g − E_q[g]) with g = ½ sign(q − p), 0 at a tie; h = −g.
 
     Wen et al.: f-Divergence Minimization for Sequence-Level Knowledge Distillation, arXiv:2307.15190.
 
@@ -191,11 +193,13 @@ class AlphaBeta(Divergence):
     """Alpha-beta: −1/(αβ) Σ (p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)), with its limits.
 
     Gradient: q (g − E_q[g]) with g = q^(β−1) (q^α − p^α)/α, and h = p^(α−1) (p^β − q^β)/β, where (a^s − b^s)/s
-    is log(a/b) at s = 0. The limits of the value are
+    is log(a/b) at s = 0. The limits of the value are ::
+
         β = 0:   1/α² Σ (p^α log(p^α/q^α) − p^α + q^α)      (α = 1: the forward KL)
         α = 0:   1/β² Σ (q^β log(q^β/p^β) − q^β + p^β)      (β = 1: the reverse KL)
         α = −β:  1/α² Σ (log(q^α/p^α) + p^α/q^α − 1)
-        α = β = 0:  ½ Σ (log p − log q)².
+        α = β = 0:  ½ Σ (log p − log q)²
+
     All of them are f = (D_{α+β} − q^β D_α)/β with D_s the difference quotient above
     (D_{α+β} = (p^(α+β) − q^(α+β))/(α+β), q^β D_α = (p^α q^β − q^(α+β))/α), free of cancellation by expm1 where β is
     the larger exponent; α and β may be exchanged together with p and q.

@@ -1,5 +1,7 @@
 """What other libraries mean by "the distillation loss", as keyword arguments of :func:`mfd_fast.distill_loss`.
 
+::
+
     loss = mfd.distill_loss(student, teacher, labels, **mfd.presets.timm(temperature=4.0, task_loss_weight=0.3))
 
 Every function names the library's own arguments and defaults, and the file that it reproduces. Who multiplies by

@@ -57,7 +57,7 @@ class Choice:
 def use_backend(name: str) -> Iterator[None]:
     """Runs every op inside the block on one backend; raises :class:`BackendError` where it cannot.
 
-    The choice belongs to the present context (:mod:`contextvars`): this thread and its asyncio tasks. Threads started
+    The choice belongs to the present context (``contextvars``): this thread and its asyncio tasks. Threads started
     inside the block do not see it; run them in ``contextvars.copy_context()``, or set ``MFD_FAST_BACKEND``, which
     holds for the process. A backward runs on the backend of its forward, whatever the thread.
 

@@ -39,17 +39,18 @@ def weighted_bias(a: Tensor, bias: Tensor) -> Tensor:
 class ModalFusion(OptionsModule):
     """y = Σ_m a_m (W_m x_m + b_m) with a = softmax_m(s/τ) over the present modalities.
 
-    The sum of M projections is one GEMM, y = [a₁x₁|…|a_M x_M|a]·[W₁…W_M|b]ᵀ, whose accumulator starts at
-    a·b. It moves 2ΣD_m values per row where projecting first moves 2M·O, so by default it is the form taken
+    The sum of M projections is one GEMM, ``y = [a₁x₁|…|a_M x_M|a]·[W₁…W_M|b]ᵀ``, whose accumulator starts
+    at a·b. It moves 2ΣD_m values per row where projecting first moves 2M·O, so by default it is the form taken
     when ΣD_m <= M·O; otherwise each modality is projected and :func:`mfd_fast.modal_pool` fuses the results.
     Both are the same function.
 
     Scores s_m, by ``scoring``:
-        "linear": row m of A·[x₁|…|x_M] + c, an absent x_m counting as 0. The function of torchmultimodal's
-            AttentionFusionModule (modalities in the order of their sorted names).
-        "query": O^(-1/2)·⟨query, W_m x_m + b_m⟩ + c_m, computed as ⟨W_mᵀ query, x_m⟩: no projection is
-            needed for it. Attention pooling of Ilse, Tomczak, Welling, arXiv:1802.04712.
-        "prior": c_m, a learned weighted average.
+
+    - "linear": row m of ``A·[x₁|…|x_M] + c``, an absent x_m counting as 0. The function of torchmultimodal's
+      AttentionFusionModule (modalities in the order of their sorted names).
+    - "query": O^(-1/2)·⟨query, W_m x_m + b_m⟩ + c_m, computed as ⟨W_mᵀ query, x_m⟩: no projection is
+      needed for it. Attention pooling of Ilse, Tomczak, Welling, arXiv:1802.04712.
+    - "prior": c_m, a learned weighted average.
 
     Args:
         in_features: widths D_m of the M modalities.

@@ -18,14 +18,16 @@ class GatedFusion(nn.Module):
     """Fuses a main modality x with a second one h through a learned gate.
 
     ``kind``, its function, its parameters in ``state_dict``, and what is left when a modality is absent:
-        "tanh": y = x + tanh(g)·h; ``gate [1]``, or ``[Dx]`` with ``per_channel``, starts at 0: y = x. The
-            absent one is 0. Flamingo, Alayrac et al., arXiv:2204.14198; Mllama.
-        "sigmoid": y = σ(W x + b) ⊙ (V h + c); ``gate.{weight,bias}`` (W), ``value.{weight,bias}`` (V).
-            Without x the gate is 1; without h, y = 0.
-        "gmu": y = z ⊙ tanh(W x + b) + (1 − z) ⊙ tanh(V h + c), z = σ(U [x|h] + d); ``x_value``, ``h_value``,
-            ``gate`` (U). Without x, z = 0; without h, z = 1. Arevalo et al., arXiv:1702.01992.
-        "film": y = γ ⊙ x + β, [γ|β] = W h + b; ``film``, the bias of γ starts at 1. Without h, y = x;
-            without x, y = β. Perez et al., arXiv:1709.07871.
+
+    - "tanh": y = x + tanh(g)·h; ``gate [1]``, or ``[Dx]`` with ``per_channel``, starts at 0: y = x. The
+      absent one is 0. Flamingo, Alayrac et al., arXiv:2204.14198; Mllama.
+    - "sigmoid": y = σ(W x + b) ⊙ (V h + c); ``gate.{weight,bias}`` (W), ``value.{weight,bias}`` (V).
+      Without x the gate is 1; without h, y = 0.
+    - "gmu": y = z ⊙ tanh(W x + b) + (1 − z) ⊙ tanh(V h + c), ``z = σ(U [x|h] + d)``; ``x_value``, ``h_value``,
+      ``gate`` (U). Without x, z = 0; without h, z = 1. Arevalo et al., arXiv:1702.01992.
+    - "film": y = γ ⊙ x + β, ``[γ|β] = W h + b``; ``film``, the bias of γ starts at 1. Without h, y = x;
+      without x, y = β. Perez et al., arXiv:1709.07871.
+
     With neither present y = 0.
 
     Args:

@@ -170,9 +170,9 @@ def mfd_loss(
             ``pool_weight·KL(teacher_pool_weights ‖ weights)`` (+inf where it gives weight to an absent modality).
         soft_weight, hard_weight, feature_weight, pool_weight: number or 0-d tensor; a term whose weight is
             the number 0 is not computed.
-        divergence, temperature, mask, weight, ignore_index, label_smoothing, scale_by_temperature,
-            reduction, normalizer: as in :func:`mfd_fast.distill_loss`. A row that is masked or ignored
-            contributes nothing to any term.
+        divergence, temperature, label_smoothing, scale_by_temperature: as in :func:`mfd_fast.distill_loss`.
+        mask, weight, ignore_index, reduction, normalizer: as there. A row that is masked or ignored contributes
+            nothing to any term.
         backend: "reference", "cpu", "triton", "cuda" or None for the fastest that can run.
 
     Returns:

@@ -151,11 +151,12 @@ def pure(space: Path, unpacked: Path, wheel: Path) -> Path:
 
 @pytest.mark.quick
 def test_the_sdist_carries_what_building_and_testing_need(unpacked: Path) -> None:
-    for tree in ("mfd_fast", "csrc", "kernels", "tests", "benchmarks", "docs"):
+    suffixes = (".py", ".h", ".cpp", ".cu", ".cuh", ".typed", ".md", ".css", ".svg")
+    for tree in ("mfd_fast", "csrc", "kernels", "tests", "benchmarks", "docs", "examples"):
         sources = ROOT / tree
         for path in sources.rglob("*"):
             hidden = any(path.match(p) or f"/{p}/" in str(path.relative_to(ROOT)) for p in NOT_SOURCES)
-            if path.is_file() and not hidden and path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh", ".typed", ".md"):
+            if path.is_file() and not hidden and path.suffix in suffixes:
                 assert (unpacked / path.relative_to(ROOT)).is_file(), path
     for name in ("CMakeLists.txt", "Makefile", "constraints.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"):
         assert (unpacked / name).is_file(), name

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = [
     (page.name, block)
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 ]
 
@@ -26,7 +26,7 @@ def test_examples_run(page, block, capsys):
 
 
 def test_pages_with_examples():
-    assert {"README.md", "fusion.md"} <= {page for page, _ in EXAMPLES}
+    assert {"README.md", "index.md", "start.md", "fusion.md"} <= {page for page, _ in EXAMPLES}
 
 
 def test_op_table_is_complete():
