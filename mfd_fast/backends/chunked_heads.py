@@ -63,46 +63,54 @@ def run(
 ) -> Terms:
     """Every chunk's logits, row losses and gradients. Sums over rows run in a fixed order.
 
-    The number of counted rows is read, for which the host waits off the CPU.
+    At a time there are the logits of one chunk of both sides, over which their gradients are written. The number of
+    counted rows is read, for which the host waits off the CPU.
     """
     counted, dtype, leaves = rows.counted(), rows.dtype, leaves_of(rows, heads)
     index = None if counted is None else counted.nonzero().squeeze(-1)
     if index is not None and index.shape[0] == rows.n_rows:
         index = None
     n = rows.n_rows if index is None else index.shape[0]
-    soft, hard, entropy = columns = [allocate.empty((rows.n_rows,), dtype, rows.device) for _ in range(3)]
-    if index is not None:
-        for column in columns:
-            column.zero_()
     total = LinearGradients(*(_start(leaf, need, rows) for leaf, need in zip(leaves, needs, strict=True)))
     step = int(heads.chunk_rows)
     kernels = sharded or row_backend(backend)
     of_teacher = any(needs[3:7])
     wanted = RowNeeds(any(needs[:3]), bool(needs.temperature), bool(needs.teacher_temperature), False, [of_teacher])
+    # Logits that were given are the caller's.
+    in_place = not of_teacher or heads.teacher_weight is not None
+    zero = torch.zeros((), dtype=dtype, device=rows.device)
     # Flattened once: what has no view as [N, H] is copied once.
     rows = rows.replace(teachers=[_flat(rows.teacher)])
     heads = heads.replace(
         student_hidden=_flat(heads.student_hidden),
         teacher_hidden=None if heads.teacher_hidden is None else _flat(heads.teacher_hidden),
     )
+
+    def values_of(part: Any, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One chunk's soft, hard and entropy; its gradients go to ``total``."""
+        chunk = _chunk(backend, rows, loss, heads, part, count)
+        soft, hard, statistics, by_products = kernels.per_row(chunk, terms=True)
+        if any(needs):
+            soft_up, hard_up = (zero.expand(count) if g is None else g[part] for g in (grad_soft, grad_hard))
+            found = kernels.per_row_backward(chunk, statistics, soft_up, hard_up, wanted, in_place=in_place)
+            _add_head(total[:3], found.student, heads.student_hidden, heads.student_weight, part)
+            if heads.teacher_weight is not None:
+                _add_head(total[3:6], found.teachers[0], heads.teacher_hidden, heads.teacher_weight, part)
+            else:
+                _add(total.teacher, found.teachers[0], part)
+            _add(total.temperature, found.temperature, part)
+            _add(total.teacher_temperature, found.teacher_temperature, part)
+        return soft, hard, by_products.student_entropy  # type: ignore[union-attr]
+
+    def column(values: list[Tensor]) -> Tensor:
+        """``[N]`` of all chunks' values."""
+        together = torch.cat(values) if values else zero.expand(0)
+        return together if index is None else zero.repeat(rows.n_rows).index_copy_(0, index, together)
+
     with without_autocast(rows.device):
-        for first in range(0, n, step):
-            last = min(first + step, n)
-            part = slice(first, last) if index is None else index[first:last]
-            chunk = _chunk(backend, rows, loss, heads, part, last - first)
-            soft[part], hard[part], statistics, by_products = kernels.per_row(chunk, terms=True)
-            entropy[part] = by_products.student_entropy  # type: ignore[union-attr]
-            if any(needs):
-                zero = statistics.new_zeros(()).expand(last - first)
-                soft_up, hard_up = (zero if g is None else g[part] for g in (grad_soft, grad_hard))
-                found = kernels.per_row_backward(chunk, statistics, soft_up, hard_up, wanted)
-                _add_head(total[:3], found.student, heads.student_hidden, heads.student_weight, part)
-                if heads.teacher_weight is not None:
-                    _add_head(total[3:6], found.teachers[0], heads.teacher_hidden, heads.teacher_weight, part)
-                else:
-                    _add(total.teacher, found.teachers[0], part)
-                _add(total.temperature, found.temperature, part)
-                _add(total.teacher_temperature, found.teacher_temperature, part)
+        spans = [(first, min(first + step, n)) for first in range(0, n, step)]
+        found = [values_of(slice(*span) if index is None else index[slice(*span)], span[1] - span[0]) for span in spans]
+    soft, hard, entropy = (column([values[k] for values in found]) for k in range(3))
     if sharded is not None and total.student_hidden is not None:
         sharded.add_up(total.student_hidden)  # each rank has its classes' share
     # Rounded once.
@@ -154,7 +162,10 @@ def _add_head(total: Sequence[Any], d_logits: Tensor | None, hidden: Any, weight
     d_hidden, d_weight, d_bias = total
     classes = d_logits.shape[1]
     if d_hidden is not None:
-        _flat(d_hidden)[part] = products.hidden_gradient(d_logits, weight[:classes])
+        if isinstance(part, slice):
+            products.hidden_gradient(d_logits, weight[:classes], _flat(d_hidden)[part])
+        else:
+            _flat(d_hidden)[part] = products.hidden_gradient(d_logits, weight[:classes])
     if d_weight is not None:
         products.add_weight_gradient(d_weight[:classes], d_logits, hidden[part])
     if d_bias is not None:

@@ -112,7 +112,14 @@ class ClassSharded:
         return RowOutputs(soft, hard, stats, by_products)
 
     def per_row_backward(
-        self, rows: RowProblem, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: RowNeeds
+        self,
+        rows: RowProblem,
+        stats: Tensor,
+        grad_soft: Tensor,
+        grad_hard: Tensor,
+        needs: RowNeeds,
+        *,
+        in_place: bool = False,  # noqa: ARG002
     ) -> RowGradients:
         """The gradient of this rank's columns of the student."""
         if not needs.student:

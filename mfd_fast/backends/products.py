@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-#: Bytes of a 16-bit weight that are widened at a time, where the processor has no product of 16-bit operands.
+#: Bytes of a 16-bit weight, widened, that exist at a time where there is no product of 16-bit operands.
 WIDENED_BYTES = 32 << 20
+#: The same on a GPU, where every part is a launch.
+WIDENED_BYTES_OFF_CPU = 256 << 20
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
@@ -33,15 +35,14 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dty
     return out if bias is None else out.add_(bias)
 
 
-def hidden_gradient(d_logits: Tensor, weight: Tensor) -> Tensor:
-    """``d_logits · weight``: ``[N, C] · [C, H]`` in the dtype of ``d_logits``."""
+def hidden_gradient(d_logits: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """``d_logits · weight``: ``[N, C] · [C, H]`` in the dtype of ``d_logits``, in ``out`` if there is one."""
     if weight.dtype == d_logits.dtype:
-        return torch.mm(d_logits, weight)
-    if d_logits.device.type != "cpu":
-        return torch.mm(d_logits, weight.to(d_logits.dtype))
-    out = d_logits.new_zeros((d_logits.shape[0], weight.shape[1]))
+        return torch.mm(d_logits, weight, out=out)
+    if out is None:
+        out = d_logits.new_empty((d_logits.shape[0], weight.shape[1]))
     for first, wide in widened(weight, d_logits.dtype):
-        out.addmm_(d_logits[:, first : first + wide.shape[0]], wide)
+        torch.addmm(out, d_logits[:, first : first + wide.shape[0]], wide, beta=1 if first else 0, out=out)
     return out
 
 
@@ -52,7 +53,8 @@ def add_weight_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None
 
 def widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """The rows of ``weight`` in ``dtype``, some at a time, each with the number of its first row."""
-    step = max(WIDENED_BYTES // max(weight.shape[1] * dtype.itemsize, 1), 1)
+    budget = WIDENED_BYTES if weight.device.type == "cpu" else WIDENED_BYTES_OFF_CPU
+    step = max(budget // max(weight.shape[1] * dtype.itemsize, 1), 1)
     for first in range(0, weight.shape[0], step):
         yield first, weight[first : first + step].to(dtype)
 

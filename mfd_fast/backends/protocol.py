@@ -78,9 +78,20 @@ class RowBackend(Protocol):
         """Both terms of every row; ``terms``: and the by-products."""
 
     def per_row_backward(
-        self, rows: RowProblem, statistics: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: RowNeeds, /
+        self,
+        rows: RowProblem,
+        statistics: Tensor,
+        grad_soft: Tensor,
+        grad_hard: Tensor,
+        needs: RowNeeds,
+        /,
+        *,
+        in_place: bool = False,
     ) -> RowGradients:
-        """Gradients of Σ grad_soft·soft + grad_hard·hard; the upstream gradients ``[N]`` have any stride."""
+        """Gradients of Σ grad_soft·soft + grad_hard·hard; the upstream gradients ``[N]`` have any stride.
+
+        ``in_place``: the logits, contiguous, are not read again, so their gradients may take their memory.
+        """
 
 
 # ------------------------------------------------------------------------------------------------------------ pool

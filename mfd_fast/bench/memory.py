@@ -38,8 +38,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def peak_extra_bytes(step: Step, device: torch.device) -> int | None:
     """The most that one step holds at a time beyond what lives before it.
 
-    On a GPU by PyTorch's allocator. On a CPU by the allocations that PyTorch reports, plus the buffers that the cpu
-    backend's gradient pool lends. None if the profiler tells nothing.
+    By PyTorch's allocator; on a CPU without the cpu backend's gradient pool, which bypasses it. None if the profiler
+    tells nothing.
     """
     if device.type == "cuda":
         synchronize(device)
@@ -48,16 +48,16 @@ def peak_extra_bytes(step: Step, device: torch.device) -> int | None:
         step()
         synchronize(device)
         return int(torch.cuda.max_memory_allocated(device)) - before
-    with _lent_bytes() as lent:
+    with _without_pool():
         events = _profiled(step, [ProfilerActivity.CPU], memory=True)
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    if not changes and not lent:
+    if not changes:
         return None
     now = peak = 0
     for _, nbytes in sorted(changes, key=lambda change: change[0]):
         now += nbytes
         peak = max(peak, now)
-    return peak + sum(lent)
+    return peak
 
 
 def launches(step: Step, device: torch.device) -> int | None:
@@ -83,22 +83,13 @@ def _profiled(step: Step, activities: list[ProfilerActivity], memory: bool) -> l
 
 
 @contextlib.contextmanager
-def _lent_bytes() -> Iterator[list[int]]:
-    """Bytes of every buffer that the gradient pool lends inside the block: they bypass PyTorch's allocator."""
+def _without_pool() -> Iterator[None]:
+    """Gradients come from PyTorch's allocator, which the profiler sees."""
     from ..backends import allocate
 
-    lent: list[int] = []
     provider = allocate.set_cpu_gradient_provider(None)
-
-    def watched(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
-        out = provider(shape, dtype) if provider is not None else None
-        if out is not None:
-            lent.append(out.numel() * out.element_size())
-        return out
-
-    allocate.set_cpu_gradient_provider(watched)
     try:
-        yield lent
+        yield
     finally:
         allocate.set_cpu_gradient_provider(provider)
 

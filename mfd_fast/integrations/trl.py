@@ -11,11 +11,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.distill_loss import distill_loss, distill_terms
+from ..ops.distill_loss import distill_loss
+from ..ops.linear_distill_loss import linear_distill_loss
 from ..presets import trl as preset
 from .shared import check_signature, item_count, replaced, require
 
@@ -50,61 +49,6 @@ _GOLD_JSD = TrlGOLDTrainer.generalized_jsd_loss
 _GKD_JSD = TrlGKDTrainer.generalized_jsd_loss
 
 # ------------------------------------------------------------------------------------------- from hidden states
-
-#: Logits of either side that exist at a time: 32 MiB in float32.
-CHUNK_ELEMENTS = 2**23
-
-
-class _ProjectedDivergence(torch.autograd.Function):
-    """Σ of the divergences and of the student's entropies over rows of hidden states, a chunk of logits at a time.
-
-    The gradients of the hidden states and of the head are made beside the value, so that no logits are kept.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        teacher: tuple[Tensor, Tensor, Tensor | None],
-        options: dict[str, Any],
-    ) -> tuple[Tensor, Tensor]:
-        needs = ctx.needs_input_grad[:3]
-        head = [hidden, weight, bias]
-        sums: list[Any] = [
-            None if value is None or not need else torch.zeros_like(value, dtype=_wide(value))
-            for value, need in zip(head, needs, strict=True)
-        ]
-        loss, entropy = torch.zeros((2,), dtype=_wide(hidden), device=hidden.device)
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
-            leaves = [None if value is None else value.detach() for value in (hidden[part], weight, bias)]
-            wanted = {i: leaf.requires_grad_() for i, leaf in enumerate(leaves) if leaf is not None and needs[i]}
-            with torch.no_grad():
-                teacher_logits = F.linear(teacher[0][part], *teacher[1:])
-            with torch.set_grad_enabled(bool(wanted)):
-                terms = distill_terms(F.linear(*leaves), teacher_logits, **options)  # type: ignore[arg-type]
-                soft = terms.soft.sum()
-            loss, entropy = loss + soft.detach(), entropy + terms.student_entropy.sum()
-            if wanted:
-                for i, gradient in zip(wanted, torch.autograd.grad(soft, list(wanted.values())), strict=True):
-                    (sums[i][part] if i == 0 else sums[i]).add_(gradient)
-        ctx.save_for_backward(*sums)
-        ctx.dtypes = [None if value is None else value.dtype for value in head]
-        ctx.mark_non_differentiable(entropy)
-        return loss, entropy
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if total is None else (total * grad_loss).to(dtype) for total, dtype in pairs), None, None
-
-
-def _wide(value: Tensor) -> torch.dtype:
-    return torch.promote_types(value.dtype, torch.float32)
 
 
 def chunked_divergence_loss(
@@ -141,23 +85,25 @@ def chunked_divergence_loss(
         head[0] = head[0].to(student_hidden_states.dtype)
     if teacher_head[0] is not teacher_lm_head_weight:
         teacher_head[0] = teacher_head[0].to(teacher_hidden_states.dtype)
-    counted = completion_mask.reshape(-1) != 0
-    hidden, teacher_hidden = (
-        states.reshape(-1, states.shape[-1])[counted] for states in (student_hidden_states, teacher_hidden_states)
+    out = linear_distill_loss(
+        student_hidden_states,
+        head[0],
+        teacher_hidden_states.detach(),
+        teacher_head[0],
+        student_bias=head[1],
+        teacher_bias=teacher_head[1],
+        mask=completion_mask != 0,
+        **preset(
+            beta,
+            temperature,
+            item_count(num_items_in_batch),
+            student_logit_scale=student_logit_scale,
+            teacher_logit_scale=teacher_logit_scale,
+            student_final_logit_softcapping=student_final_logit_softcapping,
+            teacher_final_logit_softcapping=teacher_final_logit_softcapping,
+        ),
     )
-    options = preset(
-        beta,
-        temperature,
-        student_logit_scale=student_logit_scale,
-        teacher_logit_scale=teacher_logit_scale,
-        student_final_logit_softcapping=student_final_logit_softcapping,
-        teacher_final_logit_softcapping=teacher_final_logit_softcapping,
-    )
-    del options["normalizer"]
-    loss, entropy = _ProjectedDivergence.apply(hidden, *head, (teacher_hidden.detach(), *teacher_head), options)
-    count = counted.sum()
-    items = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    return loss / (items.to(loss.device) if isinstance(items, Tensor) else items), entropy, count
+    return out.loss, out.student_entropy, out.rows
 
 
 def _whole(parameter: Any) -> Any:

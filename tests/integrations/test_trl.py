@@ -16,6 +16,7 @@ from trl.experimental.gold import GOLDTrainer as TheirGOLDTrainer
 from trl.trainer import distillation_trainer
 
 from mfd_fast.integrations import trl as ours
+from mfd_fast.problems import linear
 
 THEIRS = distillation_trainer._chunked_divergence_loss
 BETAS = [0.0, 0.5, 1.0]
@@ -65,9 +66,9 @@ def states(rows=(3, 7), vocabulary=40, student=8, teacher=12, bias=True):
     ],
     ids=["plain", "items", "number", "scale", "softcap"],
 )
-@pytest.mark.parametrize("chunk", [2**23, 80])
-def test_trl_chunked_divergence(monkeypatch, beta, options, chunk):
-    monkeypatch.setattr(ours, "CHUNK_ELEMENTS", chunk)
+@pytest.mark.parametrize("chunk_rows", [256, 3])
+def test_trl_chunked_divergence(monkeypatch, beta, options, chunk_rows):
+    monkeypatch.setattr(linear, "default_chunk_rows", lambda *_: chunk_rows)
     values = states()
     leaves = [v for v in values.values() if v.requires_grad]
     _, entropy, count = compare(

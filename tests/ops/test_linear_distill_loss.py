@@ -5,7 +5,10 @@ import torch
 from op_db import RECORDS
 
 import mfd_fast as mfd
-from mfd_fast.backends import products
+from mfd_fast.backends import products, row_backend
+from mfd_fast.backends.protocol import RowNeeds
+from mfd_fast.bench.memory import peak_extra_bytes
+from mfd_fast.problems.rows import check_rows
 
 RECORD = RECORDS["linear_distill_loss"]
 
@@ -202,3 +205,62 @@ def test_temperature_shared_by_both_sides_has_one_gradient():
             for e in (step, -step)
         )
         torch.testing.assert_close(found, (high - low) / (2 * step), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_gradients_and_two_chunks_of_logits(dtype, masked):
+    rows, width, classes, chunk_rows = 600, 64, 5000, 200
+    h, w, ht, wt = heads(rows, width, classes, dtype)
+    mask = torch.arange(rows) % 4 > 0 if masked else None
+    leaves = [h.requires_grad_(), w.requires_grad_()]
+
+    def step():
+        out = mfd.linear_distill_loss(*leaves, ht, wt, chunk_rows=chunk_rows, mask=mask, backend="cpu")
+        torch.autograd.grad(out.loss, leaves)
+
+    step()
+    sums = 4 * (h.numel() + w.numel())
+    widened = 0 if dtype == torch.float32 else min(products.WIDENED_BYTES, 4 * w.numel())
+    # Statistics, terms and labels of each row; of a chunk a few matrices [chunk, H].
+    small = 160 * rows + 3 * 4 * chunk_rows * width
+    assert peak_extra_bytes(step, torch.device("cpu")) <= sums + 2 * 4 * chunk_rows * classes + widened + small
+
+
+@pytest.mark.parametrize(
+    "divergence", ["forward_kl", "reverse_kl", "jsd", "tvd", "dkd", "nkd", mfd.AlphaBeta(0.6, 0.3)], ids=str
+)
+@pytest.mark.parametrize("backend", RECORD.backends)
+def test_gradients_may_take_the_memory_of_the_logits(backend, divergence):
+    rng = torch.Generator().manual_seed(2)
+    n, classes = 3, 2100  # two tiles of the longest rows
+    labels = torch.randint(classes - 2, (n,), generator=rng)
+    column = 0.5 + torch.rand(n, generator=rng)
+    standard, part = mfd.LogitTransform(standardize=True), mfd.LogitTransform(softcap=3.0, classes=classes - 2)
+    options = [
+        {"temperature": column, "teacher_temperature": column + 1, "label_smoothing": 0.1},
+        {"student_transform": standard, "teacher_transform": mfd.LogitTransform(scale=0.5)},
+        {"student_transform": part, "teacher_transform": part},
+    ]
+    kernels, needs = row_backend(backend), RowNeeds(True, True, True, False, [True])
+    for case in options:
+        sides = [torch.randn(n, classes, generator=rng) for _ in range(2)]
+        z, t = (side.clone() for side in sides)
+        rows = check_rows("distill_loss", z, t, labels, divergence=divergence, **case)
+        statistics = kernels.per_row(rows, terms=False).statistics
+        upstream = statistics, column, column + 1, needs
+        apart = kernels.per_row_backward(rows, *upstream)
+        assert torch.equal(z, sides[0])
+        assert torch.equal(t, sides[1])
+        over = kernels.per_row_backward(rows, *upstream, in_place=True)
+        for a, b in zip((*apart[:3], *apart.teachers), (*over[:3], *over.teachers), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_given_logits_of_the_teacher_are_not_written():
+    h, w, _, _ = heads()
+    t = torch.randn(40, 50, requires_grad=True)
+    kept = t.detach().clone()
+    loss = mfd.linear_distill_loss(h.requires_grad_(), w, t, None, reduction="none", backend="cpu").loss
+    torch.autograd.grad(loss.sum(), [h, t])
+    assert torch.equal(t, kept)

@@ -131,7 +131,13 @@ def per_row(rows: RowProblem, *, terms: bool) -> RowOutputs:
 
 
 def per_row_backward(
-    rows: RowProblem, statistics: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: RowNeeds
+    rows: RowProblem,
+    statistics: Tensor,
+    grad_soft: Tensor,
+    grad_hard: Tensor,
+    needs: RowNeeds,
+    *,
+    in_place: bool = False,
 ) -> RowGradients:
     """Gradients of ``sum(grad_soft*soft + grad_hard*hard)`` to all logits and, per row, temperatures and weights."""
     module = native()
@@ -143,12 +149,14 @@ def per_row_backward(
     def column(need: bool, *width: int) -> Tensor | None:
         return allocate.empty((n, *width), dtype, device) if need else None
 
+    # A kernel reads a block of a row into its scratch before it writes that block's gradient.
+    like: Any = (lambda logits: logits) if in_place else allocate.empty_gradient
     found = RowGradients(
-        allocate.empty_gradient(rows.student) if needs.student else None,
+        like(rows.student) if needs.student else None,
         column(needs.temperature),
         column(needs.teacher_temperature),
         column(needs.teacher_weights, len(rows.teachers)),
-        [allocate.empty_gradient(t) if need else None for t, need in zip(rows.teachers, needs.teachers, strict=True)],
+        [like(t) if need else None for t, need in zip(rows.teachers, needs.teachers, strict=True)],
     )
     if n:
         module.per_row_backward(
@@ -164,7 +172,7 @@ def per_row_backward(
             address(found.temperature),
             address(found.teacher_temperature),
             address(found.teacher_weights),
-            any(t is not None and t.nbytes >= STREAM_BYTES for t in (found.student, *found.teachers)),
+            not in_place and any(t is not None and t.nbytes >= STREAM_BYTES for t in (found.student, *found.teachers)),
             torch.get_num_threads(),
         )
     return found

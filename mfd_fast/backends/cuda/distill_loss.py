@@ -129,7 +129,13 @@ def per_row(rows: RowProblem, *, terms: bool) -> RowOutputs:
 
 
 def per_row_backward(
-    rows: RowProblem, statistics: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: RowNeeds
+    rows: RowProblem,
+    statistics: Tensor,
+    grad_soft: Tensor,
+    grad_hard: Tensor,
+    needs: RowNeeds,
+    *,
+    in_place: bool = False,
 ) -> RowGradients:
     """Gradients of Σ grad_soft·soft + grad_hard·hard to all logits and, per row, temperatures and weights."""
     module, n, dtype, device = native(), rows.n_rows, rows.dtype, rows.device
@@ -139,12 +145,15 @@ def per_row_backward(
     def column(need: bool, *width: int) -> Tensor | None:
         return allocate.empty((n, *width), dtype, device) if need else None
 
+    # A thread reads the classes that it writes, but for the logit of a label and those that a TopK lists.
+    apart = rows.topk is None and not rows.divergence.needs_labels
+    like: Any = (lambda logits: logits) if in_place and apart else allocate.empty_gradient
     found = RowGradients(
-        allocate.empty_gradient(rows.student) if needs.student else None,
+        like(rows.student) if needs.student else None,
         column(needs.temperature),
         column(needs.teacher_temperature),
         column(needs.teacher_weights, len(rows.teachers)),
-        [allocate.empty_gradient(t) if need else None for t, need in zip(rows.teachers, needs.teachers, strict=True)],
+        [like(t) if need else None for t, need in zip(rows.teachers, needs.teachers, strict=True)],
     )
     if n and any(t is not None for t in (*found[:4], *found.teachers)):
         problem, topk = row_description(module, rows, keep), native_topk(module, rows)

@@ -71,6 +71,8 @@ def per_row_backward(
     grad_soft: Tensor,
     grad_hard: Tensor,
     needs: RowNeeds,
+    *,
+    in_place: bool = False,  # noqa: ARG001
 ) -> RowGradients:
     """Gradients of Σ grad_soft·soft + grad_hard·hard."""
     found = _gradients(rows, grad_soft, grad_hard)

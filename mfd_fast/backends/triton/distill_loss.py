@@ -147,12 +147,21 @@ def per_row(rows: RowProblem, *, terms: bool) -> RowOutputs:
 
 
 def per_row_backward(
-    rows: RowProblem, stats: Tensor, grad_soft: Tensor, grad_hard: Tensor, needs: RowNeeds
+    rows: RowProblem,
+    stats: Tensor,
+    grad_soft: Tensor,
+    grad_hard: Tensor,
+    needs: RowNeeds,
+    *,
+    in_place: bool = False,
 ) -> RowGradients:
     """Gradients of Σ grad_soft·soft + grad_hard·hard to all logits and, per row, temperatures and weights."""
     n, several = rows.n_rows, len(rows.teachers) > 1
-    student, d_student = gradient(rows.student) if needs.student else (None, None)
-    teacher, d_teacher = gradient(rows.teacher) if needs.teachers[0] and not several else (None, None)
+    # A program has loaded the classes that it stores, but for the logit of a label and those that a TopK lists.
+    apart = rows.topk is None and not rows.divergence.needs_labels
+    like: Any = (lambda logits: (logits, logits)) if in_place and apart else gradient
+    student, d_student = like(rows.student) if needs.student else (None, None)
+    teacher, d_teacher = like(rows.teacher) if needs.teachers[0] and not several else (None, None)
     need_teachers = any(needs.teachers) or needs.teacher_temperature or needs.teacher_weights
     mixed = exponents = None
     if several and need_teachers:
