@@ -17,7 +17,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..features.distances import distance_terms, distance_value, gradient_factors, student_part
+from ..features.distances import (
+    distance_terms,
+    distance_value,
+    gradient_factors,
+    is_scaled,
+    norm_scale,
+    student_part,
+)
 from ..pool.modal_pool import (
     PoolGradients,
     attention,
@@ -98,21 +105,27 @@ class MFDNumbers(NamedTuple):
 
 
 @triton.jit
-def pool_weights(p, out, row, exists, counted, tau, scale, width, how):
-    """Per modality where its rows start, whether it takes part, its weight and the logarithm of that; stored."""
-    starts, active, scores = (), (), ()
+def modality_starts(p, row, counted):
+    """Per modality where its rows start, and whether it takes part."""
+    starts, active = (), ()
     for m in tl.static_range(p.M):
-        start = feature_start(p.x, row, m)
-        on = presence(p, row, counted, m)
+        starts = starts + (feature_start(p.x, row, m),)
+        active = active + (presence(p, row, counted, m),)
+    return starts, active
+
+
+@triton.jit
+def pool_weights(p, out, starts, active, row, exists, tau, scale, width, how):
+    """Per modality its weight and the logarithm of that; stored."""
+    scores = ()
+    for m in tl.static_range(p.M):
         s = tl.zeros([how.ROWS], tl.float32)
         if p.query_ptr is not None:
-            s = scale * streamed_dot(p.x.ptrs[m], start, on, p.query_ptr, None, None, width, how)
-        starts = starts + (start,)
-        active = active + (on,)
-        scores = scores + (score(p, s, row, on, m),)
+            s = scale * streamed_dot(p.x.ptrs[m], starts[m], active[m], p.query_ptr, None, None, width, how)
+        scores = scores + (score(p, s, row, active[m], m),)
     weights, logs = attention(scores, active, tau, how.EXACT, p.M)
     store_packed(out.weights_ptr, packed(weights, p.M, p.M_TILE), row, exists, p.M, p.M_TILE)
-    return starts, active, weights, logs
+    return weights, logs
 
 
 @triton.jit
@@ -138,6 +151,40 @@ def park_pooled(p, extra, out, starts, active, weights, row, exists, counted, fe
             if out.dy_ptr is not None:
                 tl.store(out.dy_ptr + y_row + here[None, :], y, mask=keep)
     return tl.sum(terms_a, 1), tl.sum(terms_b, 1), tl.sum(terms_c, 1)
+
+
+@triton.jit
+def scaled_distance(p, extra, starts, active, weights, by_y, by_t, counted, features_start, width, how):
+    """The row sums of the cosine's `distance_terms` of scaled rows, whose squares are within range."""
+    terms_a = tl.zeros([how.ROWS, how.BLOCK_D], tl.float32)
+    terms_b, terms_c = terms_a, terms_a
+    for first in range(0, width, how.BLOCK_D):
+        here = tl.arange(0, how.BLOCK_D) + first
+        y = streamed_sum(p.x, starts, active, weights, here, width, p.M, tl.float32)
+        t = feature_tile(extra.features_ptr, features_start, here, width, counted, tl.float32)
+        tile_a, tile_b, tile_c = distance_terms(by_y[:, None] * y, by_t[:, None] * t, 2)
+        terms_a, terms_b, terms_c = terms_a + tile_a, terms_b + tile_b, terms_c + tile_c
+    return tl.sum(terms_a, 1), tl.sum(terms_b, 1), tl.sum(terms_c, 1)
+
+
+@triton.jit
+def pool_phase(p, extra, out, row, exists, counted, tau, scale, features_start, width, how):
+    """Parks y; the divergence of the pool weights, the row sums of the feature distance and the scales of its rows."""
+    starts, active = modality_starts(p, row, counted)
+    weights, logs = pool_weights(p, out, starts, active, row, exists, tau, scale, width, how)
+    pool_kl = tl.zeros([how.ROWS], tl.float32)
+    if extra.pool_target_ptr is not None:
+        pool_kl = pool_divergence(extra.pool_target_ptr, row, counted, logs, p.M, tl.float32)
+    a, b, c = park_pooled(p, extra, out, starts, active, weights, row, exists, counted, features_start, width, how)
+    by_y = tl.full([how.ROWS], 1.0, tl.float32)
+    by_t = by_y
+    if (extra.features_ptr is not None) and (extra.FEATURE_KIND == 2):
+        by_y, by_t = norm_scale(b, counted), norm_scale(c, counted)
+        if is_scaled(by_y, by_t):
+            a, b, c = scaled_distance(
+                p, extra, starts, active, weights, by_y, by_t, counted, features_start, width, how
+            )
+    return pool_kl, a, b, c, by_y, by_t
 
 
 @triton.jit
@@ -185,8 +232,36 @@ def loss_of_logits(rows, loss, out, pid, per_row, numbers, tiles, how):
 
 
 @triton.jit
-def park_dy(extra, out, row, exists, counted, features_start, of_y, of_t, width, classes, z_stride, head_stride, tiles):
-    """Parks dy = dz W + the gradient of the feature distance, which takes the y that was parked there."""
+def other_losses(extra, numbers, pool_kl, a, b, c, by_y, by_t, share64, row, exists, counted, width):
+    """[ROWS] what features and pool weights add to the loss, the share of the features, and for the gradients
+    the factors of `student_part` and what a row counts for in the divergence of the pool weights.
+    """
+    ROWS: tl.constexpr = row.shape[0]
+    feature = tl.zeros([ROWS], tl.float64)
+    more, share = feature, share64.to(tl.float32)
+    of_y = tl.zeros([ROWS], tl.float32)
+    of_t, pool_share = of_y, of_y
+    if extra.features_ptr is not None:
+        feature_w = row_scalar(numbers[0], extra.feature_weight_ptr, row, exists, 0, ROWS, tl.float64)
+        distance = distance_value(a, b, c, by_y, by_t, width, extra.FEATURE_KIND)
+        feature = tl.where(counted, share64 * distance, 0.0)
+        more += feature_w * feature
+        each = feature_w.to(tl.float32) * share
+        of_y, of_t, _of_tt = gradient_factors(a, b, c, by_y, by_t, each, width, extra.FEATURE_KIND)
+    if extra.pool_target_ptr is not None:
+        pool_w = row_scalar(numbers[1], extra.pool_weight_ptr, row, exists, 0, ROWS, tl.float64)
+        more += pool_w * tl.where(counted, share64 * pool_kl, 0.0)
+        pool_share = pool_w.to(tl.float32) * share
+    return more, feature, of_y, of_t, pool_share
+
+
+@triton.jit
+def park_dy(extra, out, row, exists, counted, features_start, factors, width, classes, z_stride, head_stride, tiles):
+    """Parks dy = dz W + the gradient of the feature distance, which takes the y that was parked there.
+
+    factors: of_y, of_t and the scales of the rows, as `student_part` takes them.
+    """
+    of_y, of_t, by_y, by_t = factors
     OPERAND: tl.constexpr = out.y_ptr.dtype.element_ty
     y_row, z_row = (row * width)[:, None], (row * z_stride)[:, None]
     for d_first in range(0, width, tiles.BLOCK_C):
@@ -202,19 +277,20 @@ def park_dy(extra, out, row, exists, counted, features_start, of_y, of_t, width,
         keep = exists[:, None] & (d < width)[None, :]
         at = out.dy_ptr + y_row + d[None, :]
         if extra.features_ptr is not None:
-            one = tl.full([tiles.ROWS], 1.0, tl.float32)
             y = tl.load(at, mask=keep, other=0.0)
             t = feature_tile(extra.features_ptr, features_start, d, width, counted, tl.float32)
-            dy += tl.where(counted[:, None], student_part(y, t, of_y, of_t, one, one, extra.FEATURE_KIND), 0.0)
+            dy += tl.where(counted[:, None], student_part(y, t, of_y, of_t, by_y, by_t, extra.FEATURE_KIND), 0.0)
             tl.debug_barrier()
         tl.store(at, dy, mask=keep)
 
 
 @triton.jit
-def pool_gradients(
-    p, extra, out, starts, active, weights, pool_share, tau, pid, row, exists, scale, width, stride, how
-):
-    """The backward pass of the pool, from the parked dy."""
+def pool_gradients(p, extra, out, pool_share, tau, pid, row, exists, counted, scale, width, stride, how):
+    """The backward pass of the pool, from the parked dy and the weights that were stored."""
+    starts, active = modality_starts(p, row, counted)
+    weights = ()
+    for m in tl.static_range(p.M):
+        weights = weights + (tl.load(out.weights_ptr + row * p.M + m, mask=active[m], other=0.0),)
     dots = ()
     for m in tl.static_range(p.M):
         x_ptr = p.x.ptrs[m]
@@ -295,67 +371,34 @@ def mfd_single_pass(
 
     pool_scale = tl.full([1], pool_scale, tl.float32)
     tau = row_scalar(pool_temperature, pool.temperature_ptr, row, exists, pool.STEP, ROWS, tl.float32)
-    starts, active, weights, logs = pool_weights(pool, out, row, exists, counted, tau, pool_scale, width, pool_how)
-    pool_kl = tl.zeros([ROWS], tl.float32)
-    if extra.pool_target_ptr is not None:
-        pool_kl = pool_divergence(extra.pool_target_ptr, row, counted, logs, pool.M, tl.float32)
     features_start = row_start(row, features_inner, features_outer, features_stride, extra.F_FLAT, 1)
-    sum_a, sum_b, sum_c = park_pooled(
-        pool, extra, out, starts, active, weights, row, exists, counted, features_start, width, pool_how
+    pool_kl, sum_a, sum_b, sum_c, by_y, by_t = pool_phase(
+        pool, extra, out, row, exists, counted, tau, pool_scale, features_start, width, pool_how
     )
+    w = tl.full([ROWS], 1.0, tl.float32)
+    if loss.weight_ptr is not None:
+        w = tl.load(loss.weight_ptr + row, mask=counted, other=0.0)
+    weights = (feature_weight, pool_weight)
+    sums = (pool_kl, sum_a, sum_b, sum_c, by_y, by_t)
+    more, feature, of_y, of_t, pool_share = other_losses(
+        extra, weights, *sums, w.to(tl.float64) * per_row, row, exists, counted, width
+    )
+    tl.store(out.terms_ptrs[3] + pid, tl.sum(feature, 0))
+    more = tl.sum(more, 0)
     tl.debug_barrier()
     park_logits(extra, out, row, exists, counted, width, classes, z_stride, head_stride, tiles)
     tl.debug_barrier()
     shape = (n_rows, ignore_index, classes, z_stride, teacher_inner, teacher_outer, teacher_stride)
     numbers = MFDNumbers(temperature, teacher_temperature, soft_weight, hard_weight, smoothing, a, b, *shape)
     loss_total, soft_total, hard_total = loss_of_logits(rows, loss, out, pid, per_row, numbers, tiles, how)
-
-    # What features and pool weights add to the loss.
-    w = tl.full([ROWS], 1.0, tl.float32)
-    if loss.weight_ptr is not None:
-        w = tl.load(loss.weight_ptr + row, mask=counted, other=0.0)
-    share64 = w.to(tl.float64) * per_row
-    share = share64.to(tl.float32)
-    none = tl.zeros([ROWS], tl.float32)
-    more, feature = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
-    of_y, of_t, one = none, none, none + 1.0
-    if extra.features_ptr is not None:
-        feature_w = row_scalar(feature_weight, extra.feature_weight_ptr, row, exists, 0, ROWS, tl.float64)
-        distance = distance_value(sum_a, sum_b, sum_c, one, one, width, extra.FEATURE_KIND)
-        feature = tl.where(counted, share64 * distance, 0.0)
-        more += feature_w * feature
-        each = feature_w.to(tl.float32) * share
-        of_y, of_t, _of_tt = gradient_factors(sum_a, sum_b, sum_c, one, one, each, width, extra.FEATURE_KIND)
-    pool_share = none
-    if extra.pool_target_ptr is not None:
-        pool_w = row_scalar(pool_weight, extra.pool_weight_ptr, row, exists, 0, ROWS, tl.float64)
-        more += pool_w * tl.where(counted, share64 * pool_kl, 0.0)
-        pool_share = pool_w.to(tl.float32) * share
-    tl.store(out.terms_ptrs[0] + pid, loss_total + tl.sum(more, 0))
+    tl.store(out.terms_ptrs[0] + pid, loss_total + more)
     tl.store(out.terms_ptrs[1] + pid, soft_total)
     tl.store(out.terms_ptrs[2] + pid, hard_total)
-    tl.store(out.terms_ptrs[3] + pid, tl.sum(feature, 0))
-
     if out.dy_ptr is not None:
         tl.debug_barrier()
-        park_dy(
-            extra, out, row, exists, counted, features_start, of_y, of_t, width, classes, z_stride, head_stride, tiles
-        )
+        factors = (of_y, of_t, by_y, by_t)
+        park_dy(extra, out, row, exists, counted, features_start, factors, width, classes, z_stride, head_stride, tiles)
         tl.debug_barrier()
         pool_gradients(
-            pool,
-            extra,
-            out,
-            starts,
-            active,
-            weights,
-            pool_share,
-            tau,
-            pid,
-            row,
-            exists,
-            pool_scale,
-            width,
-            dx_stride,
-            pool_how,
+            pool, extra, out, pool_share, tau, pid, row, exists, counted, pool_scale, width, dx_stride, pool_how
         )

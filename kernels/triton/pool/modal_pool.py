@@ -277,27 +277,31 @@ def streamed_gradients(p, of, starts, on, weights, ds, up, up_start, pid, add, r
             d_pooled = feature_tile(up, up_start, here, width, exists, DTYPE)
         d_query = tl.zeros([how.ROWS, how.BLOCK_D], DTYPE)
         for m in tl.static_range(p.M):
-            if of.dx_ptrs[m] is not None:
+            to, share = of.dx_ptrs[m], ds[m] * scale
+            if to is not None:
                 write_feature_gradient(
-                    of.dx_ptrs[m],
-                    stride,
-                    row,
-                    exists,
-                    on[m],
-                    here,
-                    width,
-                    d_pooled,
-                    weights[m],
-                    ds[m] * scale,
-                    p.query_ptr,
+                    to, stride, row, exists, on[m], here, width, d_pooled, weights[m], share, p.query_ptr
                 )
             if of.query_partial_ptr is not None:
                 x = feature_tile(p.x.ptrs[m], starts[m], here, width, on[m], DTYPE)
-                d_query += (ds[m] * scale)[:, None] * x
+                d_query += share[:, None] * x
         if of.query_partial_ptr is not None:
             to = of.query_partial_ptr + pid * width + here
             before = tl.load(to, mask=(here < width) & add, other=0.0)
             tl.store(to, before + tl.sum(d_query, 0), mask=here < width)
+
+
+@triton.jit
+def held_gradients(p, of, on, xs, weights, ds, d_pooled, row, exists, col, scale, width, stride):
+    """dx_m of features that are held; sum over m of ds_m*scale*x_m, [ROWS, BLOCK_D], 0 if it is not wanted."""
+    d_query = tl.zeros_like(d_pooled)
+    for m in tl.static_range(p.M):
+        to, share = of.dx_ptrs[m], ds[m] * scale
+        if to is not None:
+            write_feature_gradient(to, stride, row, exists, on[m], col, width, d_pooled, weights[m], share, p.query_ptr)
+        if of.query_partial_ptr is not None:
+            d_query += share[:, None] * xs[m]
+    return d_query
 
 
 @triton.jit
@@ -373,23 +377,9 @@ def pool_backward(p, of, how, temperature: tl.float64, scale: tl.float64, n_rows
                 p, of, starts, active, weights, ds, up, up_start, pid, add, row, exists, scale, width, dx_stride, how
             )
         else:
-            for m in tl.static_range(M):
-                if of.dx_ptrs[m] is not None:
-                    write_feature_gradient(
-                        of.dx_ptrs[m],
-                        dx_stride,
-                        row,
-                        exists,
-                        active[m],
-                        col,
-                        width,
-                        d_pooled,
-                        weights[m],
-                        ds[m] * scale,
-                        p.query_ptr,
-                    )
-                if of.query_partial_ptr is not None:
-                    d_query += (ds[m] * scale)[:, None] * xs[m]
+            d_query += held_gradients(
+                p, of, active, xs, weights, ds, d_pooled, row, exists, col, scale, width, dx_stride
+            )
     if (of.query_partial_ptr is not None) and (not how.LOOP):
         tl.store(of.query_partial_ptr + pid * width + col, tl.sum(d_query, 0), mask=col < width)
     if of.bias_partial_ptr is not None:

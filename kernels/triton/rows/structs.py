@@ -21,7 +21,7 @@ from typing import NamedTuple
 import triton.language as tl
 
 # Names of numbers whose value must not be compiled in.
-NUMBERS = ["n_rows", "n_counts", "ignore_index", "grad_soft_stride", "grad_hard_stride", "n_listed", "words"]
+NUMBERS = ["n_rows", "n_counts", "ignore_index", "grad_soft_stride", "grad_hard_stride", "n_listed"]
 NUMBERS += ["classes", "width", "s_width", "t_width", "s_inner", "s_outer", "s_row", "t_inner", "t_outer", "t_row"]
 
 

@@ -18,7 +18,7 @@ from ..rows.arithmetic import (
 )
 from ..rows.sides import label_logit, place, side
 from ..rows.structs import NUMBERS, Numbers, Side
-from .rest import over_tile
+from .rest import over_tile, row_bits
 from .scalar import write_student
 from .values import RENORMALIZE, ZERO, constant_in_h, pick, topk_row, topk_slopes
 
@@ -185,7 +185,6 @@ def topk_rows(
     classes: tl.int32,
     s_width: tl.int32,
     n_listed: tl.int32,
-    words: tl.int32,
     s_inner: tl.int64,
     s_outer: tl.int64,
     s_row: tl.int64,
@@ -205,8 +204,8 @@ def topk_rows(
     t = Side(p.teacher, *side(p.teacher, t_numbers, at, col, how), None)
     a = tl.full([1], a, s.T.dtype)
     b = tl.full([1], b, s.T.dtype)
-    bits = listed.bits_ptr + (row * words)[:, None, None]
-    v = topk_row(s, t, listed, bits, at, col, n_listed, words, smoothing, a, b, how)
+    bits = row_bits(listed, at)
+    v = topk_row(s, t, listed, bits, at, col, n_listed, smoothing, a, b, how)
     if out.soft_ptr is not None:
         write_terms(out, v, at, s.T, how)
     if how.TERMS:

@@ -38,6 +38,18 @@ def over_tile(values):
 
 
 @triton.jit
+def n_words(classes):
+    """Integers of a row's bitmap."""
+    return (classes + 31) // 32
+
+
+@triton.jit
+def row_bits(p, at):
+    """Where the bitmap of each row begins, a tile."""
+    return p.bits_ptr + (at.row * n_words(at.classes))[:, None, None]
+
+
+@triton.jit
 def mark_listed(bits, index, listed, words, col, BLOCK: tl.constexpr):
     """Sets the bits of the listed columns in a bitmap of ``words`` integers; whether one is listed twice, [1]."""
     for first in range(0, words, BLOCK):

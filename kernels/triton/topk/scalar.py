@@ -11,7 +11,7 @@ from ..distill.scalar import row_losses
 from ..rows.arithmetic import columns, divide
 from ..rows.sides import place, read, side, through_transform
 from ..rows.structs import NUMBERS, LossNumbers, Numbers, Side
-from .rest import is_listed, over_tile
+from .rest import is_listed, over_tile, row_bits
 from .values import listed_gradient, topk_row, topk_slopes, unlisted_gradient
 
 
@@ -70,7 +70,6 @@ def topk_scalar(
     classes: tl.int32,
     width: tl.int32,
     n_listed: tl.int32,
-    words: tl.int32,
     s_inner: tl.int64,
     s_outer: tl.int64,
     s_row: tl.int64,
@@ -88,8 +87,8 @@ def topk_scalar(
     t = Side(p.teacher, *side(p.teacher, t_numbers, at, col, how), None)
     a = tl.full([1], a, s.T.dtype)
     b = tl.full([1], b, s.T.dtype)
-    bits = listed.bits_ptr + (row * words)[:, None, None]
-    v = topk_row(s, t, listed, bits, at, col, n_listed, words, smoothing, a, b, how)
+    bits = row_bits(listed, at)
+    v = topk_row(s, t, listed, bits, at, col, n_listed, smoothing, a, b, how)
 
     numbers = LossNumbers(soft_weight, hard_weight, normalizer, n_counts)
     total, slope, hard_share, at_one = row_losses(v, s, loss, numbers, at, how)

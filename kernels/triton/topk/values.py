@@ -18,7 +18,7 @@ from ..distill.values import prob_at_one, soft_value, surprise_at_one
 from ..rows.arithmetic import INF, LAST, LOG2E, divide, finite_max, hard_value, power, valid_sum
 from ..rows.sides import label_logit, read
 from ..rows.structs import How, Place
-from .rest import Rest, mark_listed, no_rest, over_tile, rest_sums
+from .rest import Rest, mark_listed, n_words, no_rest, over_tile, rest_sums
 
 BUCKET = tl.constexpr(0)
 RENORMALIZE = tl.constexpr(1)
@@ -26,7 +26,7 @@ ZERO = tl.constexpr(2)
 
 
 class Listed(NamedTuple):
-    """The listed classes: indices [N, K] and, per row, a bitmap of ``words`` integers for `rest`.
+    """The listed classes: indices [N, K] and, per row, a bitmap for `rest`.
 
     TAIL: what is made of the other classes. LOGPROBS: the teacher gives log-probabilities. SLOTS: room for K + 1.
     tile: the listed classes and the rest as whole rows of a divergence alone.
@@ -109,7 +109,7 @@ class Slots(NamedTuple):
 
 
 @triton.jit
-def load_slots(p, bits, at, col, n_listed, words, how):
+def load_slots(p, bits, at, col, n_listed, how):
     """`Slots` of a row, whose bitmap is set; bad: also an index out of range or twice, or a label that is not listed
     where the divergence needs it.
     """
@@ -120,7 +120,7 @@ def load_slots(p, bits, at, col, n_listed, words, how):
     index = tl.load(p.indices_ptr + (at.row * n_listed)[:, None, None] + slot, mask=listed, other=0)
     inside = listed & (index >= 0) & (index < at.classes)
     column = tl.where(inside, index, 0).to(tl.int32)
-    bad = at.bad | mark_listed(bits, column, inside, words, col, how.LANES * how.VEC)
+    bad = at.bad | mark_listed(bits, column, inside, n_words(at.classes), col, how.LANES * how.VEC)
     bad = bad | (over_tile((listed & (inside == 0)).to(tl.int32)) > 0)
     label = tl.min(tl.min(tl.where(listed & (index == at.label[:, None, None]), slot, LAST), 2), 1)
     if APART:
@@ -179,12 +179,12 @@ def compare(s, t, p, slots, bits, at, col, a, b, how):
 
 
 @triton.jit
-def topk_row(s, t, p, bits, at, col, n_listed, words, smoothing, a, b, how):
+def topk_row(s, t, p, bits, at, col, n_listed, smoothing, a, b, how):
     """Values of one row; NaN where `bad`, an index is out of range or twice, or a label that D needs is not listed."""
     APART: tl.constexpr = (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD)
     POWERS: tl.constexpr = (how.DIVERGENCE == ALPHA_BETA) and (p.TAIL == ZERO)
     none = tl.zeros_like(s.T)
-    slots = load_slots(p, bits, at, col, n_listed, words, how)
+    slots = load_slots(p, bits, at, col, n_listed, how)
     bad = slots.bad
     d = compare(s, t, p, slots, bits, at, col, a, b, how)
     x, y, shift, top, rest = d.x, d.y, d.shift, d.top, d.rest

@@ -30,7 +30,8 @@ from .row_arguments import kind_of, logits_argument, parameters
 ROWS = 16  # of a program: the least that a tensor core takes
 TILE_BYTES = 256  # of each row of a tile of a matrix product
 TILE_D = 64  # columns of a tile of features
-STEP_BYTES = 128  # of each row's summands per step of a matrix product
+# Summands per step of a matrix product, by bytes of an operand: those of float32 are in registers, not in tensor cores.
+STEP = {2: 64, 4: 16}
 WARPS = 4
 OPTIONS = {"num_stages": 3}  # the next tiles are on their way
 # Beyond these the library's GEMMs and kernels that own a whole row are the better tiles, or the code too long.
@@ -156,7 +157,7 @@ def _arguments(p: MFDProblem, z: Tensor) -> dict[str, Any]:
         "ROWS": ROWS,
         "BLOCK_C": _tile(TILE_BYTES // operand_bytes, classes, pool.width),
         "BLOCK_D": block_d,
-        "BLOCK_K": _tile(STEP_BYTES // operand_bytes, classes, pool.width),
+        "BLOCK_K": _tile(STEP[operand_bytes], classes, pool.width),
     }
     return {
         "pool": problem,
@@ -232,7 +233,7 @@ def _how(p: MFDProblem, row_problem: Any) -> Any:
     rows = p.rows
     soft, hard = p.loss.use_soft, rows.labels is not None and p.loss.use_hard
     size = 1 << (rows.classes - 1).bit_length()
-    vec = min(8, size)
+    vec = min(16 // row_problem.teacher.ptr.dtype.itemsize, size)
     fields = {
         "DIVERGENCE": kind_of(rows.divergence if soft else None),
         "HARD": hard,

@@ -135,13 +135,12 @@ def row_arguments(rows: RowProblem, widths: tuple[int, ...], heavy: bool = False
     }
     if rows.topk is None:
         return RowArguments(problem, None, numbers, options, blocks, unit)
-    words = -(-rows.classes // 32)
-    numbers |= {"n_listed": rows.teacher.shape[-1], "words": words}
+    numbers |= {"n_listed": rows.teacher.shape[-1]}
     if rows.topk.tail == "zero" and isinstance(rows.divergence, ForwardKL):
         options["DIVERGENCE"] = constant("distill.divergences", "FORWARD_POINT")
     whole = {"SQUARED": False, "CONTIGUOUS": True, "LOOP": False, "ROWS": 1, "LANES": slots(rows), "VEC": 1}
     tile = RowArguments(problem, None, numbers, options | whole, blocks, unit).how(hard=False, smooth=False)
-    return RowArguments(problem, _listed(rows, rows.topk, words, tile), numbers, options, blocks, unit)
+    return RowArguments(problem, _listed(rows, rows.topk, tile), numbers, options, blocks, unit)
 
 
 def logits_argument(
@@ -182,9 +181,9 @@ def slots(rows: RowProblem) -> int:
     return power_of_two(rows.teacher.shape[-1] + 1)
 
 
-def _listed(rows: RowProblem, topk: TopKRows, words: int, tile: Any) -> Any:
+def _listed(rows: RowProblem, topk: TopKRows, tile: Any) -> Any:
     flags = {"TAIL": constant("topk.values", topk.tail.upper()), "LOGPROBS": topk.logprobs, "SLOTS": slots(rows)}
-    bits = allocate.empty((rows.n_rows, words), torch.int32, rows.device)
+    bits = allocate.empty((rows.n_rows, -(-rows.classes // 32)), torch.int32, rows.device)
     return kernels("topk.values").Listed(aligned(rows.indices), bits, **constants(flags), tile=tile)
 
 
