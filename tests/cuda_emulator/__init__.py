@@ -22,8 +22,10 @@ THREADS = ("-DMFD_EMULATOR_THREADS", "-pthread")
 
 def sources() -> list[Path]:
     """What the module is compiled from."""
-    launchers = [path for ending in ("*.cu", "*.cpp") for path in sorted((ROOT / "csrc" / "cuda").glob(ending))]
-    return [*launchers, ROOT / "csrc" / "bindings" / "problems.cpp", HERE / "module.cpp", HERE / "emulator.cpp"]
+    csrc = ROOT / "csrc"
+    launchers = sorted(path for path in (csrc / "cuda").rglob("*") if path.suffix in (".cu", ".cpp"))
+    bindings = sorted((csrc / "bindings" / "cuda").glob("*.cpp"))
+    return [*launchers, *bindings, csrc / "bindings" / "problems.cpp", HERE / "module.cpp", HERE / "emulator.cpp"]
 
 
 def _stamp(command: Iterable[str]) -> str:

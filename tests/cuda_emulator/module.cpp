@@ -2,7 +2,7 @@
 #include <pybind11/functional.h>
 
 #include "bindings/bindings.h"
-#include "cuda/occupancy.h"
+#include "cuda/runtime/occupancy.h"
 #include "cuda_runtime.h"
 
 namespace py = pybind11;

@@ -19,18 +19,18 @@ from .timing import simulate
 
 #: Kernels, by a part of their name, and where they are compiled.
 SOURCES = {
-    "mixture_forward": "distill_mixture.cu",
-    "mixture_backward": "mixture_backward.cu",
-    "distill_backward": "distill_backward.cu",
-    "topk_rows": "topk.cu",
-    "match_taps": "feature_loss.cu",
-    "scale_all": "feature_loss.cu",
-    "mfd_single_pass": "mfd_loss.cu",
-    "pool_": "modal_pool.cu",
-    "forward_kl": "forward_kl.cu",
-    "distill_forward": "distill.cu",
-    "count_rows": "distill.cu",
-    "scale_in_place": "distill.cu",
+    "mixture_forward": "distill/mixture_forward.cu",
+    "mixture_backward": "distill/mixture_backward.cu",
+    "distill_backward": "distill/backward.cu",
+    "topk_rows": "topk/topk.cu",
+    "match_taps": "fusion/feature_loss.cu",
+    "scale_all": "fusion/feature_loss.cu",
+    "mfd_single_pass": "fusion/mfd_loss.cu",
+    "pool_": "fusion/modal_pool.cu",
+    "forward_kl": "distill/forward_kl.cu",
+    "distill_forward": "distill/forward.cu",
+    "count_rows": "distill/forward.cu",
+    "scale_in_place": "distill/forward.cu",
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 H200_PROCESSORS = 132
@@ -57,8 +57,7 @@ class RowCase:
 
 
 def sources() -> dict[str, Path]:
-    found = {path.name: path for path in (ROOT / "csrc" / "cuda").rglob("*.cu")}
-    return {part: found[name] for part, name in SOURCES.items() if name in found}
+    return {part: ROOT / "csrc" / "cuda" / name for part, name in SOURCES.items()}
 
 
 def run(case: RowCase, n_rows: int, processors: int, clusters: set[int] | None) -> tuple[list[Launch], Any]:

@@ -23,21 +23,22 @@ ROOT = Path(__file__).resolve().parents[2]
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-fmad=false", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'kernels'}")
-SOURCES = sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+CUDA = ROOT / "csrc" / "cuda"
+SOURCES = sorted(path.relative_to(CUDA).as_posix() for path in CUDA.rglob("*.cu"))
 #: What each source has to hold, and how many of them at least.
 KERNELS = {
-    "distill.cu": {"distill_forward": 3},
-    "forward_kl.cu": {"forward_kl_warp": 12, "forward_kl_block": 6},
-    "distill_backward.cu": {"distill_backward": 3},
-    "distill_mixture.cu": {"mixture_forward": 3},
-    "mixture_backward.cu": {"mixture_backward": 3},
-    "topk.cu": {"topk_rows": 3},
-    "feature_loss.cu": {"match_taps": 3, "scale_all": 1},
-    "mfd_loss.cu": {"mfd_single_pass": 1},
-    "modal_pool.cu": {"pool_forward": 3, "pool_backward": 3, "pool_sums": 2},
+    "distill/forward.cu": {"distill_forward": 3},
+    "distill/forward_kl.cu": {"forward_kl_warp": 12, "forward_kl_block": 6},
+    "distill/backward.cu": {"distill_backward": 3},
+    "distill/mixture_forward.cu": {"mixture_forward": 3},
+    "distill/mixture_backward.cu": {"mixture_backward": 3},
+    "topk/topk.cu": {"topk_rows": 3},
+    "fusion/feature_loss.cu": {"match_taps": 3, "scale_all": 1},
+    "fusion/mfd_loss.cu": {"mfd_single_pass": 1},
+    "fusion/modal_pool.cu": {"pool_forward": 3, "pool_backward": 3, "pool_sums": 2},
 }
 #: Their rows are copied to shared memory; the backward ones read them from the caches.
-PARKING = set(KERNELS) - {"distill_backward.cu", "mixture_backward.cu", "mfd_loss.cu"}
+PARKING = set(KERNELS) - {"distill/backward.cu", "distill/mixture_backward.cu", "fusion/mfd_loss.cu"}
 COMPLETE = [(source, arch) for arch in ARCHITECTURES for source in SOURCES]
 #: The module is built for sm_90, or for more; the others take turns from source to source.
 TURNS = list(zip(SOURCES, itertools.cycle((80, 100, 120, 89, 86)), strict=False))
@@ -58,11 +59,11 @@ def assert_good_machine_code(cubin: Path, source: str, arch: int) -> None:
     assert seen.local_instructions == 0
     assert seen.load_widths["128"] > 0
     assert seen.store_widths["128"] > 0
-    if source == "mfd_loss.cu":
+    if source == "fusion/mfd_loss.cu":
         assert re.search(r"\bHMMA\.16816\.F32\.BF16\b", sass), "the products miss the tensor cores"
     if source in PARKING:
         assert re.search(r"\bLDGSTS\.E\.BYPASS\.128\b", sass), "rows are not parked by copies of 16 bytes"
-    if source == "distill.cu":
+    if source == "distill/forward.cu":
         assert bool(re.search(r"\bUCGABAR_(ARV|WAIT)\b", sass)) == (arch >= 90), "barriers of clusters"
 
 
@@ -76,9 +77,9 @@ def test_kernels_compile_without_spills(source: str, arch: int, tmp_path: Path) 
 
 
 def compiles_well(source: str, arch: int, tmp_path: Path) -> None:
-    cubin = tmp_path / f"{source}-{arch}.cubin"
+    cubin = tmp_path / f"{Path(source).stem}-{arch}.cubin"
     command = [NVCC, *FLAGS, f"-arch=sm_{arch}", "-Werror", "all-warnings", "-cubin"]
-    done = subprocess.run([*command, ROOT / "csrc" / "cuda" / source, "-o", cubin], capture_output=True, text=True)
+    done = subprocess.run([*command, CUDA / source, "-o", cubin], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_good_machine_code(cubin, source, arch)
 

@@ -19,7 +19,7 @@ from .launch import number, where, workspace
 
 __all__ = ["can_run", "per_row", "per_row_backward", "plan", "row_description", "scalar"]
 
-MAX_TEACHERS = 32  # kMaxTeachers of csrc/cuda/distill.h
+MAX_TEACHERS = 32  # kMaxTeachers of csrc/cuda/distill/distill.h
 
 
 def can_run(rows: RowProblem) -> str | None:

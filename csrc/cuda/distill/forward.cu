@@ -1,0 +1,113 @@
+// Forward pass of the row losses: which threads share a row, and the launch.
+#include "cuda/distill/forward_kl.h"
+#include "cuda/rows/scale.cuh"
+
+namespace mfd {
+namespace cuda {
+namespace {
+
+// Up to this many rows each block counts for itself.
+constexpr int64_t kCountInPlace = 8192;
+
+int64_t pair_bytes(const RowProblem& p, bool use_soft, int parts) {
+  return parked_bytes(p.classes, p.student.dtype, parts) +
+         (use_soft ? parked_bytes(p.classes, p.teacher.dtype, parts) : 0);
+}
+
+// Whether the lean kernels do.
+bool is_lean(const Forward& f) {
+  const auto plain = [](const Side& s) { return s.scale == 1.0 && !(s.softcap > 0) && !s.standardize; };
+  return f.use_soft && f.problem.divergence == Divergence::kForwardKL && !f.problem.is_double &&
+         !f.student_entropy && plain(f.problem.student) && plain(f.problem.teacher);
+}
+
+template <class S, class Group, bool kParked, bool kLean>
+void start_kernel(device::ForwardLaunch launch, const Plan& plan, const DeviceFacts& facts,
+                  const Where& where) {
+  const RowProblem& p = launch.forward.problem;
+  const int in_block = plan.rung == Rung::kWarp ? plan.threads / 32 : 1;
+  launch.states_at = static_cast<int>(states_at<Group>());
+  launch.parking_at = static_cast<int>(parking_at<Group>(in_block));
+  launch.teacher_at = kParked ? static_cast<int>(parked_bytes(p.classes, p.student.dtype, plan.cluster)) : 0;
+  launch.parking_bytes = kParked ? static_cast<int>(pair_bytes(p, launch.forward.use_soft, plan.cluster)) : 0;
+  const int64_t shared = launch.parking_at + int64_t{in_block} * launch.parking_bytes;
+  const int64_t blocks = blocks_of(plan, facts, p.n_rows, in_block, shared, kParked);
+  start(where, {blocks, plan.threads, shared, plan.cluster},
+        device::distill_forward<S, Group, kParked, kLean>, launch);
+}
+
+template <class Group, bool kParked>
+void start_forward(const device::ForwardLaunch& launch, const Plan& plan, const DeviceFacts& facts,
+                   const Where& where) {
+  if (is_lean(launch.forward)) {
+    start_kernel<device::F32, Group, kParked, true>(launch, plan, facts, where);
+  } else {
+    start_kernel<device::F32, Group, kParked, false>(launch, plan, facts, where);
+  }
+}
+
+}  // namespace
+
+Plan plan_of(const RowProblem& p, bool use_soft, int device) {
+  const DeviceFacts facts = facts_of(device);
+  if (p.mixture && use_soft) return mixture_plan(p, facts);
+  return choose_plan(facts, p.classes, p.is_double, parking_at<device::Cluster>(1),
+                     [&](int parts) { return pair_bytes(p, use_soft, parts); });
+}
+
+void describe_scalar(device::ForwardLaunch& launch, const ScalarLoss* scalar, const Where& where) {
+  const RowProblem& p = launch.forward.problem;
+  launch.soft_weight = launch.hard_weight = launch.divisor = {nullptr, 1.0};
+  if (!scalar) return;
+  launch.soft_weight = {scalar->soft_weight.address, scalar->soft_weight.value};
+  launch.hard_weight = {scalar->hard_weight.address, scalar->hard_weight.value};
+  launch.divisor = {scalar->divisor.address, scalar->divisor.value};
+  launch.count_rows = scalar->count_rows;
+  ScalarWorkspace& workspace = *scalar->workspace;
+  launch.partial = workspace.partial;
+  launch.ticket = &workspace.ticket;
+  launch.loss = scalar->loss;
+  if (!scalar->count_rows || p.n_rows <= kCountInPlace) return;
+  constexpr int64_t kMost = sizeof(workspace.counts) / sizeof(workspace.counts[0]);
+  const int64_t blocks = (p.n_rows + 1023) / 1024;
+  int64_t* const counts = workspace.counts;
+  launch.counts = counts;
+  launch.n_counts = static_cast<int>(blocks < kMost ? blocks : kMost);
+  start(where, {launch.n_counts, 256, 32 * sizeof(double)}, device::count_rows<>, p, counts);
+}
+
+void forward(const Forward& f, const ScalarLoss* scalar, const Where& where) {
+  const DeviceGuard guard(where.device);
+  const DeviceFacts facts = facts_of(where.device);
+  const RowProblem& p = f.problem;
+  device::ForwardLaunch launch{};
+  launch.forward = f;
+  describe_scalar(launch, scalar, where);
+  const Plan plan = plan_of(p, f.use_soft, where.device);
+  if (takes_forward_kl(f, scalar, plan)) return forward_kl(launch, plan, where);
+  if (p.is_double) return start_kernel<device::F64, device::Block, false, false>(launch, plan, facts, where);
+  switch (plan.rung) {
+    case Rung::kWarp:
+      return start_forward<device::Warp, true>(launch, plan, facts, where);
+    case Rung::kBlock:
+      return start_forward<device::Block, true>(launch, plan, facts, where);
+    case Rung::kCluster:
+      return start_forward<device::Cluster, true>(launch, plan, facts, where);
+    case Rung::kStream:
+      return start_forward<device::Block, false>(launch, plan, facts, where);
+  }
+}
+
+void scale_in_place(void* grad, Dtype dtype, int64_t n, const void* factor, Dtype factor_dtype,
+                    const Where& where) {
+  const DeviceGuard guard(where.device);
+  constexpr int kThreads = 256;
+  constexpr int64_t kPerBlock = kThreads * 8;
+  const int64_t needed = (n + kPerBlock - 1) / kPerBlock;
+  const int64_t most = int64_t{8} * attribute(cudaDevAttrMultiProcessorCount, where.device);
+  start(where, {needed < most ? needed : most, kThreads}, device::scale_in_place<>, grad, dtype, n, factor,
+        factor_dtype);
+}
+
+}  // namespace cuda
+}  // namespace mfd

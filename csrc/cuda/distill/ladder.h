@@ -1,0 +1,82 @@
+// The ladder of the row kernels: which threads share a row, and how large the grid is.
+#pragma once
+
+#include "cuda/distill/forward.cuh"
+#include "cuda/runtime/launch.h"
+
+namespace mfd {
+namespace cuda {
+
+constexpr int64_t kWarpClasses = 1024;
+constexpr int kThreads = device::Residency<device::Block>::kThreads;
+constexpr int64_t kOverhead = 1024;  // of each block, kept by the system
+
+inline int64_t round_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
+
+// Bytes of a row's columns in one of `parts` blocks.
+inline int64_t parked_bytes(int64_t classes, Dtype dtype, int parts) {
+  constexpr int64_t kColumns = device::VectorOf<device::F32>::kColumns;
+  const int64_t vectors = (classes + kColumns - 1) / kColumns, each = (vectors + parts - 1) / parts;
+  return round_up(each * kColumns * (dtype == Dtype::kFloat32 ? 4 : 2), 16);
+}
+
+// Groups' own memory and states; find_factors and finish_loss need 33 doubles of the states' place.
+template <class Group>
+int64_t states_at() {
+  return round_up(sizeof(typename Group::Shared), 16);
+}
+template <class Group, class State = device::RowState>
+int64_t parking_at(int groups) {
+  return states_at<Group>() + round_up(groups * sizeof(State) + 34 * sizeof(double), 16);
+}
+
+inline int threads_for(int64_t vectors) {
+  return vectors >= 2 * kThreads ? kThreads : kThreads / 2;
+}
+
+// `bytes(parts)`: of shared memory for the part of a row in one of `parts` blocks; `fixed`: for all else.
+template <class Bytes>
+Plan choose_plan(const DeviceFacts& facts, int64_t classes, bool is_double, int64_t fixed,
+                 const Bytes& bytes) {
+  if (is_double) return {Rung::kStream, 1, 128};
+  const int64_t vectors = (classes + 7) / 8;
+  if (classes <= kWarpClasses) return {Rung::kWarp, 1, device::Residency<device::Warp>::kThreads};
+  const int64_t room = facts.shared_per_block - fixed;
+  // Two blocks on a processor overlap one's loads with the other's arithmetic.
+  const int64_t half = (facts.shared_per_processor / 2 - kOverhead) - fixed;
+  const bool has_clusters = facts.capability >= 90 && facts.capability < 120;
+  if (has_clusters) {
+    for (const int64_t bound : {half, room})
+      for (int cluster = 1; cluster <= 8; cluster *= 2)
+        if (bytes(cluster) <= bound && bound <= room)
+          return {cluster == 1 ? Rung::kBlock : Rung::kCluster, cluster, threads_for(vectors / cluster)};
+  } else if (bytes(1) <= room) {
+    return {Rung::kBlock, 1, threads_for(vectors)};
+  }
+  return {Rung::kStream, 1, kThreads};
+}
+
+// As many blocks as the device runs at a time; a streamed row should find its second pass in the L2 cache.
+inline int64_t blocks_of(const Plan& plan, const DeviceFacts& facts, int64_t n_rows, int in_block,
+                         int64_t shared, bool parked) {
+  int64_t resident = facts.shared_per_processor / (shared + kOverhead);
+  if (resident > 2048 / plan.threads) resident = 2048 / plan.threads;
+  if (resident < 1 || !parked) resident = 1;
+  int64_t clusters = facts.processors * resident / plan.cluster;
+  if (clusters > kMaxGroups / in_block) clusters = kMaxGroups / in_block;
+  const int64_t needed = (n_rows + in_block - 1) / in_block;
+  if (clusters > needed) clusters = needed;
+  if (clusters < 1) clusters = 1;
+  return clusters * plan.cluster;
+}
+
+Plan mixture_plan(const RowProblem& p, const DeviceFacts& facts);
+
+// What every forward launch gets of the scalar loss; starts the launch that counts many rows. `scalar` is
+// null for per-row outputs.
+void describe_scalar(device::ForwardLaunch& launch, const ScalarLoss* scalar, const Where& where);
+
+}  // namespace cuda
+}  // namespace mfd

@@ -1,0 +1,109 @@
+// Forward KL of a row that holds an infinity or a NaN, or has a label out of range: column by column, with
+// every rule of the table of special values. Rare: no line of it is in the loops of the other rows.
+#pragma once
+
+#include "common/rows/row_terms.h"
+#include "cuda/distill/launch.cuh"
+#include "cuda/distill/sums.cuh"
+#include "cuda/rows/packed.cuh"
+
+namespace mfd {
+namespace device {
+
+#if defined(MFD_CUDA_EMULATOR)
+#define MFD_APART static __attribute__((noinline))
+#else
+#define MFD_APART static __device__ __noinline__
+#endif
+
+// The columns of a row, every threads()-th of them to this thread.
+template <class Group, class Act>
+MFD_INLINE void over_columns(const Group& group, int classes, const Act& act) {
+  const int step = group.threads() * static_cast<int>(group.parts());
+  for (int k = group.rank() + group.threads() * static_cast<int>(group.part()); k < classes; k += step)
+    act(k);
+}
+
+// The row's part of the loss; writes the gradient. Apart, and what it gets lies in shared memory: the
+// other rows shall not pay for it with registers or a stack.
+template <Dtype kDtype, class Group>
+MFD_APART double careful_row(const Forward& f, const Factors& factors, int64_t row) {
+  const Group group(reinterpret_cast<typename Group::Shared*>(dynamic_shared()));
+  sync_parts(group);
+  const RowProblem& p = f.problem;
+  const PackedRow<kDtype> of(p, f.grad, row);
+  const double ts = at<float>(p.student_temperature, row), tt = at<float>(p.teacher_temperature, row);
+  const Exponents<F32> exponents(ts, tt, false, kDtype != Dtype::kFloat32);
+  const Wanted wanted{true, f.use_hard, false, false, false, false};
+  const auto x_at = [&](int k) { return load_one<float>(of.student + int64_t{k} * of.kBytes, kDtype); };
+  const auto y_at = [&](int k) { return load_one<float>(of.teacher + int64_t{k} * of.kBytes, kDtype); };
+
+  double maxima[2] = {F32::kLowest, F32::kLowest};
+  over_columns(group, of.classes, [&](int k) {
+    maxima[0] = Max::of(maxima[0], static_cast<double>(x_at(k)));
+    maxima[1] = Max::of(maxima[1], static_cast<double>(y_at(k)));
+  });
+  group.template reduce<Max>(maxima);
+  const float max_s = static_cast<float>(maxima[0]), max_t = static_cast<float>(maxima[1]);
+
+  double v[5] = {};
+  over_columns(group, of.classes, [&](int k) {
+    const float tx = x_at(k) - max_s, ty = y_at(k) - max_t, e = exponents.student(tx),
+                et = exponents.teacher(ty);
+    v[0] += static_cast<double>(e);
+    v[1] += static_cast<double>(et);
+    // 0*log 0 = 0
+    if (!exponents.teacher.vanishes(ty)) v[2] += static_cast<double>(et * fmaf(ty, exponents.ratio, -tx));
+    v[3] += static_cast<double>(exponents.hard(e, tx));
+    v[4] += static_cast<double>(tx);
+  });
+  group.template reduce<Sum>(v);
+  RowSums sums{};
+  sums.max_s = maxima[0];
+  sums.max_t = maxima[1];
+  sums.sum_s = v[0];
+  sums.sum_t = v[1];
+  sums.cross = v[2] / (ts * v[1]);
+  sums.sum_h = v[3];
+  sums.mean_x = v[4] / static_cast<double>(p.classes);
+  if (sums.cross == kInf) {  // of a p that is 0 as float32, nothing counts
+    const float p_scale = static_cast<float>(1.0 / sums.sum_t);
+    double cross[1] = {0};
+    over_columns(group, of.classes, [&](int k) {
+      const float tx = x_at(k) - max_s, ty = y_at(k) - max_t, probability = exponents.teacher(ty) * p_scale;
+      if (probability != 0.0f)
+        cross[0] +=
+            static_cast<double>(probability) * (static_cast<double>(ty) / tt - static_cast<double>(tx) / ts);
+    });
+    group.template reduce<Sum>(cross);
+    sums.cross = cross[0];
+  }
+  int64_t label = p.labels ? p.labels[row] : 0;
+  if (label < 0 || label >= p.classes) {
+    sums.sum_s = sums.sum_t = sums.sum_h = kNan;
+    label = 0;
+  }
+  reject_empty(sums, wanted);
+
+  const double label_s = static_cast<double>(x_at(static_cast<int>(label))) - sums.max_s;
+  const RowResult result = row_result(f, wanted, ts, tt, sums, label_s, 0.0);
+  const double weight = at<float>(f.weight, row);
+  const double soft = weight * factors.soft, hard = weight * factors.hard;
+  if (of.grad) {
+    const Slopes slopes = row_slopes(f, wanted, soft, hard, ts, result);
+    const float student = static_cast<float>(slopes.student), teacher = static_cast<float>(slopes.teacher);
+    const float of_hard = static_cast<float>(slopes.hard), shift = static_cast<float>(slopes.shift);
+    const float label_shift = static_cast<float>(slopes.label_shift);
+    over_columns(group, of.classes, [&](int k) {
+      const float tx = x_at(k) - max_s, e = exponents.student(tx);
+      float g = e * student - exponents.teacher(y_at(k) - max_t) * teacher;
+      if (f.use_hard) g = fmaf(exponents.hard(e, tx), of_hard, g) - (k == label ? label_shift : shift);
+      store_one<float>(of.grad + int64_t{k} * of.kBytes, kDtype, g);
+    });
+  }
+  sync_parts(group);
+  return soft * result.soft + (f.use_hard ? hard * result.hard : 0.0);
+}
+
+}  // namespace device
+}  // namespace mfd

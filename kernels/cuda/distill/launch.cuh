@@ -1,0 +1,129 @@
+// What the row kernels get beside the problem, and the scalars that a grid has in common: the divisor of a
+// mean, and the loss.
+#pragma once
+
+#include "common/rows/row_math.h"
+#include "cuda/rows/group.cuh"
+
+namespace mfd {
+namespace device {
+
+// Threads of a block, at most, and blocks of the lean kernels that share a processor, at least. Lean kernels
+// thus have 128 registers, those of a warp per row 168.
+template <class Group>
+struct Residency {
+  static constexpr int kThreads = 256, kLeanBlocks = 2;
+};
+template <>
+struct Residency<Warp> {
+  static constexpr int kThreads = 128, kLeanBlocks = 3;
+};
+
+// A number, or where it lies in device memory, in the compute dtype.
+struct Number {
+  const void* address;  // null: `value`
+  double value;
+};
+
+struct ForwardLaunch {
+  Forward forward;  // its factors and row_loss are not used
+  Number soft_weight, hard_weight;
+  // loss = sum of the rows / divisor; with `count_rows` the number of counted rows, at least 1, from `counts`
+  // or, where that is null, counted by each block for itself.
+  Number divisor;
+  bool count_rows;
+  const int64_t* counts;
+  int n_counts;
+  // Loss: one partial sum per group; the block that takes the last ticket adds them up and resets the ticket.
+  double* partial;
+  unsigned* ticket;
+  void* loss;
+  // Dynamic shared memory, in bytes: the groups' states, their parked rows and, in those, the teacher's row.
+  int states_at, parking_at, parking_bytes, teacher_at;
+};
+
+struct Factors {
+  double soft, hard;
+};
+
+template <class T>
+MFD_DEVICE double value_of(const Number& number) {
+  return number.address ? static_cast<double>(*static_cast<const T*>(number.address)) : number.value;
+}
+
+// Sum over the block, in a fixed order; needs no shared memory of its own that outlives the call.
+template <class Op>
+MFD_DEVICE double over_block(double value, double* of_warp) {
+  value = over_warp<Op>(value);
+  if (lane_of() == 0) of_warp[warp_of()] = value;
+  __syncthreads();
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  value = over_warp<Op>(lane_of() < warps ? of_warp[lane_of()] : Op::identity());
+  __syncthreads();
+  return value;
+}
+
+// What the weights of the terms are divided by. Uses the shared memory of the states.
+template <class T>
+MFD_DEVICE double find_divisor(const ForwardLaunch& launch) {
+  const RowProblem& p = launch.forward.problem;
+  double divisor = value_of<T>(launch.divisor);
+  if (launch.count_rows) {
+    int64_t counted = 0;
+    const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+    if (launch.counts) {
+      for (int k = thread; k < launch.n_counts; k += threads) counted += launch.counts[k];
+    } else {
+      for (int64_t row = thread; row < p.n_rows; row += threads) counted += is_counted(p, row);
+    }
+    double* scratch = reinterpret_cast<double*>(dynamic_shared() + launch.states_at);
+    divisor = over_block<Sum>(static_cast<double>(counted), scratch);
+    if (divisor < 1) divisor = 1;
+  }
+  return divisor;
+}
+
+// The weights of the two terms, divided.
+template <class T>
+MFD_DEVICE Factors find_factors(const ForwardLaunch& launch) {
+  const double divisor = find_divisor<T>(launch);
+  return {value_of<T>(launch.soft_weight) / divisor, value_of<T>(launch.hard_weight) / divisor};
+}
+
+// The last block to arrive adds up the partial losses in their order.
+template <class T>
+MFD_DEVICE void finish_loss(const ForwardLaunch& launch, int64_t partials) {
+  double* scratch = reinterpret_cast<double*>(dynamic_shared() + launch.states_at);
+  unsigned* last = reinterpret_cast<unsigned*>(scratch + 32);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *last = atomicAdd(launch.ticket, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!*last) return;
+  __threadfence();
+  double sum = 0;
+  for (int64_t k = static_cast<int64_t>(threadIdx.x); k < partials; k += blockDim.x)
+    sum += reinterpret_cast<const volatile double*>(launch.partial)[k];
+  sum = over_block<Sum>(sum, scratch);
+  if (threadIdx.x == 0) {
+    *static_cast<T*>(launch.loss) = static_cast<T>(sum);
+    *launch.ticket = 0;
+  }
+}
+
+// Partial counts of the counted rows, one per block.
+template <int kUnused = 0>
+__global__ void count_rows(const __grid_constant__ RowProblem p, int64_t* counts) {
+  double* scratch = reinterpret_cast<double*>(dynamic_shared());
+  int64_t counted = 0;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < p.n_rows; row += step)
+    counted += is_counted(p, row);
+  const double total = over_block<Sum>(static_cast<double>(counted), scratch);
+  if (threadIdx.x == 0) counts[blockIdx.x] = static_cast<int64_t>(total);
+}
+
+}  // namespace device
+}  // namespace mfd

@@ -1,0 +1,123 @@
+// The classes that a sparse teacher does not list: a bitmap, one bit per column of a block, tells them
+// decoupled while the student's logits stream past. No sum is the difference of two others, so that a tiny
+// rest keeps its digits.
+#pragma once
+
+#include "common/rows/topk_math.h"
+#include "cuda/distill/sums.cuh"
+
+namespace mfd {
+namespace device {
+
+// Bits of the columns of a vector, the first one lowest; `column` counts from the block's first one.
+template <class S>
+MFD_INLINE uint32_t listed_bits(const uint32_t* bits, int64_t column) {
+  constexpr int N = VectorOf<S>::kColumns;
+  return bits[column >> 5] >> (column & 31) & ((1u << N) - 1u);
+}
+
+// Sums of one thread over its unlisted columns, relative to the largest of them so far.
+template <class S>
+struct RestThread {
+  typedef typename S::T T;
+  static constexpr int N = VectorOf<S>::kColumns;
+  T max = S::kLowest;
+  T s = 0, h = 0, dot = 0, powers = 0, power_dot = 0, x = 0;
+  T columns = 0;  // that `x` counts
+
+  MFD_DEVICE void raise(const Exponent<S>& by_ts, const HardExponent<S>& hard, const Exponent<S>& by_power,
+                        T to) {
+    const T d = max - to, w = by_ts(d), wp = by_power(d);
+    dot = s == T(0) ? T(0) : w * S::fma(s, d, dot);
+    h = h * hard(w, d);
+    s = s * w;
+    power_dot = powers == T(0) ? T(0) : wp * S::fma(powers, d, power_dot);
+    powers = powers * wp;
+    x = columns == T(0) ? T(0) : S::fma(columns, d, x);
+    max = to;
+  }
+};
+
+// What the pass over the rest is to add up beside sum_s.
+struct RestWanted {
+  bool hard, dots, powers, spread;
+};
+
+// One pass over this thread's columns.
+template <class S, class Group>
+MFD_INLINE RestThread<S> rest_of_thread(const Group& group, const View& view, const Span& span,
+                                        const uint32_t* bits, int64_t classes, const RestWanted& wanted,
+                                        const Exponent<S>& by_ts, const HardExponent<S>& hard,
+                                        const Exponent<S>& by_power) {
+  typedef typename S::T T;
+  constexpr int N = VectorOf<S>::kColumns;
+  RestThread<S> own;
+  const int64_t first = span.begin * N;
+  over_vectors<S>(group, span, [&](int64_t start) {
+    T x[N], e[N], term[N];
+    load_logits<S, false>(view, start, classes, x);
+    const uint32_t listed = listed_bits<S>(bits, start - first);
+#pragma unroll
+    for (int k = 0; k < N; ++k)
+      if (listed >> k & 1u) x[k] = static_cast<T>(-kInf);
+    const T top = largest_of<S>(x, own.max);
+    if (top > own.max) own.raise(by_ts, hard, by_power, top);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      x[k] = x[k] - own.max;
+      e[k] = by_ts(x[k]);
+    }
+    own.s = own.s + sum_of(e);
+    if (wanted.hard) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) term[k] = hard(e[k], x[k]);
+      own.h = own.h + sum_of(term);
+    }
+    if (wanted.dots) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) term[k] = e[k] == T(0) ? T(0) : e[k] * x[k];
+      own.dot = own.dot + sum_of(term);
+    }
+    if (wanted.powers) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) e[k] = by_power(x[k]);
+      own.powers = own.powers + sum_of(e);
+#pragma unroll
+      for (int k = 0; k < N; ++k) term[k] = e[k] == T(0) ? T(0) : e[k] * x[k];
+      own.power_dot = own.power_dot + sum_of(term);
+    }
+    if (wanted.spread) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        const bool counts = start + k < classes && !(listed >> k & 1u);
+        own.x = own.x + (counts ? x[k] : T(0));
+        own.columns = own.columns + (counts ? T(1) : T(0));
+      }
+    }
+  });
+  return own;
+}
+
+// A thread's part of the rest's sums relative to `max`; sum_x relative to `over_all`.
+template <class S>
+MFD_INLINE RestSums rest_part(const RestThread<S>& own, double max, double over_all, const Exponent<S>& by_ts,
+                              const HardExponent<S>& hard, const Exponent<S>& by_power) {
+  typedef typename S::T T;
+  const double d = static_cast<double>(own.max) - max;
+  const T fd = static_cast<T>(d), e = by_ts(fd);
+  const double w = static_cast<double>(e), wp = static_cast<double>(by_power(fd));
+  const double s = static_cast<double>(own.s), powers = static_cast<double>(own.powers);
+  RestSums part{};
+  part.sum_s = w * s;
+  part.sum_h = static_cast<double>(hard(e, fd)) * static_cast<double>(own.h);
+  part.powers = wp * powers;
+  part.dot_s = s == 0 ? 0.0 : w * (static_cast<double>(own.dot) + s * d);
+  part.dot_powers = powers == 0 ? 0.0 : wp * (static_cast<double>(own.power_dot) + powers * d);
+  if (own.columns != T(0))
+    part.sum_x = static_cast<double>(own.x) +
+                 static_cast<double>(own.columns) * (static_cast<double>(own.max) - over_all);
+  return part;
+}
+
+}  // namespace device
+}  // namespace mfd
