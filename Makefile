@@ -1,4 +1,4 @@
-# make demo | test | test-all | trainers | docs | aot | machine-code | gpu | lint | format | bench | wheel | clean
+# make demo | test | test-all | trainers | versions | docs | aot | machine-code | gpu | lint | format | bench | wheel | clean
 # Another interpreter, the first time: make demo PYTHON=python3.12
 
 PYTHON  ?= python3
@@ -20,7 +20,7 @@ $(VENV)/native: export MFD_FAST_CUDA_ARCHS ?= 90
 .SILENT:
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-rest test-all trainers docs no-browser aot machine-code gpu lint mypy format bench wheel clean
+.PHONY: help demo test test-rest test-all trainers versions docs no-browser aot machine-code gpu lint mypy format bench wheel clean
 
 help:
 	sed -n '1,2s/^# //p' Makefile
@@ -36,10 +36,15 @@ test test-all: lint mypy
 test test-rest test-all: $(VENV)/packages-test $(VENV)/native
 	echo "tests: pytest --tier $(TIER) -n $(WORKERS)"
 	$(BIN)/python -m pytest -q --tier $(TIER) -n $(WORKERS) --dist worksteal $(ARGS)
+test-all: versions
 ifneq ($(wildcard build/trainers-venv/packages),)
 test-all: trainers
 endif
 test-all: $(if $(BROWSER),docs,no-browser)
+
+# A wheel of this tree beside the newest PyTorch to be had, and on newer Pythons: values, gradients and compile.
+versions: $(VENV)/packages-test $(VENV)/native
+	$(BIN)/python tests/versions.py --workers $(WORKERS) $(ARGS)
 
 # The adapters of mfd_fast/integrations against the trainers themselves, in an environment with another PyTorch:
 # 102 packages, 2 GB beside it. The native module is this tree's: it has no tie to a PyTorch.

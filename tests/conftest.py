@@ -14,7 +14,8 @@ else:
     import triton_interpreter
 
     os.environ["TRITON_INTERPRET"] = "1"
-    os.environ["MFD_FAST_CUDA_EMULATOR"] = str(cuda_emulator.module())
+    if "MFD_FAST_CUDA_EMULATOR" not in os.environ:
+        os.environ["MFD_FAST_CUDA_EMULATOR"] = str(cuda_emulator.module())
     triton_interpreter.patch_once_a_launch()
 os.environ.pop("MFD_FAST_BACKEND", None)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

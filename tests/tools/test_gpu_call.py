@@ -40,7 +40,7 @@ for item in items:
         sys.exit(9)
     mark(item)
     if item.startswith("hangs"):
-        time.sleep(60)
+        time.sleep(600)
     if item.startswith("dies"):
         os.kill(os.getpid(), signal.SIGSEGV)
     if item.startswith("loses"):
@@ -58,7 +58,7 @@ def stub(tmp_path):
     path = tmp_path / "stub.py"
     path.write_text(STUB)
 
-    def supervisor(items, *, alive=lambda: True, seconds=30.0, patience=1.5, start=20.0):
+    def supervisor(items, *, alive=lambda: True, seconds=300.0, patience=5.0, start=60.0):
         journal = Journal(tmp_path / "journal.jsonl")
         limits = supervise.Limits(time.time() + seconds, patience, start, poll=0.02)
         return supervise.Supervisor(
@@ -86,8 +86,8 @@ def test_what_hangs_is_killed_and_named_and_the_rest_runs(stub):
     one = stub("a,hangs,b")
     (note,) = one.run(["all:0/1"])
     assert outcomes(one) == {"a": GREEN, "hangs": RED, "b": GREEN}
-    assert note == "hangs: it did not end within 1.5 s"
-    assert one.journal.ended("part")["hangs"]["why"] == "it did not end within 1.5 s"
+    assert note == "hangs: it did not end within 5 s"
+    assert one.journal.ended("part")["hangs"]["why"] == "it did not end within 5 s"
 
 
 def test_the_item_in_which_a_process_dies_is_red_and_the_rest_runs(stub):
@@ -122,11 +122,15 @@ def test_a_process_that_does_not_begin_is_not_started_for_ever(stub):
 
 
 def test_at_the_end_of_its_time_a_part_leaves_the_rest_open(stub, monkeypatch):
-    monkeypatch.setattr(supervise, "GRACE", 0.1)
-    one = stub("a,hangs,b", seconds=1.5, patience=60.0)
-    begin = time.time()
+    """The time is over when the second item hangs, however long the first one took."""
+    one = stub("a,hangs,b", seconds=600.0, patience=3600.0, start=3600.0)
+    where = one.home / "part-all:0of1.mark"
+
+    def clock():
+        return time.time() + 1000 * (marked(where)[0] == "hangs")
+
+    monkeypatch.setattr(supervise, "time", SimpleNamespace(time=clock, sleep=time.sleep))
     assert one.run(["all:0/1"]) == []
-    assert time.time() - begin < 15
     assert outcomes(one) == {"a": GREEN}
     assert one.journal.total("part", ["all:0/1"]) == 3
 
@@ -149,7 +153,7 @@ def test_a_killed_call_leaves_no_process_and_is_gone_on_with(stub, tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", parent])
     where = tmp_path / "marks" / "part-all:0of1.mark"
-    until = time.time() + 30
+    until = time.time() + 300
     while time.time() < until and not (where.exists() and marked(where)[0] == "hangs"):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
