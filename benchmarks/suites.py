@@ -9,7 +9,7 @@ from mfd_fast.bench.workloads import Targets, Workload
 
 BASELINES = ("eager", "compile")
 LOGITS_RIVALS = ("eager", "compile", "liger", "torchdistill")
-HEAD_RIVALS = ("eager", "compile", "liger", "trl", "cce")
+HEAD_RIVALS = ("eager", "compile", "liger", "liger-eager", "trl")
 GPU_COMPILED = ("eager", "compile", "compile-max", "compile-graph")
 
 
@@ -59,8 +59,10 @@ def head(batch: int, modalities: int, width: int, classes: int, dtype: str = "fl
     return Workload("mfd_loss", sizes, dtype, **more)
 
 
-def linear(rows: int, hidden: int, classes: int, dtype: str = "float32", **more: Any) -> Workload:
-    return Workload("linear_distill", {"rows": rows, "hidden": hidden, "classes": classes}, dtype, **more)
+def linear(rows: int, hidden: int, teacher: int, classes: int, dtype: str = "float32", **more: Any) -> Workload:
+    """``hidden``, ``teacher``: widths of the hidden states."""
+    sizes = {"rows": rows, "hidden": hidden, "teacher": teacher, "classes": classes}
+    return Workload("linear_distill", sizes, dtype, **more)
 
 
 def step(batch: int, modalities: int, width: int, classes: int, inputs: int, dtype: str = "float32") -> Workload:
@@ -91,6 +93,24 @@ _CPU_TABLE = [
     *both(head(256, 3, 512, 100, targets=Targets(eager=3, compile=2))),
     *both(head(1024, 3, 768, 1000, targets=Targets(floor=1.1, compile=1))),
     *both(features(2048, 4, 768)),
+]
+_CHUNKED = {"liger": 2.5, "liger-eager": 2.5, "trl": 2.5}
+_CPU_HEADS = [
+    Entry(linear(512, 512, 1024, 32000, targets=Targets(floor=1.15, rivals=_CHUNKED)), HEAD_RIVALS),
+    Entry(linear(1024, 512, 512, 32000, targets=Targets(floor=1.15, rivals=_CHUNKED)), HEAD_RIVALS),
+    Entry(linear(1024, 512, 512, 32000, "bfloat16"), HEAD_RIVALS),
+    Entry(linear(1024, 512, 512, 128256), ("eager",)),
+    Entry(
+        linear(
+            1024,
+            512,
+            512,
+            32000,
+            options={"soft_weight": 0.0, "hard_weight": 1.0},
+            targets=Targets(rivals={"cce": 1.0}),
+        ),
+        ("eager", "cce"),
+    ),
 ]
 _AS_KL = Targets(plain=1.6)
 _PLAIN_KL = {"divergence": "forward_kl"}
@@ -139,8 +159,6 @@ _CPU_SHAPES = [
     *both(step(256, 3, 512, 100, 1024)),
     *both(fusion("modal_fusion", 4096, 768, 128, 512)),
     *both(fusion("low_rank_fusion", 1024, 256, 64, 128)),
-    *both(linear(1024, 512, 32000), HEAD_RIVALS),
-    Entry(linear(1024, 512, 32000, options={"soft_weight": 0.0, "hard_weight": 1.0}), ("eager", "cce")),
 ]
 _CPU_FORWARD = [
     Entry(distill(4096, 1000, phase="forward"), LOGITS_RIVALS),
@@ -149,7 +167,7 @@ _CPU_FORWARD = [
     Entry(head(256, 3, 512, 100, phase="forward")),
 ]
 
-CPU = Suite("cpu", "cpu", (*_CPU_TABLE, *_CPU_VARIANTS, *_CPU_SHAPES, *_CPU_FORWARD), 3.0, 5, 14.0, 420.0)
+CPU = Suite("cpu", "cpu", (*_CPU_TABLE, *_CPU_HEADS, *_CPU_VARIANTS, *_CPU_SHAPES, *_CPU_FORWARD), 3.0, 5, 14.0, 420.0)
 
 QUICK = Suite(
     "cpu-quick",
@@ -201,9 +219,9 @@ GPU = Suite(
             Entry(head(*sizes, "bfloat16", targets=Targets(eager=8, compile=1.5)), GPU_COMPILED)
             for sizes in ((64, 2, 512, 31), (256, 3, 512, 100), (1024, 3, 768, 1000))
         ),
-        Entry(linear(8192, 4096, 128256, "bfloat16", targets=Targets(floor=1 / 0.85)), _GPU_HEAD),
+        Entry(linear(8192, 4096, 4096, 128256, "bfloat16", targets=Targets(floor=1 / 0.85)), _GPU_HEAD),
         Entry(
-            linear(8192, 4096, 128256, "bfloat16", options={"soft_weight": 0.0, "hard_weight": 1.0}),
+            linear(8192, 4096, 4096, 128256, "bfloat16", options={"soft_weight": 0.0, "hard_weight": 1.0}),
             ("eager", "compile", "cce"),
         ),
         Entry(step(1024, 3, 768, 1000, 1024, "bfloat16"), GPU_COMPILED),

@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from .backends import Choice, explain_choice
+from .backends import NAMES, Choice, explain_choice
+from .ops.class_sharded import check_class_sharded
 from .ops.distill_loss import distill_loss, distill_terms
 from .ops.feature_loss import feature_loss
 from .ops.linear_distill_loss import linear_distill_loss
@@ -49,10 +50,18 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     name = op.__name__
     bound = inspect.signature(op).bind(*args, **kwargs)
     bound.apply_defaults()
-    backend = bound.arguments.pop("backend")
+    backend, group = bound.arguments.pop("backend"), bound.arguments.pop("process_group", None)
     problem: Problem = check(name, **bound.arguments)
     beside: Problem | None = None
     if isinstance(problem, (DistillProblem, LinearProblem)):
         beside = problem.loss if isinstance(problem, DistillProblem) else problem
+        if group is not None:
+            return _of_shards(name, problem, group)
         problem = problem.rows
     return explain_choice(kernel_op, problem, backend, name, beside)
+
+
+def _of_shards(name: str, problem: DistillProblem | LinearProblem, group: Any) -> Choice:
+    check_class_sharded(name, problem.rows, problem.widths, group, ())
+    why = "class-sharded rows (process_group) are computed in plain PyTorch"
+    return Choice("reference", why, {other: why for other in NAMES if other != "reference"})

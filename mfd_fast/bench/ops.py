@@ -162,16 +162,21 @@ def _mfd_work(sizes: Sizes, item: int, training: bool) -> Work:
 
 
 def _linear_inputs(sizes: Sizes, dtype: torch.dtype, distance: str, seed: int) -> Arguments:
-    rows, hidden, classes = sizes["rows"], sizes["hidden"], sizes["classes"]
+    """A near teacher has the student's head and hidden states, cut or filled up with zeros to its own width."""
+    rows, hidden, wide, classes = sizes["rows"], sizes["hidden"], sizes["teacher"], sizes["classes"]
     student_hidden = normal((rows, hidden), 7 * seed, dtype)
     student_weight = normal((classes, hidden), 7 * seed + 1, dtype, 3 * hidden**-0.5)
-    far = DISTANCES[distance] is None
-    teacher_weight = normal((classes, hidden), 7 * seed + 2, dtype, 3 * hidden**-0.5) if far else student_weight
+    if DISTANCES[distance] is None:
+        teacher_hidden = normal((rows, wide), 7 * seed + 3, dtype)
+        teacher_weight = normal((classes, wide), 7 * seed + 2, dtype, 3 * wide**-0.5)
+    else:
+        teacher_hidden = near(F.pad(student_hidden, (0, wide - hidden)), distance, 7 * seed + 3)
+        teacher_weight = F.pad(student_weight, (0, wide - hidden)).clone()
     return {
         "student_hidden": student_hidden,
         "student_weight": student_weight,
-        "teacher_hidden": near(student_hidden, distance, 7 * seed + 3),
-        "teacher_weight": teacher_weight.clone(),
+        "teacher_hidden": teacher_hidden,
+        "teacher_weight": teacher_weight,
         "labels": torch.randint(classes, (rows,), generator=generator(7 * seed + 4)),
     }
 
@@ -182,9 +187,11 @@ def _linear_call(options: Mapping[str, Any], backend: str | None) -> Callable[..
 
 def _linear_work(sizes: Sizes, item: int, training: bool) -> Work:
     """Both heads forward, d hidden and d weight backward; hidden states and weights in, their gradients out."""
-    rows, hidden, classes = sizes["rows"], sizes["hidden"], sizes["classes"]
-    products = [(rows, hidden, classes)] * 2 + ([(rows, classes, hidden), (classes, rows, hidden)] if training else [])
-    return Work((3 if training else 2) * (rows + classes) * hidden * item, tuple(products))
+    rows, hidden, wide, classes = sizes["rows"], sizes["hidden"], sizes["teacher"], sizes["classes"]
+    products = [(rows, hidden, classes), (rows, wide, classes)]
+    if training:
+        products += [(rows, classes, hidden), (classes, rows, hidden)]
+    return Work((rows + classes) * ((2 if training else 1) * hidden + wide) * item, tuple(products))
 
 
 # ------------------------------------------------------------------------------------------------ student_step
@@ -313,7 +320,7 @@ OPS: dict[str, BenchOp] = {
         ),
         BenchOp(
             "linear_distill",
-            sizes={"rows": 1024, "hidden": 512, "classes": 32000},
+            sizes={"rows": 1024, "hidden": 512, "teacher": 512, "classes": 32000},
             options={"divergence": "forward_kl", "temperature": 2.0, "soft_weight": 1.0, "hard_weight": 0.0},
             inputs=_linear_inputs,
             rows=frozenset({"student_hidden", "teacher_hidden", "labels"}),

@@ -106,6 +106,8 @@ def targets(result: Result) -> list[TargetCheck]:
     for name in ("eager", "compile"):
         if wanted[name] is not None:
             checks.append(TargetCheck(f"x {TITLES[name]}", wanted[name], speed_up(result, name), True))
+    for name, least in wanted.get("rivals", {}).items():  # results of before have none
+        checks.append(TargetCheck(f"x {name}", least, speed_up(result, name), True))
     if wanted["milliseconds"] is not None:
         checks.append(TargetCheck("ms", wanted["milliseconds"], own["median"] if own else None, False))
     if wanted["plain"] is not None:

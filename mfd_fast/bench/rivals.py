@@ -114,8 +114,8 @@ def _liger_row_function(workload: Workload) -> Call:
     )
 
 
-def _liger_linear(workload: Workload, device: torch.device) -> Call:
-    """Fused head and divergence: Triton on a GPU, the compiled chunked loss on a CPU."""
+def _liger_linear(workload: Workload, device: torch.device, compiled: bool = True) -> Call:
+    """Fused head and divergence: Triton on a GPU, the chunked loss on a CPU."""
     options = _soft_only(workload, divergences=tuple(_LIGER_BETA), ops=("linear_distill",))
     temperature, beta = options["temperature"], _LIGER_BETA[options["divergence"]]
     if device.type == "cuda":
@@ -124,7 +124,7 @@ def _liger_linear(workload: Workload, device: torch.device) -> Call:
             temperature**2 * fused(student_hidden, student_weight, teacher_hidden, teacher_weight, None)
         )
     chunked = _load("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=temperature, compiled=True
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=temperature, compiled=compiled
     )
 
     def call(
@@ -140,6 +140,12 @@ def _liger_linear(workload: Workload, device: torch.device) -> Call:
         return temperature**2 * loss
 
     return call
+
+
+def _liger_eager(workload: Workload, device: torch.device) -> Call:
+    if device.type != "cpu":
+        raise UnfitError("its Triton kernels are compiled")
+    return _liger_linear(workload, device, compiled=False)
 
 
 # ----------------------------------------------------------------------------------------- TRL, fla, speculators
@@ -266,6 +272,13 @@ RIVALS = (
         _importable("liger_kernel.chunked_loss", "liger-kernel"),
         compiles=False,
         charged="softmaxes of both sides and their backward, where its kernel starts from log-probabilities",
+    ),
+    Implementation(
+        "liger-eager",
+        "Liger, not compiled",
+        _liger_eager,
+        _importable("liger_kernel.chunked_loss", "liger-kernel"),
+        compiles=False,
     ),
     Implementation("trl", "TRL chunked divergence", _trl, _importable("trl.kernels.chunked_divergence", "trl")),
     Implementation(

@@ -17,7 +17,8 @@ class Targets:
     """Ratios of medians in one run; None where none is set.
 
     ``floor``: at most this many times the measured floor; ``eager``, ``compile``: at least this many times as fast;
-    ``milliseconds``: at most; ``plain``: at most this many times the same op's plain call (see ``Workload.plain``).
+    ``milliseconds``: at most; ``plain``: at most this many times the same op's plain call (see ``Workload.plain``);
+    ``rivals``: at least this many times as fast as each of these.
     """
 
     floor: float | None = None
@@ -25,6 +26,7 @@ class Targets:
     compile: float | None = None
     milliseconds: float | None = None
     plain: float | None = None
+    rivals: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,12 @@ def ready_gradients(
     return found
 
 
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """``gradient·factor``, 0-d and maybe of a wider dtype, rounded once; for graphs that are recorded."""
+    wide = torch.promote_types(gradient.dtype, factor.dtype)
+    return (gradient.to(wide) * factor).to(gradient.dtype)
+
+
 def requires_grad(*values: object) -> bool:
     """Whether one of the values is a tensor to whose gradient the result leads."""
     if not torch.is_grad_enabled():

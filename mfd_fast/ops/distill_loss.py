@@ -25,7 +25,8 @@ from ..problems.rows import RowLoss, RowProblem, check_loss, check_rows
 from ..reference.distill_loss import combine, combine_rows
 from ..reference.distill_loss import row_terms as reference_terms
 from ..types import DistillTerms, LogitTransform, TopK
-from .autograd import needs_reference, ready_gradients, reference_gradients, requires_grad, save, saved
+from .autograd import needs_reference, ready_gradients, reference_gradients, requires_grad, save, saved, scaled
+from .class_sharded import class_sharded_loss
 from .registration import define, define_backward, differentiate, flatten, unflatten
 
 # ---------------------------------------------------------------------------------------------- scalar loss
@@ -179,7 +180,7 @@ def _loss_backward(_: str, problems: Any, kept: Any, grads: Any, need: Any) -> d
             "or with backend='reference'"
         )
     (gradient,), grad_loss = kept, grads[0]
-    return {} if grad_loss is None else {(0, "student"): gradient * grad_loss.to(gradient.dtype)}
+    return {} if grad_loss is None else {(0, "student"): scaled(gradient, grad_loss)}
 
 
 def _run_rows(backend: str | None, rows: RowProblem, terms: bool) -> tuple[Tensor, ...]:
@@ -292,6 +293,7 @@ def distill_loss(
     scale_by_temperature: bool = True,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    process_group: Any = None,
     backend: str | None = None,
 ) -> Tensor:
     """Distillation loss ``weight · (soft_weight·T²·D(p, q) + hard_weight·CE)`` over rows of logits.
@@ -318,6 +320,8 @@ def distill_loss(
         reduction: "mean" (sum over rows / number of counted rows, 0 if there are none), "sum", or
             "none" (per row, 0 on rows that are not counted).
         normalizer: number > 0 or 0-d tensor that replaces the row count of "mean" (gradient accumulation).
+        process_group: of torch.distributed, whose ranks hold the classes in turn; see
+            :func:`mfd_fast.linear_distill_loss`. The student alone is differentiated, in plain PyTorch.
         backend: "reference", "cpu", "triton", "cuda" or None for the fastest that can run.
 
     Returns:
@@ -362,6 +366,8 @@ def distill_loss(
         scale_by_temperature=scale_by_temperature,
     )
     rows, loss = problem.rows, problem.loss
+    if process_group is not None:
+        return class_sharded_loss("distill_loss", problem, process_group)
     recorded = is_recorded()
     # Under torch.compile the registered op chooses when it runs: no choice is baked into the graph.
     name = backend or "" if recorded else choose("distill_loss", rows, backend, beside=loss)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..backends import check_not_traced, choose
 from ..backends.chunked_heads import HEADS, LinearGradients, Terms, leaves_of, run
-from ..backends.class_sharded import ClassSharded, why_not
+from ..backends.class_sharded import ClassSharded
 from ..divergences import Divergence
 from ..problems.checks import by_pytorch, is_recorded, upstream
 from ..problems.linear import HeadProblem, LinearProblem, check_linear_distill_loss, default_chunk_rows
@@ -28,7 +28,8 @@ from ..problems.rows import RowLoss, RowProblem, check_indices, check_labels_in_
 from ..reference.distill_loss import combine_rows, reduce_rows
 from ..reference.linear_distill_loss import linear_row_terms
 from ..types import LinearDistillOutput, LogitTransform, TopK
-from .autograd import needs_reference, ready_gradients, reference_gradients, requires_grad, save, saved
+from .autograd import ready_gradients, reference_gradients, requires_grad, save, saved, scaled
+from .class_sharded import check_class_sharded, wants_reference
 from .registration import define, define_backward, differentiate
 
 # -------------------------------------------------------------------------------------------------- autograd
@@ -96,9 +97,7 @@ class _ScalarLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad[6:]
-        if needs_reference(grad_loss):
-            if ctx.sharded is not None:
-                raise RuntimeError("linear_distill_loss: class-sharded heads have no second derivatives")
+        if wants_reference("linear_distill_loss", ctx.sharded, grad_loss):
             rows, loss, heads = saved(ctx)[0]
 
             def value(leaves: list[Any]) -> list[Tensor]:
@@ -138,9 +137,7 @@ class _RowTerms(torch.autograd.Function):
         if grad_soft is None and grad_hard is None:
             return (None,) * (5 + len(needs))
         rows, loss, heads = saved(ctx)[0]
-        if needs_reference(grad_soft, grad_hard):
-            if ctx.sharded is not None:
-                raise RuntimeError("linear_distill_loss: class-sharded heads have no second derivatives")
+        if wants_reference("linear_distill_loss", ctx.sharded, grad_soft, grad_hard):
             found: Sequence[Any] = reference_gradients(
                 leaves_of(rows, heads), lambda v: _values(rows, loss, heads, v), (grad_soft, grad_hard), needs
             )
@@ -156,6 +153,12 @@ _PROBLEMS = (RowProblem, RowLoss, HeadProblem)
 _STUDENT = HEADS[:3]
 
 
+def _check_values(rows: RowProblem) -> None:
+    """Before the first chunk, in which a row has another number. A recorded call had no values to look at."""
+    check_labels_in_range("linear_distill_loss", rows)
+    check_indices("linear_distill_loss", rows)
+
+
 def _chosen(backend: str | None, rows: RowProblem, loss: RowLoss, heads: HeadProblem) -> str:
     beside = LinearProblem(rows=rows, loss=loss, heads=heads)
     return choose("distill_loss", rows, backend, "linear_distill_loss", beside=beside)
@@ -164,6 +167,7 @@ def _chosen(backend: str | None, rows: RowProblem, loss: RowLoss, heads: HeadPro
 def _run_loss(
     backend: str | None, rows: RowProblem, loss: RowLoss, heads: HeadProblem, needs: list[bool]
 ) -> tuple[Tensor, ...]:
+    _check_values(rows)
     wanted = LinearGradients(*needs)
     soft, hard, entropy, found = _scalar(_chosen(backend, rows, loss, heads), rows, loss, heads, wanted)
     gradients = (soft.new_empty(0) if g is None else g for g in found[:3])
@@ -184,10 +188,11 @@ def _loss_backward(_: str, problems: Any, kept: Any, grads: Any, need: Any) -> d
             "them, or with backend='reference'"
         )
     found = ((name, g) for name, g in zip(_STUDENT, kept, strict=True) if grads[0] is not None and need(2, name))
-    return {(2, name): g * grads[0].to(g.dtype) for name, g in found}
+    return {(2, name): scaled(g, grads[0]) for name, g in found}
 
 
 def _run_rows(backend: str | None, rows: RowProblem, loss: RowLoss, heads: HeadProblem) -> tuple[Tensor, ...]:
+    _check_values(rows)
     return run(_chosen(backend, rows, loss, heads), rows, loss, heads)[:3]
 
 
@@ -263,22 +268,6 @@ differentiate("linear_distill_rows", _PROBLEMS, lambda out: (), lambda out: out[
 
 
 # ------------------------------------------------------------------------------------------- public function
-
-
-def _sharded(op: str, problem: LinearProblem, group: Any) -> ClassSharded:
-    """This rank's part in the group; all ranks must call with the same options."""
-    rows, heads = problem.rows, problem.heads
-    reason = why_not(rows)
-    if reason is not None:
-        raise ValueError(f"{op}: process_group does not support {reason}")
-    of_teacher = rows.teacher.shape[-1] if heads.teacher_weight is None else heads.teacher_weight.shape[0]
-    if {heads.student_weight.shape[0], of_teacher} != {rows.classes}:
-        raise ValueError(f"{op}: process_group does not support classes of a transform; pass this rank's classes alone")
-    if torch.distributed.get_rank(group) < 0:
-        raise ValueError(f"{op}: process_group must be a group of torch.distributed that this rank is in")
-    if requires_grad(*leaves_of(rows, heads)[3:], *problem.loss.tensors()):
-        raise ValueError(f"{op}: with process_group, only the student's head is differentiated; detach the rest")
-    return ClassSharded(group, rows.classes, rows.device)
 
 
 def linear_distill_loss(
@@ -370,14 +359,12 @@ def linear_distill_loss(
     rows, loss, heads = problem.rows, problem.loss, problem.heads
     recorded, sharded = is_recorded(), None
     if process_group is not None:
-        if recorded:
-            raise ValueError(f"{op}: process_group cannot be recorded by a compiler; call the op eagerly")
-        sharded = _sharded(op, problem, process_group)
+        check_class_sharded(op, rows, problem.widths, process_group, [*leaves_of(rows, heads)[3:], *loss.tensors()])
+        sharded = ClassSharded(process_group, rows.classes, rows.device)
         if chunk_rows is None:  # the same on all ranks, whose all-reduces meet
             heads = heads.replace(chunk_rows=default_chunk_rows(sharded.most, rows.dtype, rows.device))
     parts = rows, loss, heads
-    check_labels_in_range(op, rows if sharded is None else rows.replace(classes=sharded.classes))
-    check_indices(op, rows)
+    _check_values(rows if sharded is None else rows.replace(classes=sharded.classes))
     # Under torch.compile the registered op chooses when it runs: no choice is baked into the graph.
     name = backend or "" if recorded else _chosen(backend, *parts)
     leaves = leaves_of(rows, heads)

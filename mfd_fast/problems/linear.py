@@ -75,6 +75,12 @@ class LinearProblem(Problem):
     loss: RowLoss
     heads: HeadProblem
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Classes of either side's head or logits."""
+        teacher = self.heads.teacher_weight
+        return self.heads.student_weight.shape[0], self.rows.teacher.shape[-1] if teacher is None else teacher.shape[0]
+
     def named_tensors(self) -> list[tuple[str, Tensor]]:
         names = {"student": "student_hidden", "teacher": "teacher_hidden"}
         return [(names.get(name, name), value) for name, value in super().named_tensors()]
@@ -145,7 +151,6 @@ def check_linear_distill_loss(
     reduction: str,
     normalizer: Scalar | None,
     chunk_rows: int | None,
-    process_group: Any = None,  # noqa: ARG001  (its ranks are asked by the op)
     **options: Any,
 ) -> LinearProblem:
     """The whole contract; ``options`` are those of :func:`check_rows`. Raises before any product."""

@@ -469,6 +469,11 @@ class DistillProblem(Problem):
     rows: RowProblem
     loss: RowLoss
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Columns of either side's logits."""
+        return self.rows.student.shape[-1], self.rows.teacher.shape[-1]
+
 
 def check_loss(
     op: str,

@@ -48,6 +48,46 @@ def _loss(student, teacher, labels, **options):
     return out, [leaf.grad for leaf in leaves]
 
 
+def _of_logits(z, t, labels, **options):
+    leaf = z.clone().requires_grad_()
+    loss = mfd.distill_loss(leaf, t, labels, **options)
+    (gradient,) = torch.autograd.grad(loss.square().sum(), leaf)
+    return loss, gradient
+
+
+def _compare_logits(student, teacher, labels, own):
+    """distill_loss of logits [3, 3, C], of which this rank has some columns."""
+    z, t = (torch.nn.functional.linear(*side).reshape(3, 3, CLASSES) for side in (student, teacher))
+    labels = labels.reshape(3, 3)
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    mask[0, 1] = False
+    group = {"process_group": dist.group.WORLD}
+    for name, case in CASES.items():
+        options = {
+            key: value.reshape(3, 3) if isinstance(value, torch.Tensor) else value
+            for key, value in _options(case).items()
+        }
+        whole, expected = _of_logits(z, t, labels, mask=mask, **options)
+        mine, found = _of_logits(z[..., own], t[..., own], labels, mask=mask, **options, **group)
+        torch.testing.assert_close(mine, whole, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found, expected[..., own], rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    loss, gradient = _of_logits(z[..., own].bfloat16(), t[..., own].bfloat16(), labels, **group)
+    exact, expected = _of_logits(z.bfloat16().double(), t.bfloat16().double(), labels)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient.double(), expected[..., own], rtol=2**-7, atol=1e-6)
+    said = mfd.explain(mfd.distill_loss, z[..., own], t[..., own], **group)
+    assert said.backend == "reference"
+    assert "class-sharded" in said.reason
+    for op in (mfd.distill_loss, lambda *sides, **options: mfd.explain(mfd.distill_loss, *sides, **options)):
+        with pytest.raises(ValueError, match="distill_loss: process_group does not support dkd"):
+            op(z[..., own], t[..., own], labels.clamp(min=0), divergence="dkd", **group)
+    with pytest.raises(ValueError, match="only the student is differentiated"):
+        mfd.distill_loss(z[..., own], t[..., own].clone().requires_grad_(), **group)
+    leaf = z[..., own].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="distill_loss: class-sharded logits have no second derivatives"):
+        torch.autograd.grad(mfd.distill_loss(leaf, t[..., own], **group), leaf, create_graph=True)
+
+
 def _compare(rank, world, file):
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=120)
@@ -72,11 +112,12 @@ def _compare(rank, world, file):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
         for a, b in zip(found, (expected[0], expected[1][own], expected[2][own]), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"gradient, {n}: {m}")
+    _compare_logits(student[:2], teacher, labels, own)
     with pytest.raises(ValueError, match="process_group does not support tvd"):
         mfd.linear_distill_loss(
             student[0], student[1][own], teacher[0], teacher[1][own], divergence="tvd", process_group=dist.group.WORLD
         )
-    with pytest.raises(ValueError, match="only the student's head is differentiated"):
+    with pytest.raises(ValueError, match="only the student is differentiated"):
         mfd.linear_distill_loss(
             student[0],
             student[1][own],
@@ -96,7 +137,7 @@ def _compare(rank, world, file):
         )
     hidden = student[0].clone().requires_grad_()
     out = mfd.linear_distill_loss(hidden, student[1][own], teacher[0], teacher[1][own], process_group=dist.group.WORLD)
-    with pytest.raises(RuntimeError, match="class-sharded heads have no second derivatives"):
+    with pytest.raises(RuntimeError, match="class-sharded logits have no second derivatives"):
         torch.autograd.grad(out.loss, hidden, create_graph=True)
     # Plain PyTorch all the way, and logits far from zero.
     moved = [t.float().requires_grad_() for t in (student[0], student[1][own], student[2][own] + 1e4)]

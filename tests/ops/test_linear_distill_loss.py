@@ -264,3 +264,32 @@ def test_given_logits_of_the_teacher_are_not_written():
     loss = mfd.linear_distill_loss(h.requires_grad_(), w, t, None, reduction="none", backend="cpu").loss
     torch.autograd.grad(loss.sum(), [h, t])
     assert torch.equal(t, kept)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_bad_label_has_the_number_of_its_row_under_compile(reduction):
+    h, w, ht, wt = heads(rows=8)
+    labels = torch.zeros(8, dtype=torch.int64)
+    labels[5] = 50
+    call = torch.compile(
+        lambda *sides: mfd.linear_distill_loss(*sides, labels, hard_weight=1.0, reduction=reduction, chunk_rows=2).loss,
+        backend="eager",
+        fullgraph=True,
+    )
+    with pytest.raises(ValueError, match=r"linear_distill_loss: labels .* got 50 in row 5"):
+        call(h, w, ht, wt)
+
+
+def test_a_compiled_gradient_is_rounded_once():
+    """The factor from upstream is float32."""
+    h, w, ht, wt = heads(dtype=torch.bfloat16)
+    t = torch.randn(40, 50, dtype=torch.bfloat16)
+    factor = 1 + 3 * 2**-9  # bfloat16 has 1 + 2^-7
+    for leaf, loss in (
+        (h, lambda x: mfd.linear_distill_loss(x, w, ht, wt, reduction="sum").loss),
+        (t / 2, lambda x: mfd.distill_loss(x, t, reduction="sum")),
+    ):
+        leaf.requires_grad_()
+        (plain,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager")(leaf), leaf)
+        (found,) = torch.autograd.grad(torch.compile(lambda x, f=loss: factor * f(x), backend="aot_eager")(leaf), leaf)
+        assert torch.equal(found, (plain.float() * factor).bfloat16())

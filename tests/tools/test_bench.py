@@ -34,7 +34,7 @@ SMALL = {
     "modal_pool": {"batch": 48, "modalities": 3, "width": 32},
     "feature_loss": {"rows": 48, "taps": 2, "width": 32},
     "mfd_loss": {"batch": 48, "modalities": 2, "width": 32, "classes": 7},
-    "linear_distill": {"rows": 48, "hidden": 8, "classes": 50},
+    "linear_distill": {"rows": 48, "hidden": 8, "teacher": 12, "classes": 50},
     "student_step": {"batch": 48, "modalities": 2, "width": 32, "classes": 7, "inputs": 5},
     "modal_fusion": {"batch": 48, "wide": 32, "narrow": 8, "width": 16},
     "low_rank_fusion": {"batch": 48, "wide": 32, "narrow": 8, "width": 16},

@@ -172,3 +172,10 @@ def test_result_files_name_no_place_and_no_person():
         text = path.read_text(encoding="utf-8")
         assert not re.search(r'"/(home|root|tmp|work|Users)\b', text), path.name
         assert len(text) < 2_000_000
+
+
+def test_a_target_may_be_a_rivals_speed():
+    found = bench_samples.document()["results"][0]
+    found["workload"]["targets"]["rivals"] = {"torchdistill": 2.5}
+    assert results.targets(found)[-1].what == "x torchdistill"
+    assert results.targets(found)[-1].measured == results.speed_up(found, "torchdistill")
