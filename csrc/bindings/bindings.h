@@ -48,6 +48,8 @@ inline void set_gradients(PoolBackward& g, const std::vector<Address>& d_feature
 
 // The classes that describe problems, to kernels of all backends.
 void bind_problems(pybind11::module_& m);
+// Plans of calls, before the ops.
+void bind_plans(pybind11::module_& m);
 // The CPU's ops.
 void bind_distill_loss(pybind11::module_& m);
 void bind_modal_pool(pybind11::module_& m);

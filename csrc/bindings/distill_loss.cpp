@@ -1,9 +1,13 @@
 // distill_loss and distill_terms on the CPU.
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cmath>
+#include <memory>
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/plans.h"
 #include "cpu/runtime/distill.h"
 
 namespace py = pybind11;
@@ -90,11 +94,91 @@ void per_row_backward(const RowProblem& problem, const TopK* topk, Address stats
            threads);
 }
 
+// distill_loss of one teacher as a scalar, with numbers for all that may be a number.
+class DistillPlan final : public Plan {
+ public:
+  // `problem` for all that is the same in the calls of this plan; `least` and `most` of a temperature.
+  DistillPlan(const RowProblem& problem, bool use_soft, bool use_hard, bool mean, double least, double most,
+              const Places& tensors, const Places& numbers)
+      : problem_(problem),
+        use_soft_(use_soft),
+        use_hard_(use_hard),
+        mean_(mean),
+        least_(least),
+        most_(most),
+        student_(place(tensors, "student")),
+        teacher_(place(tensors, "teacher")),
+        labels_(place(tensors, "labels")),
+        mask_(place(tensors, "mask")),
+        weight_(place(tensors, "weight")),
+        temperature_(place(numbers, "temperature")),
+        teacher_temperature_(place(numbers, "teacher_temperature")),
+        soft_weight_(place(numbers, "soft_weight")),
+        hard_weight_(place(numbers, "hard_weight")),
+        normalizer_(place(numbers, "normalizer")) {
+    if (problem.mixture || problem.student_temperature.rows || problem.teacher_temperature.rows)
+      throw py::value_error("a plan of distill_loss has one teacher and numbers for temperatures");
+  }
+
+  py::object run(const Call& call) const override {
+    RowProblem problem = problem_;
+    problem.student.data = call.data(student_);
+    problem.teacher.data = call.data(teacher_);
+    problem.labels = call.data<int64_t>(labels_);
+    problem.mask = call.data<unsigned char>(mask_);
+    const double temperature = call.number(temperature_, 1.0);
+    const double teacher_temperature = call.number(teacher_temperature_, temperature);
+    const double soft_weight = call.number(soft_weight_, 1.0), hard_weight = call.number(hard_weight_, 0.0);
+    double divisor = call.number(normalizer_, 1.0);
+    const auto in_range = [this](double t) { return least_ <= t && t <= most_; };
+    if (!in_range(temperature) || !in_range(teacher_temperature) || !std::isfinite(soft_weight) ||
+        !std::isfinite(hard_weight) || !(0 < divisor && std::isfinite(divisor)))
+      return py::none();
+    problem.student_temperature.value = temperature;
+    problem.teacher_temperature.value = teacher_temperature;
+    int64_t counted = problem.n_rows;
+    if (problem.labels || problem.mask) counted = count_rows(problem);
+    if (counted < 0) return py::none();
+    if (mean_ && normalizer_ < 0) divisor = static_cast<double>(std::max<int64_t>(counted, 1));
+
+    const DLTensor& student = call.tensors[static_cast<size_t>(student_)];
+    const uint8_t bits = problem.is_double ? 64 : 32;
+    py::object value = new_tensor({kFloating, bits, 1}, student.device, {}), gradient = py::none();
+    Forward f{};
+    f.problem = problem;
+    f.use_soft = use_soft_;
+    f.use_hard = use_hard_;
+    f.weight = {call.data(weight_), 1, 1.0};
+    f.soft_factor = soft_weight / divisor;
+    f.hard_factor = hard_weight / divisor;
+    if (call.needs_grad) {
+      gradient = new_like(call.objects[static_cast<size_t>(student_)], student);
+      f.grad = data_of(gradient);
+      f.stream = bytes_of(student) >= kStreamBytes;
+    }
+    void* const out = data_of(value);
+    {
+      const py::gil_scoped_release release;
+      put_value(reinterpret_cast<Address>(out), problem.is_double, forward(f, true, call.threads));
+    }
+    return py::make_tuple(value, gradient);
+  }
+
+ private:
+  RowProblem problem_;
+  bool use_soft_, use_hard_, mean_;
+  double least_, most_;
+  int student_, teacher_, labels_, mask_, weight_;
+  int temperature_, teacher_temperature_, soft_weight_, hard_weight_, normalizer_;
+};
+
 }  // namespace
 
 void bind_distill_loss(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.attr("statistics") = kStats;
+  py::class_<DistillPlan, Plan, std::shared_ptr<DistillPlan>>(m, "DistillPlan")
+      .def(py::init<const RowProblem&, bool, bool, bool, double, double, const Places&, const Places&>());
   m.def("count_rows", &count_rows);
   m.def("lists_are_valid", &lists_are_valid, release());
   m.def("scalar", &scalar, release());

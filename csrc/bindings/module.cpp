@@ -17,6 +17,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef MFD_HAVE_CUDA
   mfd::bind_cuda(m);
 #endif
+  mfd::bind_plans(m);
   mfd::bind_distill_loss(m);
   mfd::bind_modal_pool(m);
   mfd::bind_feature_loss(m);

@@ -7,7 +7,6 @@ one module per op it has kernels for. That module's ``can_run(problem) -> str | 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 
 from ..problems.checks import value_error
 from ..problems.problem import Problem
-from . import choice, environment
+from . import choice, environment, plans
 from .protocol import FeatureBackend, MFDBackend, PoolBackend, RowBackend, ScaleBackend
 
 NAMES = environment.BACKENDS  # best first
@@ -31,8 +30,6 @@ OPS: dict[str, tuple[str, ...]] = {
 
 _INTERPRETED = ("triton", "cuda")
 _ON_CPU = tuple(name for name in NAMES if name not in _INTERPRETED)
-
-_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("mfd_fast_backend", default=None)
 
 
 class BackendError(RuntimeError):
@@ -66,11 +63,11 @@ def use_backend(name: str) -> Iterator[None]:
     ...     loss = mfd.distill_loss(torch.zeros(2, 3), torch.zeros(2, 3))
     """
     check_name("use_backend", name)
-    token = _requested.set(name)
+    token = environment.USED.set(name)
     try:
         yield
     finally:
-        _requested.reset(token)
+        environment.USED.reset(token)
 
 
 def check_name(op: str, name: object) -> None:
@@ -83,7 +80,7 @@ def requested(backend: str | None, op: str) -> tuple[str | None, str]:
     if backend is not None:
         check_name(op, backend)
         return backend, f"backend={backend!r} was passed"
-    name = _requested.get()
+    name = environment.USED.get()
     if name is not None:
         return name, f"use_backend({name!r}) is active"
     name = environment.backend()
@@ -239,3 +236,4 @@ def forget_availability() -> None:
     """Makes the backends look again at the machine and the environment (tests)."""
     for name in NAMES:
         getattr(_module(name).available, "cache_clear", lambda: None)()
+    plans.forget()

@@ -1,7 +1,11 @@
-"""The environment variables that are read at run time. A value that means nothing is refused by name."""
+"""What is asked for beside a call: environment variables that are read at run time, and ``use_backend``.
+
+A value that means nothing is refused by name.
+"""
 
 from __future__ import annotations
 
+import contextvars
 import math
 import os
 from collections.abc import Callable
@@ -11,6 +15,9 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")  # best first
 ISAS = ("baseline", "avx2", "avx512")
 #: Idle memory of the gradient pool: room for one gradient of 2048 x 32000 float32 logits.
 DEFAULT_POOL_MB = 256
+
+#: The backend that ``use_backend`` asks for in the present context.
+USED: contextvars.ContextVar[str | None] = contextvars.ContextVar("mfd_fast_backend", default=None)
 
 
 class Variable(NamedTuple):
@@ -42,6 +49,11 @@ def gradient_pool_bytes() -> int:
     return int(megabytes * 2**20)
 
 
+def plans() -> bool:
+    """Whether calls leave plans (backends/plans.py); read once."""
+    return _one_of("MFD_FAST_PLANS", ("0", "1")) != "0"
+
+
 def _one_of(name: str, choices: tuple[str, ...]) -> str | None:
     value = os.environ.get(name) or None
     if value is not None and value not in choices:
@@ -53,6 +65,7 @@ VARIABLES = (
     Variable("MFD_FAST_BACKEND", "the fastest that can run", backend),
     Variable("MFD_FAST_CPU_ISA", "the best that the processor has", cpu_isa),
     Variable("MFD_FAST_GRAD_POOL_MB", f"{DEFAULT_POOL_MB} MiB of idle gradient memory", gradient_pool_bytes),
+    Variable("MFD_FAST_PLANS", "calls like an earlier one skip its checks", plans),
 )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import scale_backend
+from ..backends.plans import is_plain_one
 from ..problems.checks import upstream
 from ..problems.problem import Problem
 
@@ -25,7 +26,7 @@ def save(ctx: Any, problems: tuple[Problem, ...], *more: Tensor | None) -> None:
         rest, found = problem.apart()
         kept.append(rest)
         tensors += found
-    ctx.problems, ctx.count, ctx.given = kept, len(tensors), False
+    ctx.problems, ctx.count = kept, len(tensors)
     ctx.save_for_backward(*tensors, *more)
 
 
@@ -64,19 +65,14 @@ def reference_gradients(
 
 
 def ready_gradients(
-    ctx: Any, grad_loss: Tensor, again: Callable[..., Sequence[Tensor | None]]
+    ctx: Any, grad_loss: Tensor, backend: str, tensors: int, again: Callable[[], Sequence[Tensor | None]]
 ) -> Sequence[Tensor | None]:
-    """Gradients that the forward pass of a scalar loss has computed and saved, times ``grad_loss``, without a copy.
+    """Gradients of a scalar loss that were saved behind ``tensors`` others, times ``grad_loss``, without a copy.
 
-    The first backward gives these tensors away; a later one runs the pass once more: ``again(*problems)``.
+    The first backward gives them away; a later one runs the pass once more: ``again()``.
     """
-    if ctx.given:
-        found = again(*saved(ctx)[0])
-    else:
-        # Aliases with a version of their own: what is done to them is no change of a saved tensor.
-        found = [None if g is None else g.data for g in ctx.saved_tensors[ctx.count :]]
-        ctx.given = True
-    scale_backend(ctx.backend).scale_gradients_([g for g in found if g is not None], upstream(grad_loss))
+    found = again() if hasattr(ctx, "given") else _given_away(ctx, tensors)
+    scale_backend(backend).scale_gradients_([g for g in found if g is not None], upstream(grad_loss))
     return found
 
 
@@ -84,6 +80,17 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """``gradient·factor``, 0-d and maybe of a wider dtype, rounded once; for graphs that are recorded."""
     wide = torch.promote_types(gradient.dtype, factor.dtype)
     return (gradient.to(wide) * factor).to(gradient.dtype)
+
+
+def untouched_gradients(ctx: Any, grad_loss: Tensor, tensors: int) -> Sequence[Tensor | None] | None:
+    """:func:`ready_gradients` of the usual backward: the first, of a loss that is what is differentiated; else None."""
+    return None if hasattr(ctx, "given") or not is_plain_one(grad_loss) else _given_away(ctx, tensors)
+
+
+def _given_away(ctx: Any, tensors: int) -> Sequence[Tensor | None]:
+    ctx.given = True
+    # Aliases with a version of their own: what is done to them is no change of a saved tensor.
+    return [None if g is None else g.data for g in ctx.saved_tensors[tensors:]]
 
 
 def requires_grad(*values: object) -> bool:

@@ -10,6 +10,7 @@ teacher, write the gradient). Everything else keeps O(N) statistics and recomput
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,15 +18,25 @@ import torch
 from torch import Tensor
 
 from ..backends import check_not_traced, choose, row_backend
+from ..backends.plans import Done, Plans
 from ..backends.protocol import RowGradients, RowNeeds
 from ..codes import STATISTICS
 from ..divergences import Divergence
 from ..problems.checks import by_pytorch, is_recorded, upstream
-from ..problems.rows import RowLoss, RowProblem, check_loss, check_rows
+from ..problems.rows import DistillProblem, RowLoss, RowProblem, check_loss, check_rows
 from ..reference.distill_loss import combine, combine_rows
 from ..reference.distill_loss import row_terms as reference_terms
 from ..types import DistillTerms, LogitTransform, TopK
-from .autograd import needs_reference, ready_gradients, reference_gradients, requires_grad, save, saved, scaled
+from .autograd import (
+    needs_reference,
+    ready_gradients,
+    reference_gradients,
+    requires_grad,
+    save,
+    saved,
+    scaled,
+    untouched_gradients,
+)
 from .class_sharded import class_sharded_loss
 from .registration import define, define_backward, differentiate, flatten, unflatten
 
@@ -33,33 +44,42 @@ from .registration import define, define_backward, differentiate, flatten, unfla
 
 
 class _ScalarLoss(torch.autograd.Function):
-    """loss with d loss/d student computed beside it and handed to the first backward without a copy."""
+    """A computed loss, whose computed gradient the first backward hands to the student without a copy."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, rows: RowProblem, loss: RowLoss, backend: str, grad_enabled: bool) -> Tensor:  # noqa: ARG004
-        # Under no_grad (`grad_enabled` is False) autograd still says that a leaf needs its gradient.
-        needs_grad = grad_enabled and ctx.needs_input_grad[0]
-        value, gradient = row_backend(backend).scalar(rows, loss, needs_grad=needs_grad)
-        if needs_grad:
-            save(ctx, (rows, loss), gradient)
-            ctx.backend = backend
+    def forward(ctx: Any, student: Tensor, done: Done) -> Tensor:  # noqa: ARG004
+        (value, gradient), backend, tensors, rest = done
+        ctx.save_for_backward(*tensors, gradient)
+        ctx.call = backend, rest
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
+        if (gradients := untouched_gradients(ctx, grad_output, -1)) is not None:
+            return gradients[0], None
+        backend, rest = ctx.call
+
+        def problem() -> DistillProblem:
+            return _PLANS.problem(rest, iter(ctx.saved_tensors))
+
         if needs_reference(grad_output):
-            (rows, loss), _ = saved(ctx)
+            return _second_order(problem(), grad_output), None
 
-            def value(leaves: list[Tensor]) -> list[Tensor]:
-                return [combine(rows.replace(student=leaves[0], teachers=leaves[1:]), loss)]
+        def again() -> list[Tensor | None]:
+            p = problem()
+            return [row_backend(backend).scalar(p.rows, p.loss, needs_grad=True).student]
 
-            leaves, needs = (rows.student, *rows.teachers), (True, *(False for _ in rows.teachers))
-            return reference_gradients(leaves, value, [grad_output], needs)[0], None, None, None, None
+        return ready_gradients(ctx, grad_output, backend, -1, again)[0], None
 
-        def again(rows: RowProblem, loss: RowLoss) -> list[Tensor | None]:
-            return [row_backend(ctx.backend).scalar(rows, loss, needs_grad=True).student]
 
-        return ready_gradients(ctx, grad_output, again)[0], None, None, None, None
+def _second_order(p: DistillProblem, grad_output: Tensor) -> Tensor | None:
+    """d loss/d student that can be differentiated again."""
+
+    def value(leaves: list[Tensor]) -> list[Tensor]:
+        return [combine(p.rows.replace(student=leaves[0], teachers=leaves[1:]), p.loss)]
+
+    leaves, needs = (p.rows.student, *p.rows.teachers), (True, *(False for _ in p.rows.teachers))
+    return reference_gradients(leaves, value, [grad_output], needs)[0]
 
 
 # ------------------------------------------------------------------------------------------- per-row terms
@@ -343,28 +363,16 @@ def distill_loss(
     >>> round(loss.item(), 4)
     1.2806
     """
-    check_not_traced("distill_loss", backend)
-    problem = check_loss(
-        "distill_loss",
-        student,
-        teacher,
-        labels,
-        soft_weight=soft_weight,
-        hard_weight=hard_weight,
-        weight=weight,
-        reduction=reduction,
-        normalizer=normalizer,
-        teacher_weights=teacher_weights,
-        divergence=divergence,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        label_smoothing=label_smoothing,
-        mask=mask,
-        ignore_index=ignore_index,
-        student_transform=student_transform,
-        teacher_transform=teacher_transform,
-        scale_by_temperature=scale_by_temperature,
+    arguments = (
+        *(student, teacher, labels, teacher_weights, divergence, temperature, teacher_temperature, soft_weight),
+        *(hard_weight, label_smoothing, mask, weight, ignore_index, student_transform, teacher_transform),
+        *(scale_by_temperature, reduction, normalizer, process_group, backend),
     )
+    if not torch.compiler.is_compiling() and (done := _PLANS.run(arguments)) is not None:
+        return done[0][0] if done[2] is None else _apply(student, done)
+
+    check_not_traced("distill_loss", backend)
+    problem = _check(arguments)
     rows, loss = problem.rows, problem.loss
     if process_group is not None:
         return class_sharded_loss("distill_loss", problem, process_group)
@@ -390,8 +398,30 @@ def distill_loss(
             "distill_loss", problem.named_tensors, lambda: _op_loss(name, (rows, loss), needs_grad)[0]
         )
     else:
-        value = _ScalarLoss.apply(rows.student, rows, loss, name, torch.is_grad_enabled())
+        needs_grad = requires_grad(rows.student)
+        with torch.no_grad():
+            value, gradient = row_backend(name).scalar(rows, loss, needs_grad=needs_grad)
+        call = _PLANS.learn(arguments, name, getattr(row_backend(name), "scalar_plan", None), rows, loss)
+        if needs_grad:
+            tensors, rest = call or problem.apart()[::-1]
+            value = _ScalarLoss.apply(rows.student, Done((value, gradient), name, tensors, rest))
     return value
+
+
+def _check(arguments: Sequence[Any]) -> DistillProblem:
+    """The problem of distill_loss's arguments, in the order of its parameters."""
+    options = dict(zip(_PARAMETERS, arguments, strict=True))
+    for elsewhere in ("process_group", "backend"):
+        del options[elsewhere]
+    return check_loss("distill_loss", **options)
+
+
+#: ``_ScalarLoss.apply`` without its look for tensors of torch.func: a plan has none.
+_apply = super(torch.autograd.Function, _ScalarLoss).apply
+_PARAMETERS = tuple(inspect.signature(distill_loss).parameters)
+_PLANS = Plans(
+    distill_loss, _check, numbers=("temperature", "teacher_temperature", "soft_weight", "hard_weight", "normalizer")
+)
 
 
 def distill_terms(

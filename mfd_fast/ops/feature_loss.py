@@ -91,10 +91,11 @@ class _ScalarLoss(torch.autograd.Function):
             found = reference_gradients(_sides(problem), loss_of, [grad_loss], both)
             return (None, None, None, *found[: len(needs)])
 
-        def again(problem: FeatureProblem) -> list[Tensor | None]:
+        def again() -> list[Tensor | None]:
+            (problem,), _ = saved(ctx)
             return feature_backend(ctx.backend).scalar(problem, needs)[1]
 
-        return (None, None, None, *ready_gradients(ctx, grad_loss, again))
+        return (None, None, None, *ready_gradients(ctx, grad_loss, ctx.backend, ctx.count, again))
 
 
 # -------------------------------------------------------------------------------------------------- per row

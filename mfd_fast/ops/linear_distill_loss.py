@@ -105,10 +105,11 @@ class _ScalarLoss(torch.autograd.Function):
 
             return (*(None,) * 6, *reference_gradients(leaves_of(rows, heads), value, [grad_loss], needs))
 
-        def again(rows: RowProblem, loss: RowLoss, heads: HeadProblem) -> LinearGradients:
+        def again() -> LinearGradients:
+            rows, loss, heads = saved(ctx)[0]
             return _scalar(ctx.backend, rows, loss, heads, LinearGradients(*needs), ctx.sharded).gradients
 
-        return *(None,) * 6, *ready_gradients(ctx, grad_loss, again)
+        return *(None,) * 6, *ready_gradients(ctx, grad_loss, ctx.backend, ctx.count, again)
 
 
 class _RowTerms(torch.autograd.Function):

@@ -66,10 +66,11 @@ class _ScalarLoss(torch.autograd.Function):
 
             return None, None, None, None, *reference_gradients(_leaves(problem), loss_of, [grad_loss], needs)
 
-        def again(problem: MFDProblem) -> list[Tensor | None]:
+        def again() -> list[Tensor | None]:
+            (problem,), _ = saved(ctx)
             return flatten(mfd_backend(ctx.backend).scalar(problem, _needs(needs))[1])
 
-        return None, None, None, None, *ready_gradients(ctx, grad_loss, again)
+        return None, None, None, None, *ready_gradients(ctx, grad_loss, ctx.backend, ctx.count, again)
 
 
 def _needs(flat: Sequence[bool]) -> MFDNeeds:

@@ -256,6 +256,12 @@ def extremes(values: Tensor, exists: Tensor | None = None) -> tuple[float, float
     return low.item(), high.item()
 
 
+def temperature_range(dtype: torch.dtype) -> tuple[float, float]:
+    """Where T² and 1/T² are normal numbers of the arithmetic's dtype."""
+    # Literals: torch.compile makes symbols of floats that it reads elsewhere.
+    return (2.0**-511, 2.0**511) if dtype == torch.float64 else (2.0**-63, 2.0**63)
+
+
 def check_temperature(
     op: str,
     argument: str,
@@ -271,8 +277,7 @@ def check_temperature(
 
     ``mask`` and ``labels`` ``[N]`` say which rows exist; the values of the others are not looked at.
     """
-    # Where T² and 1/T² are normal numbers. Literals: torch.compile makes symbols of floats that it reads elsewhere.
-    least, most = (2.0**-511, 2.0**511) if dtype == torch.float64 else (2.0**-63, 2.0**63)
+    least, most = temperature_range(dtype)
     if not isinstance(value, Tensor):
         number = check_scalar(op, argument, value, positive=True)
         if not least <= number <= most:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import mfd_fast as mfd
-from mfd_fast.testing import assert_close_to_float64, poison
+from mfd_fast.backends import plans
+from mfd_fast.testing import assert_bitwise_equal, assert_close_to_float64, poison
 
 Arguments = dict[str, Any]
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -132,10 +133,19 @@ def evaluate(
     grad_outputs: Callable[[Tensor, int], Tensor] = upstream,
     poisoned: bool = True,
 ) -> Result:
-    """Outputs and the gradients of all differentiable arguments, for random upstream gradients; :func:`watched`."""
+    """Outputs and the gradients of all differentiable arguments, for random upstream gradients; :func:`watched`.
+
+    A call that leaves plans is repeated: they must give the same bits.
+    """
     names = record.differentiable if names is None else names
+    plans.forget()
     with watched(named_tensors(arguments), poisoned):
-        return _evaluate(record, call, requiring_grad(arguments, names), grad_outputs)
+        found = _evaluate(record, call, requiring_grad(arguments, names), grad_outputs)
+        if plans.learned():
+            again = _evaluate(record, call, requiring_grad(arguments, names), grad_outputs)
+            for (name, a), (_, b) in zip(found.items(), again.items(), strict=True):
+                assert_bitwise_equal(a, b, f"{name} of a plan")
+        return found
 
 
 def _evaluate(

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from ...codes import STATISTICS
-from ...problems.checks import label_error
+from ...problems.checks import label_error, temperature_range
 from ...problems.rows import RowLoss, RowProblem, check_indices
 from .. import allocate
+from ..layout import row_layout
 from ..limits import beyond_kernels
 from ..native import RowScalar, address, native_rows, native_topk
+from ..plans import Places
 from ..protocol import ByProducts, RowGradients, RowNeeds, RowOutputs, ScalarLoss
 from . import native
 from .streams import STREAM_BYTES, streams
 
-__all__ = ["can_run", "count", "per_row", "per_row_backward", "row_description", "scalar"]
+__all__ = ["can_run", "count", "per_row", "per_row_backward", "row_description", "scalar", "scalar_plan"]
 
 
 def can_run(rows: RowProblem) -> str | None:
@@ -91,6 +93,28 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool) -> ScalarLoss:
         torch.get_num_threads(),
     )
     return ScalarLoss(value, gradient)
+
+
+def scalar_plan(rows: RowProblem, loss: RowLoss, places: Places) -> Any:
+    """The native plan of :func:`scalar` for calls like this one.
+
+    None where a kernel reads a copy, a tensor in the place of a number, or more than one dense teacher.
+    """
+    use_hard = rows.labels is not None and loss.use_hard
+    numbers = (rows.temperature, rows.own_teacher_temperature, loss.soft_weight, loss.hard_weight, loss.normalizer)
+    if rows.topk is not None or len(rows.teachers) > 1 or not (loss.use_soft or use_hard):
+        return None
+    if any(isinstance(number, Tensor) for number in numbers):
+        return None
+    sides = {"student": row_layout(rows.student).tensor, "teacher": row_layout(rows.teacher).tensor}
+    used = sides | {"labels": rows.labels, "mask": rows.mask, "weight": loss.weight}
+    if not all(places.reads(name, tensor) for name, tensor in used.items()):
+        return None
+    module = native()
+    least, most = temperature_range(rows.dtype)
+    mean = loss.reduction == "mean"
+    problem = row_description(module, rows, [])
+    return module.DistillPlan(problem, loss.use_soft, use_hard, mean, least, most, places.tensors, places.numbers)
 
 
 def _divide(factor: float, divisor: float) -> float:

@@ -1,0 +1,213 @@
+"""Plans: what the checks of one call have found, kept for the calls that are like it.
+
+The shapes of this field are small: a checked call costs several times its kernel. So a call that has passed the checks
+leaves a plan, and a later call that equals it in everything but addresses and numbers goes from the public function
+into one native function (csrc/bindings/plans.h), which reads the tensors, makes the outputs and runs the kernel.
+
+Two calls are alike where all of this is equal:
+
+- of each tensor dtype, device, shape, strides and whether its gradient is recorded;
+- every other argument: options by value, of the numbers named in ``numbers`` only whether they are 0;
+- grad mode, inference mode, ``use_backend`` and ``MFD_FAST_BACKEND``.
+
+Addresses, those numbers, the thread count and the values behind the addresses are read in each call. A plan holds no
+tensor. It has no messages either: whatever could raise one (a label out of range, a temperature of 0) and whatever is
+unusual (subclasses, views that negate, inference tensors outside their mode, freed storage, functorch, dispatch and
+function modes, tracing) goes the way of the full checks.
+
+PyTorch's C table ``torch.Tensor.__dlpack_c_exchange_api__`` makes this possible without a tie to its ABI. Where it is
+missing, or with ``MFD_FAST_PLANS=0``, every call is checked in full; both ways give the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..divergences import DIVERGENCES
+from ..problems.problem import SAVED, Problem
+from ..types import LogitTransform
+from . import environment
+
+Check = Callable[[tuple[Any, ...]], Problem]
+
+#: Types of the arguments that are values: frozen, hashable, equal where they mean the same.
+OPTIONS = {LogitTransform, *(type(divergence) for divergence in DIVERGENCES.values())}
+
+_enabled = environment.plans()
+_all: list[Plans] = []
+_module: ModuleType | None = None  # the native one, once a call has left a plan
+
+
+class Places:
+    """Where a native plan finds what it reads: the place of a tensor among the tensors of a call, or of a number."""
+
+    def __init__(self) -> None:
+        self.given: list[Tensor] = []
+        self.tensors: dict[str, int] = {}
+        self.numbers: dict[str, int] = {}
+
+    def reads(self, name: str, used: Tensor | None) -> bool:
+        """Whether ``used`` is the argument ``name`` itself or a view of it, not a copy or an ordinary alias."""
+        if used is None:
+            return True
+        place = self.tensors.get(name)
+        if place is None:
+            return False
+        given = self.given[place]
+        if given.is_inference() != used.is_inference():
+            return False
+        return given.dtype == used.dtype and given.data_ptr() == used.data_ptr()
+
+
+class Done(NamedTuple):
+    """A computed call for its node of autograd. Of a plan it is a plain tuple of the same fields.
+
+    ``rest``: the call without the ``tensors``: a problem, or the arguments of a call that no check has made a problem.
+    A plan gives None for both where no gradient is recorded.
+    """
+
+    results: tuple[Any, ...]
+    backend: str
+    tensors: Sequence[Tensor]
+    rest: Problem | tuple[Any, ...]
+
+
+class Plans:
+    """The plans of the public function ``op``; its arguments come as one tuple in the order of its parameters.
+
+    ``check`` makes its problem of that tuple. ``numbers``: the parameters whose numbers are read in each call.
+    """
+
+    def __init__(self, op: Callable[..., Any], check: Check, numbers: Sequence[str]) -> None:
+        self.op, self.check, self.numbers = op.__name__, check, frozenset(numbers)
+        self.names = tuple(inspect.signature(op).parameters)
+        self._native: Any = None
+        _all.append(self)
+
+    def run(self, arguments: tuple[Any, ...]) -> Done | None:
+        """What the plan of such a call gives; None where there is none, or where the call needs its checks."""
+        return None if self._native is None else self._native.run(arguments)  # type: ignore[no-any-return]
+
+    def learn(
+        self, arguments: tuple[Any, ...], backend: str, make: Callable[..., Any] | None, *problems: Any
+    ) -> tuple[Sequence[Tensor], Any] | None:
+        """Keeps the native plan ``make(*problems, places)`` of a call that has passed its checks.
+
+        ``make`` is None for a backend without plans, and gives None for a call that cannot have one. Else returns the
+        tensors and the rest of the call as a plan gives them: a checkpoint compares what the first forward, which is
+        checked, and the second, which runs the plan, have saved.
+        """
+        global _module
+        if make is None or not _enabled or missing() is not None:
+            return None
+        places = self._places(arguments)
+        plan = make(*problems, places)
+        if plan is None:
+            return None
+        if self._native is None:
+            from .cpu import native
+
+            _module = native()
+            numbers = [name in self.numbers for name in self.names]
+            self._native = _module.Plans(numbers, environment.USED, OPTIONS, SAVED)
+        self._native.learn(arguments, plan, backend)
+        return places.given, _without_tensors(arguments)
+
+    def _places(self, arguments: tuple[Any, ...]) -> Places:
+        """Of the first tensor and the first number of each argument."""
+        places, numbers = Places(), 0
+
+        def count(name: str, value: Any) -> None:
+            nonlocal numbers
+            if isinstance(value, Tensor):
+                places.tensors.setdefault(name, len(places.given))
+                places.given.append(value)
+            elif isinstance(value, (list, tuple)):
+                for element in value:
+                    count(name, element)
+            elif type(value) in (float, int) and name in self.numbers:
+                places.numbers.setdefault(name, numbers)
+                numbers += 1
+
+        for name, value in zip(self.names, arguments, strict=True):
+            count(name, value)
+        return places
+
+    def problem(self, rest: Any, tensors: Iterator[Tensor]) -> Any:
+        """The problem of a :class:`Done` call; the arguments of a planned one are checked after all."""
+        if isinstance(rest, Problem):
+            return rest.with_tensors(tensors)
+
+        def filled(value: Any) -> Any:
+            if value is SAVED:
+                return next(tensors)
+            return type(value)(map(filled, value)) if type(value) in (list, tuple) else value
+
+        return self.check(filled(rest))
+
+    @property
+    def hits(self) -> int:
+        """Calls that plans have run since the last :func:`forget`."""
+        return 0 if self._native is None else int(self._native.hits)
+
+    @property
+    def size(self) -> int:
+        return 0 if self._native is None else int(self._native.size)
+
+    def forget(self) -> None:
+        self._native = None
+
+
+def _without_tensors(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return SAVED
+    return type(value)(map(_without_tensors, value)) if type(value) in (list, tuple) else value
+
+
+@functools.cache
+def missing() -> str | None:
+    """None if this PyTorch has the table that plans need, else what it lacks."""
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        return f"PyTorch {torch.__version__} has no torch.Tensor.__dlpack_c_exchange_api__"
+    return None
+
+
+def is_plain_one(factor: Tensor) -> bool:
+    """Whether a backward may give away what it has: ``factor`` is the number 1 on a CPU, and nobody looks on.
+
+    False also where plans have not been used.
+    """
+    if _module is None or torch.compiler.is_compiling():
+        return False
+    return _module.is_plain_one(factor)  # type: ignore[no-any-return]
+
+
+def enable(enabled: bool) -> bool:
+    """Turns plans on or off; returns what held before."""
+    global _enabled
+    before, _enabled = _enabled, enabled
+    forget()
+    return before
+
+
+def forget() -> None:
+    """Every op's next call is checked in full."""
+    for plans in _all:
+        plans.forget()
+
+
+def learned() -> int:
+    """Plans that are kept now."""
+    return sum(plans.size for plans in _all)
+
+
+def hits() -> dict[str, int]:
+    """Calls that plans have run since the last :func:`forget`, by op."""
+    return {plans.op: plans.hits for plans in _all}
