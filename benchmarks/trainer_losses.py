@@ -131,20 +131,10 @@ def timm() -> tuple[Step, Step]:
 
 
 def torchtune() -> tuple[Step, Step]:
-    """Its ForwardKLLoss from its file: the package needs torchao."""
-    import importlib.metadata
-    import importlib.util
+    from mfd_fast.integrations.torchtune import KLLoss, _its_losses
 
-    from mfd_fast.integrations.torchtune import KLLoss
-
-    (file,) = (f for f in importlib.metadata.files("torchtune") or () if f.match("modules/loss/kd_losses.py"))
-    spec = importlib.util.spec_from_file_location("torchtune_kd_losses", str(file.locate()))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     student, teacher, labels = logits(512, VOCABULARY)
-    both = (module.ForwardKLLoss(), KLLoss())
+    both = (_its_losses().ForwardKLLoss(), KLLoss())
     return tuple(backward(lambda loss=loss: loss(student, teacher, labels), student) for loss in both)  # type: ignore[return-value, misc]
 
 

@@ -9,17 +9,45 @@ divided by the tokens whose label is not ``ignore_index``. The forward "KL" is *
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.distill_loss import distill_loss, distill_terms
-from .shared import require
+from .shared import check_signature, require
 
 require("torchtune", "0.6.1", "0.7")
 
 __all__ = ["ChunkedKLLoss", "KLLoss"]
+
+
+def _its_losses() -> ModuleType:
+    """torchtune's losses from their file, which imports torch alone: the package needs torchao."""
+    package = importlib.util.find_spec("torchtune")
+    assert package is not None
+    assert package.submodule_search_locations
+    path = Path(package.submodule_search_locations[0], "modules", "loss", "kd_losses.py")
+    spec = importlib.util.spec_from_file_location("mfd_fast_torchtune_kd_losses", path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise ImportError(f"mfd_fast.integrations: torchtune has no {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _check_recipe(losses: ModuleType) -> None:
+    """The recipes call whatever their YAML names as they call torchtune's own."""
+    call = "self, student_logits, teacher_logits, labels"
+    for name in ("Forward", "Reverse", "Symmetric"):
+        check_signature(getattr(losses, f"{name}KLLoss").forward, f"{call}, normalize")
+        check_signature(getattr(losses, f"{name}KLWithChunkedOutputLoss").forward, call)
+
+
+_check_recipe(_its_losses())
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "symmetric_kl")
 

@@ -1,24 +1,15 @@
 """torchtune's loss file against ours. The file needs torch alone; the package needs torchao, which is not here."""
 
-import importlib.metadata
-import importlib.util
+import importlib
 
 import pytest
 import torch
 from trainer_steps import agree, steps
 
+from mfd_fast.integrations import torchtune
 from mfd_fast.integrations.torchtune import ChunkedKLLoss, KLLoss
 
-
-def its_losses():
-    (file,) = [f for f in importlib.metadata.files("torchtune") if str(f).endswith("modules/loss/kd_losses.py")]
-    spec = importlib.util.spec_from_file_location("torchtune_kd_losses", file.locate())
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-THEIRS = its_losses()
+THEIRS = torchtune._its_losses()
 KINDS = {
     "forward_kl": ("ForwardKLLoss", "ForwardKLWithChunkedOutputLoss", {}),
     "reverse_kl": ("ReverseKLLoss", "ReverseKLWithChunkedOutputLoss", {}),
@@ -108,6 +99,12 @@ def test_torchtune_from_yaml():
     loss = getattr(importlib.import_module(module), name)(**options)
     assert isinstance(loss, ChunkedKLLoss)
     assert loss.num_output_chunks == 4
+
+
+def test_torchtune_with_another_signature(monkeypatch):
+    monkeypatch.setattr(THEIRS.ForwardKLLoss, "forward", lambda self, student, teacher: None)
+    with pytest.raises(ImportError, match=r"takes \(self, student, teacher\), this adapter needs \(self, student_log"):
+        torchtune._check_recipe(THEIRS)
 
 
 def test_torchtune_refuses():

@@ -1,7 +1,11 @@
 """transformers.Trainer: three steps against the formula in plain PyTorch, and everything around it."""
 
+import os
+import socket
+
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from trainer_steps import VOCABULARY, agree, arguments, recorded, tiny_llama, token_rows
@@ -58,6 +62,27 @@ def test_hf_trainer_accumulation():
     once = recorded(trainer(tiny_llama(0), tiny_llama(1)))
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     agree(recorded(trainer(tiny_llama(0), tiny_llama(1), args=halves)), once)
+
+
+def _one_of_two(rank, port, file):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    args = {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    found = recorded(trainer(tiny_llama(0), tiny_llama(1), args=args))
+    assert dist.get_world_size() == 2
+    if rank == 0:
+        torch.save([{k.removeprefix("module."): v for k, v in step.items()} for step in found], file)
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Rows with different numbers of labels: the count is that of both processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_one_of_two, (port, tmp_path / "found.pt"), nprocs=2)
+    agree(torch.load(tmp_path / "found.pt"), recorded(trainer(tiny_llama(0), tiny_llama(1))))
 
 
 @pytest.mark.parametrize("padded", ["student", "teacher"])

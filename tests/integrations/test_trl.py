@@ -12,6 +12,7 @@ from trl import DistillationConfig
 from trl import DistillationTrainer as TheirDistillationTrainer
 from trl.experimental.gkd import GKDConfig
 from trl.experimental.gkd import GKDTrainer as TheirGKDTrainer
+from trl.experimental.gold import GOLDConfig
 from trl.experimental.gold import GOLDTrainer as TheirGOLDTrainer
 from trl.trainer import distillation_trainer
 
@@ -265,6 +266,35 @@ def test_gkd_counts_what_it_generated():
     torch.testing.assert_close(made.compute_loss(made.model, dict(batch), num_items_in_batch=1000), mean * count / 1000)
 
 
+def gold(kind, lmbda=0.0, **args):
+    random.seed(0)
+    torch.manual_seed(0)
+    rows = [row | {"prompts": row["input_ids"][:4], "prompt_attention_mask": [1] * 4} for row in token_rows()]
+    config = GOLDConfig(
+        **arguments(lmbda=lmbda, max_completion_length=6, max_length=64, remove_unused_columns=False, **args),
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    return kind(
+        tiny_llama(0),
+        teacher_model=tiny_llama(1, hidden=32),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:4]),
+        data_collator=transformers.default_data_collator,
+        processing_class=tokenizer(),
+    )
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0], ids=["data", "own_tokens"])
+def test_gold_steps(lmbda):
+    agree(recorded(gold(ours.GOLDTrainer, lmbda)), recorded(gold(TheirGOLDTrainer, lmbda)))
+
+
+def test_gold_accumulation():
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    agree(recorded(gold(ours.GOLDTrainer, **halves)), recorded(gold(TheirGOLDTrainer, **halves)))
+
+
 #: TRL projects hidden states in float32: logits near 1 keep its rounding below 1e-6 of the largest gradient.
 SMALL = {"initializer_range": 0.2}
 KINDS = (ours.DistillationTrainer, TheirDistillationTrainer)
@@ -300,6 +330,25 @@ def test_trl_distillation_steps(beta):
         values, theirs = ([entry[name] for entry in entries if name in entry] for entries in (log, their_log))
         assert len(values) > 0
         assert values == pytest.approx(theirs, rel=1e-5)
+
+
+def test_trl_distillation_lora():
+    from peft import LoraConfig, get_peft_model
+
+    def student():
+        torch.manual_seed(3)
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        return get_peft_model(tiny_llama(0, **SMALL), config)
+
+    (found, _), (expected, _) = (run(distillation, kind, student()) for kind in KINDS)
+    assert all("lora" in name for name in found[0])
+    agree(found, expected)
+
+
+def test_trl_distillation_accumulation():
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    (found, _), (expected, _) = (run(distillation, kind, **halves) for kind in KINDS)
+    agree(found, expected)
 
 
 def test_trl_distillation_evaluation():

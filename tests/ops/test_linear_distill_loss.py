@@ -1,13 +1,18 @@
 """linear_distill_loss: what its chunks, its dropped rows and its frozen sides cost and change."""
 
+import inspect
+from collections import Counter
+
 import pytest
 import torch
 from op_db import RECORDS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mfd_fast as mfd
-from mfd_fast.backends import products, row_backend
+from mfd_fast.backends import chunked_heads, products, row_backend
 from mfd_fast.backends.protocol import RowNeeds
 from mfd_fast.bench.memory import peak_extra_bytes
+from mfd_fast.problems import linear
 from mfd_fast.problems.rows import check_rows
 
 RECORD = RECORDS["linear_distill_loss"]
@@ -293,3 +298,45 @@ def test_a_compiled_gradient_is_rounded_once():
         (plain,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager")(leaf), leaf)
         (found,) = torch.autograd.grad(torch.compile(lambda x, f=loss: factor * f(x), backend="aot_eager")(leaf), leaf)
         assert torch.equal(found, (plain.float() * factor).bfloat16())
+
+
+class Work(TorchDispatchMode):
+    """Counts the calls that a GPU would launch a kernel for: all but views and allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, _, args=(), kwargs=None):
+        alias = [r.alias_info for r in function._schema.returns]
+        view = any(a is not None and not a.is_write for a in alias)
+        if not view and function.overloadpacket.__name__ not in ("empty", "new_empty", "detach", "lift_fresh"):
+            self.names.append(function.overloadpacket.__name__)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_six_launches_a_chunk(monkeypatch, labelled):
+    """Four products and two kernels over the rows."""
+    launches = []
+    monkeypatch.setattr("mfd_fast.backends.triton.distill_loss.launch", lambda *_, **__: launches.append("kernel"))
+
+    def names(rows):
+        labels = torch.zeros(rows, dtype=torch.int64) if labelled else None
+        sides = zip(("student_hidden", "student_weight", "teacher_hidden", "teacher_weight"), heads(rows), strict=True)
+        problem = linear.check_linear_distill_loss("op", labels=labels, **dict(sides), **defaults)
+        launches.clear()
+        with Work() as work:  # around the op itself it would be recorded as one call
+            needs = chunked_heads.LinearGradients(student_hidden=True, student_weight=True)
+            ones = torch.ones(rows)
+            chunked_heads.run("triton", problem.rows, problem.loss, problem.heads, ones, ones, needs)
+        return work.names + launches
+
+    signature = inspect.signature(mfd.linear_distill_loss).parameters.values()
+    defaults = {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY}
+    defaults |= {"hard_weight": float(labelled), "chunk_rows": 8}
+    for name in ("process_group", "backend"):
+        del defaults[name]
+    more, few = Counter(names(32)), Counter(names(16))
+    one = {name: (count - few[name]) / 2 for name, count in more.items() if count != few[name]}
+    assert one == {"mm": 3, "addmm_": 1, "kernel": 2}
