@@ -21,6 +21,11 @@ DIVERGENT = {
     "too_much_shared": r"invalid argument",
     "cluster_on_sm_80": r"invalid argument",
 }
+#: What is said instead where the operating system chooses the order of the threads.
+IN_ANY_ORDER = {
+    "some_threads_wait": r"divergent barrier: thread \d+ of block 0 (has left|waits at .*, others have left)",
+    "barrier_against_shuffle": r"divergent barrier: every thread waits, thread \d+ of block 0",
+}
 
 
 def run(name: str, kind: str) -> tuple[int, str]:
@@ -43,7 +48,8 @@ def test_sound_kernels_pass(kind: str) -> None:
 def test_the_emulator_refuses_what_a_gpu_would_hang_on(name: str, kind: str) -> None:
     status, said = run(name, kind)
     assert status != 0
-    assert re.search(DIVERGENT[name], said), said
+    expected = IN_ANY_ORDER if kind == "threads" and name in IN_ANY_ORDER else DIVERGENT
+    assert re.search(expected[name], said), said
 
 
 @pytest.mark.parametrize("name", ["shared_overrun", "global_overrun"])
