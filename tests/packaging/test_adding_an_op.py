@@ -1,0 +1,80 @@
+"""docs/adding_an_op.md: the files it walks through, and that every public op is in each place that it names."""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from op_db import RECORDS
+
+import mfd_fast as mfd
+from mfd_fast import backends
+from mfd_fast.backends import protocol
+from mfd_fast.bench.ops import OPS as MEASURED
+from mfd_fast.explain import _PLANS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "adding_an_op.md").read_text(encoding="utf-8")
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in PAGE.splitlines()
+    if line.startswith("| ") and "`" in line
+]
+BORDERS = {
+    "distill_loss": protocol.RowBackend,
+    "modal_pool": protocol.PoolBackend,
+    "feature_loss": protocol.FeatureBackend,
+    "mfd_loss": protocol.MFDBackend,
+}
+#: What `mfd-fast bench` calls them.
+BENCH_NAMES = {"linear_distill_loss": "linear_distill"}
+
+
+def test_the_steps_name_files_that_have_the_op():
+    files = [row[1].strip("`") for row in ROWS]
+    assert len(files) == len(set(files)) == 19
+    for name in files:
+        assert re.search("feature", (ROOT / name).read_text(), re.IGNORECASE), name
+
+
+def test_every_step_names_a_test():
+    assert [row for row in ROWS if "`test_" not in row[3] and row[3] != "the same"] == []
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_op_is_in_every_place(name):
+    op = getattr(mfd, name)
+    kernels, check = _PLANS[op]
+    assert kernels in backends.OPS
+    assert (ROOT / "mfd_fast" / "reference" / f"{name.replace('terms', 'loss')}.py").is_file()
+    assert op.__module__.rpartition(".")[0] == "mfd_fast.ops"
+    assert check.__module__.startswith("mfd_fast.problems.")
+    options = set(inspect.signature(op).parameters) - {"backend", "process_group"}
+    taken = inspect.signature(check).parameters
+    assert options <= set(taken) or any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    assert BENCH_NAMES.get(name, name) in MEASURED
+    assert re.search(rf"^\.\. autofunction:: {name}$", (ROOT / "docs/api/ops.md").read_text(), re.MULTILINE)
+    assert f"`{name}`" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("backend", backends.NAMES)
+@pytest.mark.parametrize("op", BORDERS)
+def test_a_backend_has_what_its_protocol_asks_for(op, backend):
+    if backend == "reference" and op == "mfd_loss":  # a chain of the other ops
+        return
+    module = importlib.import_module(f"mfd_fast.backends.{backend}.{op}")
+    asked = {name: f for name, f in vars(BORDERS[op]).items() if inspect.isfunction(f) and not name.startswith("_")}
+    assert asked
+    for name, wanted in asked.items():
+        given = getattr(module, name, None)
+        if given is None:
+            assert backend == "reference", f"{module.__name__} lacks {name}"
+            continue
+        positional = len(inspect.signature(wanted).parameters) - 1
+        needed = [p for p in inspect.signature(given).parameters.values() if p.default is p.empty]
+        assert len(needed) <= positional <= len(inspect.signature(given).parameters), f"{module.__name__}.{name}"
+
+
+def test_the_table_of_borders_is_whole():
+    assert BORDERS.keys() == backends.OPS.keys()
