@@ -121,11 +121,13 @@ format: $(VENV)/packages-test
 bench: $(VENV)/packages-test $(VENV)/native
 	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks --growth $(ARGS)
 
-wheel: $(VENV)/packages-test
+# Needs no PyTorch: make wheel VENV=build/py310 PYTHON=python3.10
+wheel: $(VENV)/packages-wheel
 	echo "wheel and sdist: dist/"
 	mkdir -p build
 	$(BIN)/python -m build --no-isolation --wheel --sdist --outdir dist . > build/wheel.log 2>&1 \
 	  || { cat build/wheel.log; exit 1; }
+	ls -sh dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mfd_fast/_C.*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -148,6 +150,11 @@ $(VENV)/packages-demo: pyproject.toml constraints.txt $(VENV)/python
 $(VENV)/packages-test: $(VENV)/packages-demo
 	echo "install: the packages of the tests"
 	MFD_FAST_NATIVE=0 $(PIP) -qq --no-build-isolation --editable '.[test]'
+	touch $@
+
+$(VENV)/packages-wheel: constraints.txt $(VENV)/python
+	echo "install: the packages of the build"
+	$(PIP) -qq build setuptools pybind11 ninja cmake
 	touch $@
 
 $(VENV)/packages-docs: $(VENV)/packages-demo

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -95,6 +97,38 @@ def tool(package: str, directory: str) -> str:
     return found
 
 
+def to_terminal(text: str) -> None:
+    """Write where the user sees it although pip keeps the output of a build to itself."""
+    try:
+        if not sys.stderr.isatty():
+            with open("/dev/tty", "w") as terminal:
+                terminal.write(text)
+    except OSError:  # there is none
+        pass
+
+
+def say(sentence: str) -> None:
+    """One sentence into the output of the build and onto the terminal."""
+    print(sentence, file=sys.stderr, flush=True)
+    to_terminal(f"\n{sentence}\n")
+
+
+def compile_with_progress(command: list[str], environ: dict[str, str]) -> None:
+    """Run Ninja; its lines go to the output of the build, their count to the terminal, at most once a second."""
+    shown, started = 0.0, time.monotonic()
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as ninja:
+        assert ninja.stdout is not None
+        for line in ninja.stdout:
+            print(line, end="", flush=True)
+            count, now = re.match(r"\[(\d+)/(\d+)\]", line), time.monotonic()
+            if count and (now - shown > 1 or count[1] == count[2]):
+                shown = now
+                to_terminal(f"\rmfd_fast: step {count[1]} of {count[2]} of the native module, {now - started:.0f} s ")
+    to_terminal("\n" if shown else "")
+    if ninja.returncode:
+        raise subprocess.CalledProcessError(ninja.returncode, command)
+
+
 class BuildNative(build_ext):
     """Runs CMake once and copies the module it makes."""
 
@@ -113,6 +147,9 @@ class BuildNative(build_ext):
             build.mkdir(parents=True, exist_ok=True)
         cuda = {"0": "OFF", "1": "ON"}.get(os.environ.get("MFD_FAST_CUDA", ""), "AUTO")
         nvcc = find_nvcc() if cuda != "OFF" else None
+        if nvcc:
+            archs = os.environ.get("MFD_FAST_CUDA_ARCHS") or "six architectures, which takes minutes"
+            say(f"mfd_fast: CUDA kernels are compiled for {archs} ({nvcc}); MFD_FAST_CUDA=0 leaves them out.")
         cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
         configure = [
             *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
@@ -132,7 +169,7 @@ class BuildNative(build_ext):
             self.forget_stale_cache(build, compiler)
             subprocess.run(configure, check=True, env=environ)
             jobs = [f"-j{self.parallel}"] if self.parallel else []
-            subprocess.run([cmake, "--build", str(build), *jobs], check=True, env=environ)
+            compile_with_progress([cmake, "--build", str(build), *jobs], environ)
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f".{target.name}.{os.getpid()}")
             shutil.copy2(build / "_C.so", partial)
@@ -155,7 +192,7 @@ class BuildPython(build_py):
     def run(self) -> None:
         """Copy the Python files; those of an earlier build must not come along."""
         if PURE:
-            print(PURE_SENTENCE, file=sys.stderr, flush=True)
+            say(PURE_SENTENCE)
         if not self.editable_mode:
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import pty
 import re
 import shutil
 import subprocess
@@ -40,7 +41,13 @@ def run(*command: object, ok: bool = True, cwd: Path = ROOT, **environ: str) -> 
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MFD_FAST_", "PYTHON", "TRITON_"))}
     env |= {"PYTHONDONTWRITEBYTECODE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **environ}
     done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        list(map(str, command)),
+        cwd=cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a build does not write to the terminal of the tests
     )
     assert (done.returncode == 0) == ok, f"exit status {done.returncode}\n{done.stdout}"
     return done.stdout
@@ -318,6 +325,30 @@ def test_without_a_compiler_the_install_is_pure_python(pure: Path, tmp_path: Pat
     assert log.count("left out because no working C++ compiler") == 1, log
     zipfile.ZipFile(wheel).extractall(tmp_path)
     assert_cpu_is_refused(python(tmp_path, elsewhere, SENTENCE))
+
+
+def on_a_terminal(*command: object, **environ: str) -> str:
+    """What a person sees of a command that is run in a terminal of its own."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(str(command[0]), list(map(str, command)), {**os.environ, **environ})
+    seen = b""
+    with contextlib.suppress(OSError):  # the terminal is closed
+        while part := os.read(terminal, 4096):
+            seen += part
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, seen.decode()
+    return seen.decode()
+
+
+def test_pip_shows_the_progress_of_the_build_and_what_is_left_out(unpacked: Path, wheel: Path, tmp_path: Path) -> None:
+    (unpacked / "csrc" / "bindings" / "module.cpp").touch()
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, unpacked)
+    with locked(unpacked.with_name(unpacked.name + ".lock")):
+        seen = on_a_terminal(*pip, MFD_FAST_CUDA="0", MFD_FAST_NATIVE="1")
+        assert re.search(r"mfd_fast: step (\d+) of \1 of the native module, \d+ s", seen), seen
+        assert "left out" not in seen
+        seen = on_a_terminal(*pip, MFD_FAST_NATIVE="0")
+    assert "the native CPU module is left out because MFD_FAST_NATIVE=0 is set" in seen
 
 
 def test_the_native_module_can_be_demanded(unpacked: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mfd_fast.backends import environment
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -27,6 +29,11 @@ def test_every_promise_and_special_value_has_a_test():
     without = [row for row in rows if "`test_" not in row and "_never_written" not in row]
     assert len(rows) > 35
     assert [row.split("|")[0].strip() for row in without] == ["float16, bfloat16", "float32", "float64"]
+
+
+def test_the_variables_of_a_run_are_listed():
+    listed = set(re.findall(r"^\| `(MFD_FAST_\w+)` \|", PAGES["docs/building.md"], re.MULTILINE))
+    assert listed == {variable.name for variable in environment.VARIABLES}
 
 
 def test_makefile_targets_that_a_page_names_are_there():
