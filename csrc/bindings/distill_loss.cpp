@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <vector>
 
 #include "bindings/bindings.h"
@@ -177,7 +176,7 @@ class DistillPlan final : public Plan {
 void bind_distill_loss(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.attr("statistics") = kStats;
-  py::class_<DistillPlan, Plan, std::shared_ptr<DistillPlan>>(m, "DistillPlan")
+  py::class_<DistillPlan, Plan>(m, "DistillPlan")
       .def(py::init<const RowProblem&, bool, bool, bool, double, double, const Places&, const Places&>());
   m.def("count_rows", &count_rows);
   m.def("lists_are_valid", &lists_are_valid, release());

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -128,7 +127,7 @@ class Reader {
     put_text(variable ? variable : "", variable ? std::char_traits<char>::length(variable) : 0);
     for (size_t k = 0; k < arguments.size(); ++k)
       if (!argument(PyTuple_GET_ITEM(arguments.ptr(), k), numbers_[k])) return false;
-    call_.threads = static_cast<int>(Torch::integer(torch.get_num_threads));
+    call_.threads = thread_count();
     return true;
   }
 
@@ -208,12 +207,8 @@ class Reader {
     if (grad_enabled_) needs = value.attr(Torch::get().requires_grad).ptr() == Py_True;
     call_.needs_grad |= needs;
     put(needs ? 'T' : 't');
-    put(t.dtype);
-    put(t.device);
-    put(t.ndim);
-    const size_t dims = static_cast<size_t>(t.ndim) * sizeof(int64_t);
-    text_.append(reinterpret_cast<const char*>(t.shape), dims);
-    text_.append(reinterpret_cast<const char*>(t.strides), dims);
+    describe(t, text_);
+    call_.needs.push_back(needs);
     call_.objects.push_back(value.ptr());
     call_.tensors.push_back(t);
     return true;
@@ -240,8 +235,8 @@ class Plans {
     Torch::get();
   }
 
-  // None, or (results, backend, the tensors, the arguments without them); without gradients the last two are
-  // None.
+  // None, or (results, backend, the tensors, the arguments without them, the plan); without gradients None
+  // for tensors and arguments.
   py::object run(const py::tuple& arguments) {
     check(arguments);
     Reader reader(numbers_, options_);
@@ -252,17 +247,17 @@ class Plans {
       return py::none();
     }
     const auto [plan, backend] = plans_[PyLong_AsSize_t(index)];
-    py::object results = plan->run(reader.call());
+    py::object results = plan.cast<const Plan&>().run(reader.call());
     if (results.is_none()) return results;
     ++hits_;
-    if (!reader.call().needs_grad) return py::make_tuple(results, backend, py::none(), py::none());
+    if (!reader.call().needs_grad) return py::make_tuple(results, backend, py::none(), py::none(), plan);
     py::tuple tensors(reader.call().objects.size());
     for (size_t k = 0; k < tensors.size(); ++k) tensors[k] = py::handle(reader.call().objects[k]);
-    return py::make_tuple(results, backend, tensors, without_tensors(arguments));
+    return py::make_tuple(results, backend, tensors, without_tensors(arguments), plan);
   }
 
   // Keeps `plan` for calls like this one, of which kMost are remembered.
-  void learn(const py::tuple& arguments, std::shared_ptr<Plan> plan, py::str backend) {
+  void learn(const py::tuple& arguments, py::object plan, py::str backend) {
     check(arguments);
     Reader reader(numbers_, options_);
     if (!reader.read(arguments, context_)) return;
@@ -302,7 +297,7 @@ class Plans {
   py::set options_;
   py::object saved_;
   py::dict places_;  // key -> place in plans_
-  std::vector<std::pair<std::shared_ptr<Plan>, py::str>> plans_;
+  std::vector<std::pair<py::object, py::str>> plans_;
   int64_t hits_ = 0;
 };
 
@@ -314,6 +309,7 @@ void set_error(void*, const char*, const char* message) {
 
 bool read_tensor(py::handle object, DLTensor& t) {
   const Torch& torch = Torch::get();
+  if (!torch.is_tensor(object)) return false;
   if (torch.exchange->view(object.ptr(), &t)) return PyErr_Clear(), false;
   if (Torch::is_true(torch.is_neg, object)) return false;
   if (Torch::is_true(torch.is_inference, object) && !Torch::is_true(torch.is_inference_mode_enabled))
@@ -328,6 +324,50 @@ int64_t bytes_of(const DLTensor& t) {
   int64_t bytes = t.dtype.bits / 8;
   for (int k = 0; k < t.ndim; ++k) bytes *= t.shape[k];
   return bytes;
+}
+
+void describe(const DLTensor& t, std::string& text) {
+  const auto put = [&text](const auto* value, size_t count) {
+    text.append(reinterpret_cast<const char*>(value), count * sizeof(*value));
+  };
+  const size_t dims = static_cast<size_t>(t.ndim);
+  put(&t.dtype, 1);
+  put(&t.device, 1);
+  put(&t.ndim, 1);
+  put(t.shape, dims);
+  put(t.strides, dims);
+}
+
+bool is_contiguous(const DLTensor& t) {
+  int64_t stride = 1;
+  for (int k = t.ndim - 1; k >= 0; --k) {
+    if (t.shape[k] != 1 && t.strides[k] != stride) return bytes_of(t) == 0;
+    stride *= t.shape[k];
+  }
+  return true;
+}
+
+bool dtype_of(const DLTensor& t, Dtype& dtype) {
+  if (t.dtype.code == kBFloat16) return dtype = Dtype::kBFloat16, true;
+  if (t.dtype.code != kFloating) return false;
+  dtype = t.dtype.bits == 64 ? Dtype::kFloat64 : t.dtype.bits == 32 ? Dtype::kFloat32 : Dtype::kFloat16;
+  return t.dtype.bits >= 16;
+}
+
+DLDataType dl_dtype(Dtype dtype) {
+  const bool narrow = dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16;
+  const uint8_t bits = narrow ? 16 : dtype == Dtype::kFloat64 ? 64 : 32;
+  return {dtype == Dtype::kBFloat16 ? kBFloat16 : kFloating, bits, 1};
+}
+
+bool is_watched() {
+  return Torch::get().is_watched();
+}
+bool is_grad_enabled() {
+  return Torch::is_true(Torch::get().is_grad_enabled);
+}
+int thread_count() {
+  return static_cast<int>(Torch::integer(Torch::get().get_num_threads));
 }
 
 py::object new_tensor(DLDataType dtype, DLDevice device, const std::vector<int64_t>& shape) {
@@ -352,7 +392,7 @@ py::object new_like(py::handle object, const DLTensor& tensor) {
 // memory, and the backward is not recorded itself.
 bool is_plain_one(const py::object& factor) {
   const Torch& torch = Torch::get();
-  if (!torch.is_tensor(factor) || Torch::is_true(torch.is_grad_enabled) || torch.is_watched()) return false;
+  if (is_grad_enabled() || torch.is_watched()) return false;
   DLTensor t;
   if (!read_tensor(factor, t) || t.ndim != 0 || t.device.device_type != kCPU || t.dtype.code != kFloating)
     return false;
@@ -362,7 +402,7 @@ bool is_plain_one(const py::object& factor) {
 
 void bind_plans(py::module_& m) {
   m.def("is_plain_one", &is_plain_one);
-  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan");
+  py::class_<Plan>(m, "Plan");
   py::class_<Plans>(m, "Plans")
       .def(py::init<std::vector<bool>, py::object, py::set, py::object>())
       .def("run", &Plans::run)

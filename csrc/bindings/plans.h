@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings/dlpack.h"
+#include "common/problems/rows.h"
 
 namespace mfd {
 
@@ -16,9 +17,10 @@ namespace mfd {
 struct Call {
   std::vector<PyObject*> objects;  // the tensors, in the order in which they stand in the arguments
   std::vector<DLTensor> tensors;   // the same as memory
+  std::vector<bool> needs;         // whether a gradient of the tensor is recorded
   std::vector<double> numbers;     // those that a plan reads anew each time, in order
   int threads = 1;
-  bool needs_grad = false;  // gradients are recorded, and a tensor requires one
+  bool needs_grad = false;  // of any tensor
 
   template <class T = void>
   T* data(int tensor) const {
@@ -49,12 +51,22 @@ class Plan {
 // Reads a tensor that is nothing but memory: no subclass, no view that negates, enough storage. False: it is
 // not.
 bool read_tensor(pybind11::handle object, DLTensor& tensor);
+// Adds its dtype, device, shape and strides to `text`.
+void describe(const DLTensor& tensor, std::string& text);
+bool is_contiguous(const DLTensor& tensor);
+// The kernels' name of a floating dtype; false: they have none.
+bool dtype_of(const DLTensor& tensor, Dtype& dtype);
+DLDataType dl_dtype(Dtype dtype);
+// Whether somebody else looks at every operation, or a backward is recorded: then no plan runs.
+bool is_watched();
+bool is_grad_enabled();
+int thread_count();
 // Uninitialised contiguous tensors, as backends/allocate.py gives them.
 pybind11::object new_tensor(DLDataType dtype, DLDevice device, const std::vector<int64_t>& shape);
 pybind11::object new_like(pybind11::handle object, const DLTensor& tensor);
 
-constexpr uint8_t kFloating = 2;  // DLDataType::code
-constexpr int32_t kCPU = 1;       // DLDevice::device_type
+constexpr uint8_t kFloating = 2, kBFloat16 = 4;  // DLDataType::code
+constexpr int32_t kCPU = 1;                      // DLDevice::device_type
 // Outputs of at least this many bytes are written past the caches.
 constexpr int64_t kStreamBytes = 4 << 20;
 

@@ -46,37 +46,71 @@ _module: ModuleType | None = None  # the native one, once a call has left a plan
 
 
 class Places:
-    """Where a native plan finds what it reads: the place of a tensor among the tensors of a call, or of a number."""
+    """Where a native plan finds what it reads: the place of each argument's tensor or number among those of a call.
 
-    def __init__(self) -> None:
+    Of an argument that is a sequence a list of places, -1 where an element is neither.
+    """
+
+    def __init__(self, names: Sequence[str], numbers: frozenset[str], arguments: tuple[Any, ...]) -> None:
+        self.names = tuple(names)
         self.given: list[Tensor] = []
-        self.tensors: dict[str, int] = {}
-        self.numbers: dict[str, int] = {}
+        self.tensors: dict[str, Any] = {}
+        self.numbers: dict[str, Any] = {}
+        count = 0
 
-    def reads(self, name: str, used: Tensor | None) -> bool:
-        """Whether ``used`` is the argument ``name`` itself or a view of it, not a copy or an ordinary alias."""
-        if used is None:
-            return True
-        place = self.tensors.get(name)
-        if place is None:
-            return False
+        def place(value: Any, name: str) -> tuple[Any, Any]:
+            nonlocal count
+            if isinstance(value, Tensor):
+                self.given.append(value)
+                return len(self.given) - 1, -1
+            if isinstance(value, (list, tuple)):
+                both = [place(element, name) for element in value]
+                return [tensor for tensor, _ in both], [number for _, number in both]
+            if type(value) in (float, int) and name in numbers:
+                count += 1
+                return -1, count - 1
+            return -1, -1
+
+        for name, value in zip(names, arguments, strict=True):
+            self.tensors[name], self.numbers[name] = place(value, name)
+
+    def reads(self, place: Any, used: Tensor | None) -> bool:
+        """Whether ``used`` is the tensor at ``place`` itself or a view of it, not a copy or an ordinary alias."""
+        if used is None or not isinstance(place, int) or place < 0:
+            return used is None
         given = self.given[place]
         if given.is_inference() != used.is_inference():
             return False
         return given.dtype == used.dtype and given.data_ptr() == used.data_ptr()
+
+    def argument(self, name: str) -> int:
+        """The place of an argument among all."""
+        return self.names.index(name)
+
+    def single(self) -> tuple[dict[str, int], dict[str, int]]:
+        """The tensors and numbers that are arguments themselves."""
+        found = ({k: v for k, v in each.items() if isinstance(v, int)} for each in (self.tensors, self.numbers))
+        tensors, numbers = found
+        return tensors, numbers
+
+
+def each(place: Any, count: int) -> list[int]:
+    """The places of ``count`` elements, of an argument that is a sequence or stands for all of them."""
+    return place if isinstance(place, list) else [place] * count
 
 
 class Done(NamedTuple):
     """A computed call for its node of autograd. Of a plan it is a plain tuple of the same fields.
 
     ``rest``: the call without the ``tensors``: a problem, or the arguments of a call that no check has made a problem.
-    A plan gives None for both where no gradient is recorded.
+    A plan gives None for both where no gradient is recorded, and itself, which may have a backward.
     """
 
     results: tuple[Any, ...]
     backend: str
     tensors: Sequence[Tensor]
     rest: Problem | tuple[Any, ...]
+    plan: Any = None
 
 
 class Plans:
@@ -91,9 +125,9 @@ class Plans:
         self._native: Any = None
         _all.append(self)
 
-    def run(self, arguments: tuple[Any, ...]) -> Done | None:
-        """What the plan of such a call gives; None where there is none, or where the call needs its checks."""
-        return None if self._native is None else self._native.run(arguments)  # type: ignore[no-any-return]
+    def run(self, arguments: tuple[Any, ...]) -> Any:
+        """What the plan of such a call gives, see :class:`Done`; None: there is none, or the call needs its checks."""
+        return None if self._native is None else self._native.run(arguments)
 
     def learn(
         self, arguments: tuple[Any, ...], backend: str, make: Callable[..., Any] | None, *problems: Any
@@ -107,7 +141,7 @@ class Plans:
         global _module
         if make is None or not _enabled or missing() is not None:
             return None
-        places = self._places(arguments)
+        places = Places(self.names, self.numbers, arguments)
         plan = make(*problems, places)
         if plan is None:
             return None
@@ -120,25 +154,18 @@ class Plans:
         self._native.learn(arguments, plan, backend)
         return places.given, _without_tensors(arguments)
 
-    def _places(self, arguments: tuple[Any, ...]) -> Places:
-        """Of the first tensor and the first number of each argument."""
-        places, numbers = Places(), 0
-
-        def count(name: str, value: Any) -> None:
-            nonlocal numbers
-            if isinstance(value, Tensor):
-                places.tensors.setdefault(name, len(places.given))
-                places.given.append(value)
-            elif isinstance(value, (list, tuple)):
-                for element in value:
-                    count(name, element)
-            elif type(value) in (float, int) and name in self.numbers:
-                places.numbers.setdefault(name, numbers)
-                numbers += 1
-
-        for name, value in zip(self.names, arguments, strict=True):
-            count(name, value)
-        return places
+    def computed(
+        self,
+        results: tuple[Any, ...],
+        backend: str,
+        problem: Problem,
+        arguments: tuple[Any, ...],
+        make: Callable[..., Any] | None,
+        *of: Any,
+    ) -> Done:
+        """A call that has passed its checks, for its node of autograd; :meth:`learn` for later ones."""
+        tensors, rest = self.learn(arguments, backend, make, *of) or problem.apart()[::-1]
+        return Done(results, backend, tensors, rest)
 
     def problem(self, rest: Any, tensors: Iterator[Tensor]) -> Any:
         """The problem of a :class:`Done` call; the arguments of a planned one are checked after all."""

@@ -48,7 +48,7 @@ class _ScalarLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, done: Done) -> Tensor:  # noqa: ARG004
-        (value, gradient), backend, tensors, rest = done
+        (value, gradient), backend, tensors, rest, _ = done
         ctx.save_for_backward(*tensors, gradient)
         ctx.call = backend, rest
         return value
@@ -401,10 +401,10 @@ def distill_loss(
         needs_grad = requires_grad(rows.student)
         with torch.no_grad():
             value, gradient = row_backend(name).scalar(rows, loss, needs_grad=needs_grad)
-        call = _PLANS.learn(arguments, name, getattr(row_backend(name), "scalar_plan", None), rows, loss)
+        plan = getattr(row_backend(name), "scalar_plan", None)
+        done = _PLANS.computed((value, gradient), name, problem, arguments, plan, rows, loss)
         if needs_grad:
-            tensors, rest = call or problem.apart()[::-1]
-            value = _ScalarLoss.apply(rows.student, Done((value, gradient), name, tensors, rest))
+            value = _ScalarLoss.apply(rows.student, done)
     return value
 
 

@@ -6,6 +6,7 @@ Romero et al., FitNets, arXiv:1412.6550 (mse with a projector).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,11 +14,20 @@ import torch
 from torch import Tensor
 
 from ..backends import check_not_traced, choose, feature_backend
+from ..backends.plans import Done, Plans
 from ..backends.protocol import FeatureGradients, FeatureNeeds
 from ..problems.checks import by_pytorch, is_recorded, upstream
 from ..problems.features import FeatureProblem, check_feature_loss
 from ..reference.feature_loss import reduce_tap, tap_rows
-from .autograd import needs_reference, ready_gradients, reference_gradients, requires_grad, save, saved
+from .autograd import (
+    needs_reference,
+    ready_gradients,
+    reference_gradients,
+    requires_grad,
+    save,
+    saved,
+    untouched_gradients,
+)
 from .registration import define, define_backward, differentiate, flatten, unflatten
 
 # --------------------------------------------------------------------------------------- projector, reference
@@ -65,37 +75,40 @@ def _with_sides(problem: FeatureProblem, sides: Sequence[Tensor]) -> FeatureProb
 
 
 class _ScalarLoss(torch.autograd.Function):
-    """loss over all taps with its gradient to the students, handed to the first backward without a copy."""
+    """A computed loss over all taps, whose gradients the first backward hands to the students without a copy."""
 
     @staticmethod
-    def forward(ctx: Any, problem: FeatureProblem, backend: str, grad_enabled: bool, *students: Tensor) -> Tensor:  # noqa: ARG004
-        # Under no_grad (`grad_enabled` is False) autograd still says that a leaf needs its gradient.
-        needs = [grad_enabled and need for need in ctx.needs_input_grad[3:]]
-        loss, gradients = feature_backend(backend).scalar(problem, needs)
-        if any(needs):
-            save(ctx, (problem,), *gradients)
-            ctx.backend = backend
+    def forward(ctx: Any, done: Done, *students: Tensor) -> Tensor:  # noqa: ARG004
+        (loss, gradients), backend, tensors, rest, _ = done
+        ctx.save_for_backward(*tensors, *gradients)
+        ctx.call = backend, rest, -len(gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[3:]
+        backend, rest, place = ctx.call
+        if (gradients := untouched_gradients(ctx, grad_loss, place)) is not None:
+            return (None, *gradients)
+        needs = ctx.needs_input_grad[1:]
+
+        def problem() -> FeatureProblem:
+            return _PLANS.problem(rest, iter(ctx.saved_tensors))
+
         if needs_reference(grad_loss):
-            (problem,), _ = saved(ctx)
+            p = problem()
 
             def loss_of(sides: list[Tensor]) -> list[Tensor]:
-                changed = _with_sides(problem, sides)
+                changed = _with_sides(p, sides)
                 return [_combined(changed, _reference_distances(changed))]
 
             both = (*needs, *(False for _ in needs))
-            found = reference_gradients(_sides(problem), loss_of, [grad_loss], both)
-            return (None, None, None, *found[: len(needs)])
+            found = reference_gradients(_sides(p), loss_of, [grad_loss], both)
+            return (None, *found[: len(needs)])
 
         def again() -> list[Tensor | None]:
-            (problem,), _ = saved(ctx)
-            return feature_backend(ctx.backend).scalar(problem, needs)[1]
+            return feature_backend(backend).scalar(problem(), needs)[1]
 
-        return (None, None, None, *ready_gradients(ctx, grad_loss, ctx.backend, ctx.count, again))
+        return (None, *ready_gradients(ctx, grad_loss, backend, place, again))
 
 
 # -------------------------------------------------------------------------------------------------- per row
@@ -227,17 +240,14 @@ def feature_loss(
     >>> mfd.feature_loss(torch.zeros(2, 3), torch.ones(2, 3)).item()
     1.0
     """
+    arguments = (student, teacher, kind, mask, weight, projector, reduction, backend)
+    if not torch.compiler.is_compiling() and (done := _PLANS.run(arguments)) is not None:
+        if done[2] is None:
+            return done[0][0]
+        return _apply(done, *student) if isinstance(student, (list, tuple)) else _apply(done, student)
+
     check_not_traced("feature_loss", backend)
-    problem = check_feature_loss(
-        "feature_loss",
-        student,
-        teacher,
-        kind=kind,
-        mask=mask,
-        weight=weight,
-        projector=projector,
-        reduction=reduction,
-    )
+    problem = _check(arguments)
     recorded = is_recorded()
     # Under torch.compile the registered op chooses when it runs: no choice is baked into the graph.
     name = backend or "" if recorded else choose("feature_loss", problem, backend)
@@ -250,5 +260,22 @@ def feature_loss(
     problem = _projected(problem)
     if recorded or reduction == "none" or not _gradients_fit_one_pass(problem):
         return _combined(problem, distances(problem, name))
-    loss: Tensor = _ScalarLoss.apply(problem, name, torch.is_grad_enabled(), *problem.students)
-    return loss
+    needs = [requires_grad(student) for student in problem.students]
+    with torch.no_grad():
+        results = feature_backend(name).scalar(problem, needs)
+    plan = getattr(feature_backend(name), "scalar_plan", None)
+    done = _PLANS.computed(results, name, problem, arguments, plan, problem)
+    return _ScalarLoss.apply(done, *problem.students) if any(needs) else results[0]
+
+
+def _check(arguments: tuple[Any, ...]) -> FeatureProblem:
+    """The problem of feature_loss's arguments, in the order of its parameters."""
+    options = dict(zip(_PARAMETERS, arguments, strict=True))
+    del options["backend"]
+    return check_feature_loss("feature_loss", **options)
+
+
+#: ``_ScalarLoss.apply`` without its look for tensors of torch.func: a plan has none.
+_apply = super(torch.autograd.Function, _ScalarLoss).apply
+_PARAMETERS = tuple(inspect.signature(feature_loss).parameters)
+_PLANS = Plans(feature_loss, _check, numbers=("weight",))

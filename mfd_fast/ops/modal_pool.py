@@ -8,6 +8,7 @@ ds_m·scale·query. Attention pooling: Ilse, Tomczak, Welling, arXiv:1802.04712.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..backends import check_not_traced, choose, pool_backend
+from ..backends.plans import Done, Plans
 from ..backends.protocol import PoolGradients, PoolNeeds
 from ..problems.checks import by_pytorch, is_recorded, upstream
 from ..problems.pool import PoolProblem, check_pool
 from ..reference.modal_pool import modal_pool as reference_pool
 from ..types import ModalPool
-from .autograd import needs_reference, reference_gradients, save, saved
+from .autograd import needs_reference, reference_gradients, requires_grad
 from .registration import define, define_backward, differentiate, flatten, unflatten
 
 # ------------------------------------------------------------------------------------------------- autograd
@@ -30,10 +32,10 @@ class _Pool(torch.autograd.Function):
     """pooled and weights; the backward reads the features once more and recomputes nothing but dot products."""
 
     @staticmethod
-    def forward(ctx: Any, problem: PoolProblem, backend: str, *leaves: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG004
-        pooled, weights = pool_backend(backend).forward(problem)
-        save(ctx, (problem,), weights)
-        ctx.backend = backend
+    def forward(ctx: Any, done: Done, *leaves: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: ARG004
+        (pooled, weights), backend, tensors, rest, plan = done
+        ctx.save_for_backward(*tensors, weights)
+        ctx.call = backend, rest, plan
         ctx.set_materialize_grads(False)
         return pooled, weights
 
@@ -41,18 +43,22 @@ class _Pool(torch.autograd.Function):
     def backward(ctx: Any, d_pooled: Tensor | None, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_pooled is None and d_weights is None:
             return (None,) * len(ctx.needs_input_grad)
-        (problem,), (weights,) = saved(ctx)
-        needs = ctx.needs_input_grad[2:]
+        (backend, rest, plan), needs = ctx.call, ctx.needs_input_grad[1:]
+        if plan is not None and not torch.compiler.is_compiling():
+            found = plan.backward(ctx.saved_tensors, rest, d_pooled, d_weights, needs)
+            if found is not None:
+                return None, *found
+        *tensors, weights = ctx.saved_tensors
+        problem = _PLANS.problem(rest, iter(tensors))
         if needs_reference(d_pooled, d_weights):
 
             def values(leaves: list[Any]) -> tuple[Tensor, Tensor]:
                 return by_reference(_with_leaves(problem, leaves))
 
-            return None, None, *reference_gradients(_leaves(problem), values, (d_pooled, d_weights), needs)
+            return None, *reference_gradients(_leaves(problem), values, (d_pooled, d_weights), needs)
         d_pooled, d_weights = (None if d is None else upstream(d) for d in (d_pooled, d_weights))
         wanted = unflatten(PoolNeeds, needs, len(problem.features))
-        found = pool_backend(ctx.backend).backward(problem, weights, d_pooled, d_weights, wanted)
-        return None, None, *flatten(found)
+        return None, *flatten(pool_backend(backend).backward(problem, weights, d_pooled, d_weights, wanted))
 
 
 def _leaves(p: PoolProblem) -> tuple[Tensor | None, ...]:
@@ -72,14 +78,21 @@ def by_reference(p: PoolProblem) -> tuple[Tensor, Tensor]:
     return pooled.to(p.out_dtype), weights
 
 
-def pool(problem: PoolProblem, backend: str) -> tuple[Tensor, Tensor]:
-    """pooled and weights of a checked call on a chosen backend."""
+def pool(problem: PoolProblem, backend: str, arguments: tuple[Any, ...] | None = None) -> tuple[Tensor, Tensor]:
+    """pooled and weights of a checked call on a chosen backend; ``arguments`` of modal_pool, where it was called."""
     if backend == "reference":
         return by_pytorch("modal_pool", problem.named_tensors, lambda: by_reference(problem))
     if is_recorded():
         return by_pytorch("modal_pool", problem.named_tensors, lambda: _op(backend, [problem]))
-    result: tuple[Tensor, Tensor] = _Pool.apply(problem, backend, *_leaves(problem))
-    return result
+    with torch.no_grad():
+        results = pool_backend(backend).forward(problem)
+    if arguments is None:
+        rest, tensors = problem.apart()
+        done = Done(results, backend, tensors, rest)
+    else:
+        plan = getattr(pool_backend(backend), "plan", None)
+        done = _PLANS.computed(results, backend, problem, arguments, plan, problem)
+    return _Pool.apply(done, *_leaves(problem)) if requires_grad(*_leaves(problem)) else results
 
 
 # -------------------------------------------------------------------------------------------- registered ops
@@ -184,17 +197,28 @@ def modal_pool(
     >>> mfd.modal_pool([image, text]).pooled
     tensor([[0.5000, 0.5000]])
     """
+    arguments = (features, query, scores, bias, temperature, present, scale, backend)
+    if not torch.compiler.is_compiling() and (done := _PLANS.run(arguments)) is not None:
+        if done[2] is None:
+            return ModalPool(*done[0])
+        each = (features,) if isinstance(features, Tensor) else features
+        return ModalPool(*_apply(done, query, scores, bias, None, *each))
+
     check_not_traced("modal_pool", backend)
-    problem = check_pool(
-        "modal_pool",
-        features,
-        query,
-        scores=scores,
-        bias=bias,
-        temperature=temperature,
-        present=present,
-        scale=scale,
-    )
+    problem = _check(arguments)
     # Under torch.compile the registered op chooses when it runs: no choice is baked into the graph.
     name = backend or "" if is_recorded() else choose("modal_pool", problem, backend)
-    return ModalPool(*pool(problem, name))
+    return ModalPool(*pool(problem, name, arguments))
+
+
+def _check(arguments: tuple[Any, ...]) -> PoolProblem:
+    """The problem of modal_pool's arguments, in the order of its parameters."""
+    options = dict(zip(_PARAMETERS, arguments, strict=True))
+    del options["backend"]
+    return check_pool("modal_pool", **options)
+
+
+#: ``_Pool.apply`` without its look for tensors of torch.func: a plan has none.
+_apply = super(torch.autograd.Function, _Pool).apply
+_PARAMETERS = tuple(inspect.signature(modal_pool).parameters)
+_PLANS = Plans(modal_pool, _check, numbers=("temperature",))

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from harness import map_tensors
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(plans.missing() is not None, reason="plans need 
 
 
 def random(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def logits():
@@ -34,6 +35,34 @@ def labelled():
         "hard_weight": 0.5,
         "temperature": 2.0,
         "teacher_temperature": 3.0,
+    }
+
+
+def taps():
+    return {
+        "student": [random(4, 3).requires_grad_(), random(2, 3, 5).requires_grad_()],
+        "teacher": [random(4, 3, seed=1), random(2, 3, 5, seed=2)],
+        "mask": [torch.tensor([True, True, False, True]), None],
+        "weight": [1.5, 0.5],
+    }
+
+
+def modalities():
+    return {
+        "features": [random(4, 3).requires_grad_(), random(4, 3, seed=1).requires_grad_()],
+        "query": random(3, seed=2).requires_grad_(),
+        "bias": random(2, seed=3).requires_grad_(),
+        "present": torch.tensor([[True, True], [False, True], [True, True], [False, False]]),
+        "temperature": 2.0,
+        "scale": 0.5,
+    }
+
+
+def stacked():
+    return {
+        "features": random(2, 4, 2, 3).requires_grad_(),
+        "scores": random(2, 4, 2, seed=1).requires_grad_(),
+        "bias": random(2, seed=2).requires_grad_(),
     }
 
 
@@ -63,6 +92,43 @@ CALLS = {
             "backend": lambda: "cpu",
         },
     ),
+    "feature_loss": (
+        mfd.feature_loss,
+        taps,
+        {
+            "student": lambda: [random(4, 3, seed=9).requires_grad_(), random(2, 3, 5).requires_grad_()],
+            "teacher": lambda: [random(4, 3), random(2, 3, 5).bfloat16()],
+            "kind": lambda: "smooth_l1",
+            "mask": lambda: [torch.tensor([True, True, False, False]), torch.ones(2, 3, dtype=torch.bool)],
+            "weight": lambda: [0.0, 3.0],
+            "projector": lambda: [random(3, 3), None],
+            "reduction": lambda: "sum",
+            "backend": lambda: "cpu",
+        },
+    ),
+    "modal_pool": (
+        mfd.modal_pool,
+        modalities,
+        {
+            "features": lambda: [random(4, 3, seed=9).requires_grad_(), random(4, 3).requires_grad_()],
+            "query": lambda: random(3, seed=7).requires_grad_(),
+            "bias": lambda: random(2, seed=7),
+            "temperature": lambda: 0.5,
+            "present": lambda: torch.tensor([[True, True], [False, True], [True, False], [False, False]]),
+            "scale": lambda: 2.0,
+            "backend": lambda: "cpu",
+        },
+    ),
+    "modal_pool of stacked features": (
+        mfd.modal_pool,
+        stacked,
+        {
+            "features": lambda: random(2, 4, 2, 3, seed=9).requires_grad_(),
+            "scores": lambda: random(2, 4, 2, seed=8),
+            "bias": lambda: None,
+            "temperature": lambda: 0.5,
+        },
+    ),
 }
 each_op = pytest.mark.parametrize("name", CALLS)
 each_change = pytest.mark.parametrize(("name", "argument"), [(n, a) for n, c in CALLS.items() for a in c[2]])
@@ -82,17 +148,15 @@ def tensors_in(value):
 
 
 def run(op, arguments):
-    """Outputs and gradients, each under a name."""
-    leaves = {
-        k: v.detach().requires_grad_(v.requires_grad) if isinstance(v, torch.Tensor) else v
-        for k, v in arguments.items()
-    }
-    outputs = tensors_in(op(**leaves))
+    """Outputs and gradients."""
+    arguments = map_tensors(arguments, lambda t: t.detach().requires_grad_(t.requires_grad))
+    outputs = tensors_in(op(**arguments))
     ends = [out for out in outputs if out.requires_grad]
-    wanted = {k: v for k, v in leaves.items() if isinstance(v, torch.Tensor) and v.requires_grad}
+    wanted = [t for t in tensors_in(list(arguments.values())) if t.requires_grad]
     found = [*outputs]
     if ends:
-        found += torch.autograd.grad(sum(3 * end.sum() for end in ends), list(wanted.values()), allow_unused=True)
+        upstream = [3 * random(*end.shape, seed=5) for end in ends]
+        found += torch.autograd.grad(ends, wanted, upstream, allow_unused=True)
     return [None if t is None else t.detach() for t in found]
 
 
@@ -124,10 +188,10 @@ def test_the_second_call_is_planned_and_equal(name):
 
 @each_op
 def test_every_parameter_is_covered(name):
-    _, arguments, changes = CALLS[name]
-    owner = next(p for p in plans._all if p.op == name)
-    # Those which no plan covers are tested on their own.
-    assert {*arguments(), *changes} | {"teacher_weights", "process_group"} == set(owner.names)
+    op, arguments, changes = CALLS[name]
+    owner = next(p for p in plans._all if p.op == op.__name__)
+    elsewhere = {"teacher_weights", "process_group", "query", "scores", "present", "scale", "backend"}
+    assert set(owner.names) - elsewhere <= {*arguments(), *changes}
 
 
 @each_change
@@ -289,7 +353,8 @@ def test_unusual_tensors_and_states_take_the_checks():
     with pytest.raises(TypeError, match="whose storage was freed"):
         op(plain["student"], small)
     gradient = torch.func.grad(lambda s: op(s, plain["teacher"]))(plain["student"])
-    torch.testing.assert_close(gradient, run(op, arguments)[1] / 3)
+    student = plain["student"].clone().requires_grad_()
+    torch.testing.assert_close(gradient, torch.autograd.grad(op(student, plain["teacher"]), student)[0])
     assert planned_calls() == before + 1
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(plain["student"], torch.ones(6, 5))
@@ -308,10 +373,10 @@ def test_unusual_tensors_and_states_take_the_checks():
 def test_a_plan_keeps_nothing_alive(name):
     op, arguments, _ = CALLS[name]
     # What stands between the leaves and the op, as a model's activations do.
-    given = {k: v * 1 if isinstance(v, torch.Tensor) and v.requires_grad else v for k, v in arguments().items()}
+    given = map_tensors(arguments(), lambda t: t * 1 if t.requires_grad else t)
     for _ in range(2):
         outputs = op(**given)
-    watched = [weakref.ref(t) for t in given.values() if isinstance(t, torch.Tensor)]
+    watched = [weakref.ref(t) for t in tensors_in(list(given.values()))]
     sum(out.sum() for out in tensors_in(outputs) if out.requires_grad).backward()
     del given
     gc.collect()
@@ -326,7 +391,9 @@ def test_a_change_in_place_is_noticed(name):
         given = arguments()
         outputs = op(**given)
         with torch.no_grad():
-            next(v for k, v in given.items() if isinstance(v, torch.Tensor) and not v.requires_grad).add_(1)
+            tensors_in(list(given.values()))[-1].logical_not_() if tensors_in(list(given.values()))[
+                -1
+            ].dtype == torch.bool else tensors_in(list(given.values()))[-1].add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             sum(out.sum() for out in tensors_in(outputs) if out.requires_grad).backward()
     assert planned_calls() == 1
@@ -349,6 +416,24 @@ def test_backwards_of_a_planned_call():
         expected = every_way()
     every_way()
     assert hits_of(lambda: assert_same(every_way(), expected)) == 1
+
+
+@pytest.mark.parametrize("name", ["modal_pool", "modal_pool of stacked features"])
+def test_what_hooks_give_back_may_lie_otherwise(name):
+    """A backward by a plan reads saved tensors only where they lie as those of the forward did."""
+    op, arguments, _ = CALLS[name]
+
+    def transposed():
+        def other(t):
+            return t.detach().transpose(0, -2).contiguous().transpose(0, -2).requires_grad_() if t.dim() > 1 else t
+
+        return arguments() | {"features": map_tensors(arguments()["features"], other)}
+
+    expected = checked(op, transposed())
+    for _ in range(2):
+        assert_same(run(op, transposed()), expected)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.contiguous().clone()):
+            assert_same(run(op, transposed()), expected)
 
 
 def test_outputs_of_plans_are_poisoned_too():

@@ -108,13 +108,11 @@ def scalar_plan(rows: RowProblem, loss: RowLoss, places: Places) -> Any:
         return None
     sides = {"student": row_layout(rows.student).tensor, "teacher": row_layout(rows.teacher).tensor}
     used = sides | {"labels": rows.labels, "mask": rows.mask, "weight": loss.weight}
-    if not all(places.reads(name, tensor) for name, tensor in used.items()):
+    if not all(places.reads(places.tensors[name], tensor) for name, tensor in used.items()):
         return None
-    module = native()
-    least, most = temperature_range(rows.dtype)
-    mean = loss.reduction == "mean"
+    module, mean = native(), loss.reduction == "mean"
     problem = row_description(module, rows, [])
-    return module.DistillPlan(problem, loss.use_soft, use_hard, mean, least, most, places.tensors, places.numbers)
+    return module.DistillPlan(problem, loss.use_soft, use_hard, mean, *temperature_range(rows.dtype), *places.single())
 
 
 def _divide(factor: float, divisor: float) -> float:

@@ -12,12 +12,14 @@ from torch import Tensor
 from ...codes import FEATURE_KINDS
 from ...problems.features import FeatureProblem, Tap
 from .. import allocate
+from ..layout import row_layout
 from ..native import address, dense, row_matrix
+from ..plans import Places, each
 from ..protocol import FeatureGradients, FeatureNeeds
 from . import native
 from .streams import streams
 
-__all__ = ["can_run", "distances", "distances_backward", "scalar"]
+__all__ = ["can_run", "distances", "distances_backward", "scalar", "scalar_plan"]
 
 
 def can_run(problem: FeatureProblem) -> str | None:
@@ -74,6 +76,37 @@ def scalar(problem: FeatureProblem, needs: Sequence[bool]) -> tuple[Tensor, list
         torch.get_num_threads(),
     )
     return loss, gradients
+
+
+def scalar_plan(problem: FeatureProblem, places: Places) -> Any:
+    """The native plan of :func:`scalar` for calls like this one; None where a kernel reads copies or weights that are
+    tensors.
+    """
+    if any(isinstance(weight, Tensor) for weight in problem.weights):
+        return None
+    count = len(problem.students)
+    names = ("student", "teacher", "mask")
+    students, teachers, masks = (each(places.tensors[name], count) for name in names)
+    weights = each(places.numbers["weight"], count)
+    for k, tap in enumerate(problem.taps):
+        used = row_layout(tap.student).tensor, row_layout(tap.teacher).tensor, tap.mask
+        if not all(map(places.reads, (students[k], teachers[k], masks[k]), used)):
+            return None
+        if tap.mask is not None and not tap.mask.is_contiguous():
+            return None
+    module = native()
+    keep: list[Any] = []
+    taps = [_tap(module, tap, float(tap.weight), None, None, None, None, False, keep) for tap in problem.taps]
+    return module.FeaturePlan(
+        taps,
+        FEATURE_KINDS[problem.feature_kind],
+        problem.dtype is torch.float64,
+        problem.reduction == "mean",
+        students,
+        teachers,
+        masks,
+        weights,
+    )
 
 
 def distances(problem: FeatureProblem) -> list[Tensor]:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ...codes import DTYPES
+from ...problems.checks import temperature_range
 from ...problems.pool import PoolProblem
 from .. import allocate
+from ..layout import row_layout
 from ..native import (
     MAX_MODALITIES,
     NO_ROWS,
@@ -22,11 +24,12 @@ from ..native import (
     feature_matrices,
     row_matrix,
 )
+from ..plans import Places, each
 from ..protocol import PoolGradients, PoolNeeds
-from . import native
+from . import POOL_MIN_BYTES, native
 from .streams import streams
 
-__all__ = ["backward", "can_run", "forward", "pool_description"]
+__all__ = ["backward", "can_run", "forward", "plan", "pool_description"]
 
 
 def can_run(problem: PoolProblem) -> str | None:
@@ -81,6 +84,39 @@ def forward(p: PoolProblem) -> tuple[Tensor, Tensor]:
         torch.get_num_threads(),
     )
     return pooled, weights
+
+
+def plan(p: PoolProblem, places: Places) -> Any:
+    """The native plan of :func:`forward` and :func:`backward` for calls like this one.
+
+    None where a kernel reads copies or a temperature that is a tensor, or where the outputs are large.
+    """
+    tensors, numbers = places.single()
+    features = each(places.tensors["features"], 1)
+    if isinstance(p.temperature, Tensor) or p.leading.numel() * p.width * p.out_dtype.itemsize >= POOL_MIN_BYTES:
+        return None
+    parts = [p.features[0].select(-2, 0)] if p.stacked else p.features
+    if any(row_layout(x).tensor.data_ptr() != x.data_ptr() for x in parts):
+        return None
+    given = {"query": p.query, "scores": p.scores, "bias": p.bias, "present": p.present}
+    if any(x is not None and not x.is_contiguous() for x in given.values()):
+        return None
+    if any(x is not None and x.dtype is not p.dtype for x in (p.query, p.scores, p.bias)):
+        return None
+    used = [(places.tensors[name], x) for name, x in given.items()] + list(zip(features, p.features, strict=True))
+    if not all(places.reads(place, x) for place, x in used):
+        return None
+    module = native()
+    return module.PoolPlan(
+        pool_description(module, p, []),
+        DTYPES[p.out_dtype],
+        p.stacked,
+        *temperature_range(p.dtype),
+        places.argument("temperature"),
+        tensors | {"features": features[0]},
+        numbers,
+        places.given,
+    )
 
 
 def backward(
