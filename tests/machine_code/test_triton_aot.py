@@ -57,7 +57,7 @@ def test_machine_code_of_rows(compiler, name):
         assert report.load_widths.get(width, 0) >= 2
         if kernel != "distill_rows":
             assert report.store_widths.get(width, 0) >= 1
-        assert "16" not in report.store_widths
+        assert "16" not in report.store_widths or jobs.is_plain(name)
     if kernel == "scale_in_place":
         assert report.load_widths.get("128", 0) >= 1
         assert report.store_widths.get("128", 0) >= 1
@@ -84,5 +84,6 @@ def test_numbers_of_rows_are_run_time_values(compiler, name):
 @pytest.mark.parametrize("classes", [1000, 128256])
 def test_loss_and_gradient_are_one_launch_on_triton(option, classes):
     """Beside the counting of the rows and the sum of the programs' partial losses."""
-    found = jobs.launched(f"distill_scalar-{classes}-bf16-90-{option}")
-    assert found == ["count_rows", "topk_scalar" if option in jobs.SPARSE else "distill_scalar", "reduce_loss"]
+    name = f"distill_scalar-{classes}-bf16-90-{option}"
+    kernel = "topk_scalar" if option in jobs.SPARSE else "plain_scalar" if jobs.is_plain(name) else "distill_scalar"
+    assert jobs.launched(name) == ["count_rows", kernel, "reduce_loss"]

@@ -96,7 +96,16 @@ class Compiler:
 def compile_kernel(
     kernel: Any, arguments: dict[str, Any], capability: int, warps: int, more: dict[str, Any] | None = None
 ) -> Report:
-    """Compiles ``kernel`` as its launch with ``arguments`` on a GPU of ``capability`` (90: sm_90) would.
+    """Facts about :func:`compiled`."""
+    found, _ = compiled(kernel, arguments, capability, warps, more)
+    return inspect_cubin(found.asm["cubin"], found.metadata.shared, found.asm["ttir"])
+
+
+def compiled(
+    kernel: Any, arguments: dict[str, Any], capability: int, warps: int, more: dict[str, Any] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """``kernel`` as its launch with ``arguments`` on a GPU of ``capability`` (90: sm_90) would compile it, and its
+    parameters' types.
 
     Tensors among the arguments may live anywhere: only dtype and alignment count.
     """
@@ -115,8 +124,7 @@ def compile_kernel(
     bound, specialization, rest = binder(**known, **options)
     parsed, signature, constexprs, attributes = kernel._pack_args(backend, rest, bound, specialization, rest)
     source = ASTSource(kernel, signature, constexprs, attributes)
-    compiled = compile(source, target=target, options=parsed.__dict__)
-    return inspect_cubin(compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ttir"])
+    return compile(source, target=target, options=parsed.__dict__), signature
 
 
 def specialization_key(kernel: Any, arguments: dict[str, Any], capability: int) -> str:

@@ -106,6 +106,11 @@ EACH = each(NAMES)
 COMPLETE = sorted({*NAMES, *_complete()})
 
 
+def is_plain(name: str) -> bool:
+    """Whether the scalar kernel of this name is `plain_scalar`, which has a road with a column per thread as well."""
+    return name.startswith("distill_scalar") and distill_loss.is_plain(_problem(name, {})[0])
+
+
 def launches(name: str) -> Launch:
     """(kernel, arguments, capability, warps, options) of ``kernel-classes-dtype-capability-option``."""
     return _recorded(name, {})
@@ -125,7 +130,10 @@ def variants(name: str) -> list[Launch]:
 
 def _recorded(name: str, changes: dict[str, Any]) -> Launch:
     wanted, _, _, capability, _ = name.split("-")
-    return recorded(wanted, int(capability), lambda: _run_everything(*_problem(name, changes)))
+    rows, weight = _problem(name, changes)
+    if is_plain(name):
+        wanted = "plain_scalar"
+    return recorded(wanted, int(capability), lambda: _run_everything(rows, weight))
 
 
 def _problem(name: str, changes: dict[str, Any]) -> tuple[Any, torch.Tensor]:

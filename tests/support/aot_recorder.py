@@ -25,7 +25,7 @@ def unlaunched(call: Callable[[], Any]) -> list[tuple[Any, dict[str, Any], int, 
     def record(kernel: Any, programs: int, device: Any, warps: int, arguments: dict[str, Any], **options: Any) -> None:
         found.append((kernel, arguments, warps, options))
 
-    with _replaced(record):
+    with replaced(record):
         call()
     return found
 
@@ -40,12 +40,12 @@ def launched() -> Iterator[list[str]]:
         names.append(kernel.fn.__name__)
         original(kernel, *arguments, **options)
 
-    with _replaced(count):
+    with replaced(count):
         yield names
 
 
 @contextlib.contextmanager
-def _replaced(launch: Callable[..., None]) -> Iterator[None]:
+def replaced(launch: Callable[..., None]) -> Iterator[None]:
     """Every wrapper calls ``launch`` instead of the launcher."""
     original = launching.launch
     package = launching.__name__.rsplit(".", 1)[0]

@@ -24,25 +24,25 @@ from .values import row_values
 
 
 @triton.jit
-def row_losses(v, s, loss, numbers, at, how):
+def row_losses(v, T, loss, numbers, at, how):
     """weight*(soft_weight*soft + hard_weight*hard) per row in float64, and what its gradient over the divisor takes:
     the slope of dD/du and the shares of the labels and of NKD's target.
     """
-    DTYPE: tl.constexpr = s.T.dtype
+    DTYPE: tl.constexpr = T.dtype
     one = tl.full([how.ROWS], 1.0, DTYPE)
     w = one
     if loss.weight_ptr is not None:
         w = tl.load(loss.weight_ptr + at.row, mask=at.counted, other=0.0)
     share = divide(w, one * divisor(loss, numbers.normalizer, numbers.n_counts, DTYPE))
     total = tl.zeros([how.ROWS], tl.float64)
-    slope = divide(one, s.T)
+    slope = divide(one, T)
     at_one = tl.zeros([how.ROWS], DTYPE)
     hard_share = at_one
     if how.DIVERGENCE != NONE:
         soft = v.soft.to(tl.float64)
         if how.SQUARED:
-            soft = soft * s.T * s.T
-            slope = s.T
+            soft = soft * T * T
+            slope = T
         soft_w = row_scalar(numbers.soft_weight, loss.soft_weight_ptr, at.row, at.exists, 0, how.ROWS, tl.float64)
         total += soft_w * (soft + v.at_one)
         slope = slope * (soft_w.to(DTYPE) * share)
@@ -114,25 +114,53 @@ def stream_gradient(
 
 @triton.jit
 def write_gradient(grad_ptr, x, y, s, t, v, at, col, width, slope, targets, how):
-    """The student's gradient [N, width]; without LOOP x, y hold whole rows, else a program has one row."""
+    """The student's gradient [N, width]; without LOOP x, y hold whole rows."""
     middle, drift = slope, slope
     if s.of.STANDARD:
         middle, drift = standard_sums(s, t, v, at, col, slope, targets, how)
     if how.LOOP:
         BLOCK: tl.constexpr = how.LANES * how.VEC
         whole = 0
-        if t.parts is None:
+        if (t.parts is None) and (how.ROWS == 1):
             whole = tl.max(tl.where(at.counted, at.classes, 0), 0) // BLOCK
         n_rest = (width - whole * BLOCK + BLOCK - 1) // BLOCK
         stream_gradient(
             grad_ptr, s, t, v, at, col, whole * BLOCK, n_rest, width, slope, middle, drift, targets, False, how
         )
-        if t.parts is None:
+        if (t.parts is None) and (how.ROWS == 1):
             stream_gradient(grad_ptr, s, t, v, at, col, 0, whole, width, slope, middle, drift, targets, True, how)
     else:
         keep = at.counted[:, None, None] & (col < at.classes)
         grad = student_gradient(x, y, col, at.label, s, t, v.known, v.means, slope, targets, how)
         store_gradient(grad_ptr, grad, x, s, middle, drift, col, keep, at, width)
+
+
+@triton.jit
+def general_rows(
+    p, loss, s_numbers, t_numbers, numbers, smoothing, a, b, pid, n_rows, ignore_index, classes, width, how
+):
+    """Partial loss and gradient of the rows of program ``pid``."""
+    at = place(p, pid * how.ROWS + tl.arange(0, how.ROWS), n_rows, ignore_index, classes, how)
+    col = columns(how)
+    s = Side(p.student, *side(p.student, s_numbers, at, col, how), None)
+    first = side(p.teacher, t_numbers, at, col, how)
+    t = Side(p.teacher, *first, None)
+    if p.more_ptrs is not None:
+        t = Side(p.teacher, *first, mixture(t, p, at, col, how.DIVERGENCE == NKD, how))
+    a = tl.full([1], a, s.T.dtype)
+    b = tl.full([1], b, s.T.dtype)
+
+    keep = at.counted[:, None, None] & (col < classes)
+    x = read(s, col, keep, "evict_last" if how.LOOP else "evict_first")
+    y = x
+    if how.DIVERGENCE != NONE:
+        y = read(t, col, keep, "evict_last" if how.LOOP else "evict_first")
+    v = row_values(x, y, s, t, at, col, smoothing, a, b, how)
+    total, slope, hard_share, at_one = row_losses(v, s.T, loss, numbers, at, how)
+    tl.store(loss.partial_ptr + pid, tl.sum(total, 0))
+    if loss.grad_ptr is not None:
+        targets = label_targets(v, hard_share, at_one, smoothing, classes, how)
+        write_gradient(loss.grad_ptr, x, y, s, t, v, at, col, width, slope, targets, how)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -166,28 +194,10 @@ def distill_scalar(
 ):
     """partial[program] = sum over its rows of weight*(soft_weight*soft + hard_weight*hard); grad of sum/divisor."""
     pid = tl.program_id(0).to(tl.int64)
-    classes = classes * p.student.UNIT
-    at = place(p, pid * how.ROWS + tl.arange(0, how.ROWS), n_rows, ignore_index, classes, how)
-    col = columns(how)
+    classes, width = classes * p.student.UNIT, width * p.student.UNIT
     s_numbers = Numbers(temperature, s_scale, s_softcap, s_inner, s_outer, s_row)
     t_numbers = Numbers(teacher_temperature, t_scale, t_softcap, t_inner, t_outer, t_row)
-    s = Side(p.student, *side(p.student, s_numbers, at, col, how), None)
-    first = side(p.teacher, t_numbers, at, col, how)
-    t = Side(p.teacher, *first, None)
-    if p.more_ptrs is not None:
-        t = Side(p.teacher, *first, mixture(t, p, at, col, how.DIVERGENCE == NKD, how))
-    a = tl.full([1], a, s.T.dtype)
-    b = tl.full([1], b, s.T.dtype)
-
-    keep = at.counted[:, None, None] & (col < classes)
-    x = read(s, col, keep, "evict_last" if how.LOOP else "evict_first")
-    y = x
-    if how.DIVERGENCE != NONE:
-        y = read(t, col, keep, "evict_last" if how.LOOP else "evict_first")
-    v = row_values(x, y, s, t, at, col, smoothing, a, b, how)
     numbers = LossNumbers(soft_weight, hard_weight, normalizer, n_counts)
-    total, slope, hard_share, at_one = row_losses(v, s, loss, numbers, at, how)
-    tl.store(loss.partial_ptr + pid, tl.sum(total, 0))
-    if loss.grad_ptr is not None:
-        targets = label_targets(v, hard_share, at_one, smoothing, classes, how)
-        write_gradient(loss.grad_ptr, x, y, s, t, v, at, col, width * p.student.UNIT, slope, targets, how)
+    general_rows(
+        p, loss, s_numbers, t_numbers, numbers, smoothing, a, b, pid, n_rows, ignore_index, classes, width, how
+    )

@@ -68,6 +68,42 @@ def power(d, c):
 
 
 @triton.jit
+def fused(a, b, c):
+    """a*b + c in float32, rounded once."""
+    if INTERPRETED:  # whose fma rounds twice
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
+def fast_exp2(x):
+    """2**x in float32 as the hardware has it, relative error below 2**-22; 0 below the normal numbers."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def fast_log2(x):
+    """log2(x) in float32 as the hardware has it, absolute error below 2**-22 near 1, else relative."""
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def fast_reciprocal(x):
+    """1/x in float32 as the hardware has it, relative error below 2**-22; exact for 1."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
 def columns(how):
     """Column of each element of a tile, [1, LANES, VEC]: a lane holds VEC neighbours, or every LANES-th column."""
     lane = tl.arange(0, how.LANES)[None, :, None]

@@ -37,7 +37,7 @@ def counted_rows(labels_ptr, mask_ptr, n_rows, ignore_index, BLOCK: tl.constexpr
 def count_rows(labels_ptr, mask_ptr, counts_ptr, n_rows: tl.int64, ignore_index: tl.int64, BLOCK: tl.constexpr):
     """counts[program] = counted rows among every num_programs-th block of rows."""
     pid = tl.program_id(0).to(tl.int64)
-    total = tl.zeros([BLOCK], tl.int64)
+    total = tl.zeros([BLOCK], tl.int32)
     for first in range(pid * BLOCK, n_rows, tl.num_programs(0).to(tl.int64) * BLOCK):
         row = first + tl.arange(0, BLOCK)
         exists = row < n_rows
@@ -46,8 +46,8 @@ def count_rows(labels_ptr, mask_ptr, counts_ptr, n_rows: tl.int64, ignore_index:
             counted = counted & (tl.load(mask_ptr + row, mask=exists, other=0) != 0)
         if labels_ptr is not None:
             counted = counted & (tl.load(labels_ptr + row, mask=exists, other=0) != ignore_index)
-        total += counted.to(tl.int64)
-    tl.store(counts_ptr + pid, tl.sum(total, 0))
+        total += counted.to(tl.int32)
+    tl.store(counts_ptr + pid, tl.sum(total.to(tl.int64), 0))
 
 
 @triton.jit(do_not_specialize=["n_partials", "n_counts"])

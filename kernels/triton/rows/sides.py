@@ -46,11 +46,18 @@ def place(p, row, n_rows, ignore_index, classes, how):
 
 
 @triton.jit
+def row_temperature(of, numbers, at, how):
+    """The temperature of each row."""
+    DTYPE: tl.constexpr = tl.float64 if how.FLOAT64 else tl.float32
+    return row_scalar(numbers.temperature, of.temperature_ptr, at.row, at.exists, of.STEP, how.ROWS, DTYPE)
+
+
+@triton.jit
 def side(of, numbers, at, col, how):
     """The fields of `Side` between ``of`` and ``parts``."""
     DTYPE: tl.constexpr = tl.float64 if how.FLOAT64 else tl.float32
     start = row_start(at.row, numbers.inner, numbers.outer, numbers.row, of.FLAT, of.UNIT)
-    T = row_scalar(numbers.temperature, of.temperature_ptr, at.row, at.exists, of.STEP, how.ROWS, DTYPE)
+    T = row_temperature(of, numbers, at, how)
     scale = tl.full([1], numbers.scale, DTYPE)
     softcap = tl.full([1], numbers.softcap, DTYPE)
     zero = tl.zeros([how.ROWS], DTYPE)

@@ -91,7 +91,7 @@ def topk_scalar(
     v = topk_row(s, t, listed, bits, at, col, n_listed, smoothing, a, b, how)
 
     numbers = LossNumbers(soft_weight, hard_weight, normalizer, n_counts)
-    total, slope, hard_share, at_one = row_losses(v, s, loss, numbers, at, how)
+    total, slope, hard_share, at_one = row_losses(v, s.T, loss, numbers, at, how)
     tl.store(loss.partial_ptr + row, total, mask=at.exists)
     if loss.grad_ptr is not None:
         slopes = topk_slopes(v, s, t, slope, hard_share, at_one, smoothing, at.classes, how)

@@ -10,6 +10,8 @@ MAX_UNIT = 16  # elements; 16 bytes of the smallest dtype are 8
 VECTOR_BYTES = 16  # widest load of one thread
 THREAD_BYTES = 32  # of each side in the registers of one thread
 LONG = 65536  # columns; longer rows take more warps
+SHORT = 16384  # columns; shorter rows of `plain_scalar` take less
+HELD = 32  # elements of each side, of a thread of `plain_scalar`
 HELD_WARPS = 8  # of the program that holds the longest row that is read once
 
 
@@ -52,6 +54,21 @@ def choose_blocks(columns: int, widest: int, unit: int, heavy: bool = False, hea
     if vector * widest < VECTOR_BYTES:
         return Blocks(1, 32 * warps, per_thread, False, True, warps)
     return Blocks(1, 32 * warps * per_thread // vector, vector, True, True, warps)
+
+
+def choose_plain_blocks(columns: int, widest: int, unit: int) -> Blocks:
+    """Blocks of `plain_scalar`: a thread holds `HELD` elements of each side, or a vector of longer rows."""
+    vector = min(VECTOR_BYTES // widest, unit)
+    wide_enough = vector * widest >= 8
+    size = power_of_two(columns)
+    if size <= HELD_WARPS // 2 * 32 * HELD:
+        warps = max(size // (32 * HELD), 1)
+        vec = min(vector, size) if wide_enough else max(size // (32 * warps), 1)
+        lanes = size // vec
+        rows = max(min(32 * HELD // size, 2 * 32 // lanes), 1)
+        return Blocks(rows, lanes, vec, wide_enough, False, warps)
+    warps = 16 if columns > LONG else 8 if columns > SHORT else 4
+    return Blocks(1, 32 * warps, VECTOR_BYTES // widest, vector * widest == VECTOR_BYTES, True, warps)
 
 
 def choose_row_blocks(columns: int, widest: int, unit: int, slots: int) -> Blocks:

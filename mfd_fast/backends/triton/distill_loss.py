@@ -17,17 +17,17 @@ from ..limits import beyond_kernels
 from ..protocol import ByProducts, RowGradients, RowNeeds, RowOutputs, ScalarLoss
 from . import interpreting
 from .launch import aligned, constants, finish, gradient, kernels, launch, number, realigned, taken
-from .row_arguments import RowArguments, row_arguments
+from .row_arguments import RowArguments, careful, plain_registers, row_arguments
 from .teachers import has_exponents, mixture_backward
 
 __all__ = ["can_run", "per_row", "per_row_backward", "scalar"]
 
-COUNT_BLOCK = 1024
+COUNT_BLOCK, COUNT_WARPS = 8192, 16
+COUNTED_AT_ONCE = 32768  # rows that one program counts: so every other program has one number to read
 MAX_COUNTS = 128
 REDUCE_BLOCK = 1024
 # Numbers of the backward pass that the forward pass of topk_rows does not look at.
 UPSTREAM = ("grad_soft_stride", "grad_hard_stride", "s_width")
-LEAN_REGISTERS = 128  # of a thread
 MAX_TEACHERS = 8  # the kernels are unrolled over them
 MAX_COLUMNS = 2**31 - 2**16  # column numbers of a tile are int32
 
@@ -66,32 +66,37 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool) -> ScalarLoss:
     sparse = soft and rows.topk is not None
     if rows.topk is not None and not sparse:  # the teacher is not read
         rows = rows.replace(topk=None, indices=None, teachers=[rows.student])
-    common = row_arguments(rows, (rows.student.shape[-1],))
+    plain = soft and is_plain(rows)
+    common = row_arguments(rows, (rows.student.shape[-1],), plain=plain)
     programs = -(-rows.n_rows // common.blocks.rows)
     partial = allocate.empty((programs,), torch.float64, rows.device)
     terms, numbers = loss_arguments(rows, loss, divisor)
-    terms = terms._replace(partial_ptr=partial, grad_ptr=written, counts_ptr=counts)
+    flags = constants({"COUNTS": 1 if n_counts <= 1 else MAX_COUNTS})
+    terms = terms._replace(partial_ptr=partial, grad_ptr=written, counts_ptr=counts, **flags)
     arguments = common.numbers | numbers | {"n_counts": n_counts, "width": rows.student.shape[-1] // common.unit}
     arguments |= {"p": common.problem, "listed": common.listed, "loss": terms}
     arguments["how"] = common.how(soft=soft, hard=hard, smooth=rows.label_smoothing != 0)
     kernel = kernels("topk.scalar").topk_scalar if sparse else kernels("distill.scalar").distill_scalar
-    more = {"maxnreg": LEAN_REGISTERS} if soft and _is_lean(rows, common) else {}
+    more = {}
+    if plain:
+        kernel = kernels("distill.plain").plain_scalar
+        arguments["careful"] = careful(arguments["how"], common.blocks.warps)
+        widest = max(rows.student.element_size(), rows.teacher.element_size())
+        more = {"maxnreg": plain_registers(common.blocks, widest)}
     launch(kernel, programs, rows.device, common.blocks.warps, taken(kernel, arguments), **more)
     _reduce(terms, numbers["normalizer"], programs, n_counts, value)
     return ScalarLoss(value, None if grad is None or written is None else finish(written, grad))
 
 
-def _is_lean(rows: RowProblem, common: RowArguments) -> bool:
-    """Whether a program of 8 warps does with half the registers of a multiprocessor, so that two of them run there."""
+def is_plain(rows: RowProblem) -> bool:
+    """Whether `plain_scalar` has a hot loop for the soft term of these rows."""
     return (
-        common.blocks.loop
-        and common.blocks.warps == 8
-        and rows.topk is None
+        rows.topk is None
         and len(rows.teachers) == 1
         and isinstance(rows.divergence, ForwardKL)
         and rows.student_transform is None
         and rows.teacher_transform is None
-        and max(rows.student.element_size(), rows.teacher.element_size()) == 2
+        and rows.dtype == torch.float32
     )
 
 
@@ -221,7 +226,7 @@ def _per_row_how(rows: RowProblem, common: RowArguments, terms: bool = False) ->
 
 def _count(rows: RowProblem) -> tuple[Tensor, int]:
     """Partial counts of the counted rows, and how many there are."""
-    programs = min(-(-rows.n_rows // COUNT_BLOCK), MAX_COUNTS)
+    programs = 1 if rows.n_rows <= COUNTED_AT_ONCE else min(-(-rows.n_rows // COUNT_BLOCK), MAX_COUNTS)
     counts = allocate.empty((programs,), torch.int64, rows.device)
     arguments = {
         "labels_ptr": aligned(rows.labels),
@@ -231,5 +236,5 @@ def _count(rows: RowProblem) -> tuple[Tensor, int]:
         "ignore_index": rows.ignore_index,
         "BLOCK": COUNT_BLOCK,
     }
-    launch(kernels("rows.reduce").count_rows, programs, rows.device, 4, arguments)
+    launch(kernels("rows.reduce").count_rows, programs, rows.device, COUNT_WARPS, arguments)
     return counts, programs

@@ -12,7 +12,15 @@ from ...problems.rows import RowProblem, TopKRows
 from ...types import LogitTransform
 from .. import allocate
 from ..layout import row_layout
-from .blocks import LONG, Blocks, choose_blocks, choose_row_blocks, common_unit, power_of_two
+from .blocks import (
+    LONG,
+    Blocks,
+    choose_blocks,
+    choose_plain_blocks,
+    choose_row_blocks,
+    common_unit,
+    power_of_two,
+)
 from .launch import aligned, constants, kernels, number
 
 # The names of the divergences in kernels/triton/distill/divergences.py.
@@ -69,7 +77,7 @@ class RowArguments(NamedTuple):
         return kernels("rows.structs").How(**constants(options))
 
 
-def row_arguments(rows: RowProblem, widths: tuple[int, ...], heavy: bool = False) -> RowArguments:
+def row_arguments(rows: RowProblem, widths: tuple[int, ...], heavy: bool = False, plain: bool = False) -> RowArguments:
     """``widths``: row lengths of the gradients to be written."""
     student, s_inner, s_outer, s_row = row_layout(rows.student)
     (teacher, t_inner, t_outer, t_row), *more = [row_layout(logits) for logits in rows.teachers]
@@ -82,7 +90,11 @@ def row_arguments(rows: RowProblem, widths: tuple[int, ...], heavy: bool = False
     t_unit = 1 if sparse else unit
     every = [student, teacher, *(logits for logits, *_ in more)]
     aligned_unit = 1 if any(logits.data_ptr() % 16 for logits in every[: 1 if sparse else None]) else unit
-    blocks = _blocks(rows, every, max((rows.classes, *widths)), aligned_unit, heavy)
+    longest = max((rows.classes, *widths))
+    if plain:
+        blocks = choose_plain_blocks(longest, max(x.element_size() for x in every), aligned_unit)
+    else:
+        blocks = _blocks(rows, every, longest, aligned_unit, heavy)
     structs = kernels("rows.structs")
     temperature, temperature_ptr = number(rows.temperature, student)
     teacher_temperature, teacher_temperature_ptr = number(rows.teacher_temperature, student)
@@ -141,6 +153,21 @@ def row_arguments(rows: RowProblem, widths: tuple[int, ...], heavy: bool = False
     whole = {"SQUARED": False, "CONTIGUOUS": True, "LOOP": False, "ROWS": 1, "LANES": slots(rows), "VEC": 1}
     tile = RowArguments(problem, None, numbers, options | whole, blocks, unit).how(hard=False, smooth=False)
     return RowArguments(problem, _listed(rows, rows.topk, tile), numbers, options, blocks, unit)
+
+
+def plain_registers(blocks: Blocks, widest: int) -> int:
+    """Of a thread of `plain_scalar`: so that 24 warps are resident where rows stream past (of the longest 16), 16 or 12
+    where they are held, by the bytes of a logit.
+    """
+    if blocks.loop:
+        return 80 if blocks.warps <= 8 else 128
+    return 128 if widest == 2 else 168
+
+
+def careful(how: Any, warps: int) -> Any:
+    """``how`` with a tile that needs few registers: a column per thread."""
+    lanes = max(32 * warps // how.ROWS.value, 1)
+    return how._replace(**constants({"CONTIGUOUS": True, "LOOP": True, "LANES": lanes, "VEC": 1}))
 
 
 def logits_argument(

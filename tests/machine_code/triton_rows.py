@@ -1,0 +1,208 @@
+"""The row kernels of Triton as sm_90 machine code: executed on a call's own tensors, and counted.
+
+python tests/machine_code/triton_rows.py [--write] [words that a case's name has ...]
+python tests/machine_code/triton_rows.py --execute CALLS RESULTS
+
+The launches are recorded from the backend itself. It takes a process without TRITON_INTERPRET: kernels that were
+defined under it cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import struct
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path[:0] = [str(HERE.parent), str(HERE.parent / "support")]
+
+import aot  # noqa: E402
+from aot_recorder import replaced  # noqa: E402
+
+from machine_code.counting import BYTES_PER_CLOCK, bound, counts, per_element  # noqa: E402
+from machine_code.launches import Launch  # noqa: E402
+from machine_code.machine import Machine  # noqa: E402
+from machine_code.rows import CASES as CUDA_CASES  # noqa: E402
+from machine_code.rows import DTYPES, RowCase  # noqa: E402
+from machine_code.sass import Kernel, read  # noqa: E402
+from machine_code.timing import simulate  # noqa: E402
+from mfd_fast.backends.triton import distill_loss, scale  # noqa: E402
+from mfd_fast.problems.rows import RowLoss, check_rows  # noqa: E402
+
+SIZES = {"fp64": "d", "fp32": "f", "i32": "i", "i64": "q"}
+CASES = [
+    dataclasses.replace(case, kernels=("plain_scalar", "distill_scalar"))
+    for case in CUDA_CASES
+    if isinstance(case, RowCase)
+]
+
+
+@functools.cache
+def _read(cubin: bytes, name: str) -> Kernel:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return read(path, f"^{name}$")[name]
+
+
+def flat(types: Any, values: Any) -> Iterator[tuple[str, Any]]:
+    """(type, value) of every parameter that the machine code has."""
+    if isinstance(types, (tuple, list)):
+        for of_part, part in zip(types, values, strict=True):
+            yield from flat(of_part, part)
+    elif types != "constexpr":
+        yield types, values
+
+
+def packed(types: dict[str, Any], arguments: dict[str, Any]) -> bytes:
+    """The parameters as a launch hands them over, each at a multiple of its size."""
+    data = b""
+    for name, of_it in types.items():
+        for kind, value in flat(of_it, arguments[name]):
+            word = struct.pack("<q", value.data_ptr()) if kind[0] == "*" else struct.pack(f"<{SIZES[kind]}", value)
+            data += bytes(-len(data) % len(word)) + word
+    return data
+
+
+class Runner:
+    """Takes the place of the launcher: compiles every launch and executes the programs below ``most``."""
+
+    def __init__(self, most: int | None = None) -> None:
+        self.launches: list[Launch] = []
+        self._most = most
+
+    def __call__(
+        self, kernel: Any, programs: int, _device: Any, warps: int, arguments: dict[str, Any], **options: Any
+    ) -> None:
+        found, types = aot.compiled(kernel, arguments, 90, warps, options)
+        code = _read(found.asm["cubin"], kernel.fn.__name__)
+        launch = Launch(code, programs, 32 * warps, 1, found.metadata.shared)
+        self.launches.append(launch)
+        parameters = packed(types, arguments)
+        for program in range(programs if self._most is None else min(programs, self._most)):
+            machine = Machine(code, parameters, 32 * warps, programs, 1, program)
+            launch.traces[program] = machine.run()
+
+
+def run(case: RowCase, n_rows: int, most: int | None = None) -> tuple[list[Launch], dict[str, Tensor]]:
+    """The launches of one call of the scalar loss with its gradient, and the tensors of the call."""
+    torch.manual_seed(0)
+    dtype = DTYPES[case.dtype]
+    student, teacher = ((torch.randn(n_rows, case.classes) * 2).to(dtype) for _ in range(2))
+    labels = torch.randint(0, case.classes, (n_rows,)) if case.needs_labels else None
+    return launches_of(case, student, teacher, labels, most)
+
+
+def launches_of(
+    case: RowCase, student: Tensor, teacher: Tensor, labels: Tensor | None, most: int | None = None
+) -> tuple[list[Launch], dict[str, Tensor]]:
+    """`run` on given tensors."""
+    problem = check_rows("distill_loss", student, teacher, labels, divergence=case.divergence, temperature=2.0)
+    hard = 0.5 if case.labels else 0.0
+    loss = RowLoss(reduction="mean", weight=None, soft_weight=1.0, hard_weight=hard, normalizer=None)
+    runner = Runner(most)
+    with replaced(runner):
+        value, gradient = distill_loss.scalar(problem, loss, needs_grad=True)
+    tensors = {"loss": value, "gradient": gradient, "student": student, "teacher": teacher, "labels": labels}
+    return runner.launches, tensors
+
+
+def measure(case: RowCase) -> dict[str, Any]:
+    """A record of counts.json: one program, and the time of two more rounds of all that are resident."""
+    n_rows = 64
+    launch = next(x for x in run(case, n_rows, 1)[0] if x.kernel.name in case.kernels)
+    elements = n_rows // launch.grid * case.classes
+    return record(launch, elements, 3 * DTYPES[case.dtype].itemsize) | {
+        "divergence": case.divergence,
+        "labels": case.labels,
+        "shape": [case.classes],
+        "dtype": case.dtype,
+    }
+
+
+def measure_scale(dtype: str) -> dict[str, Any]:
+    """The same of a gradient multiplied by an upstream factor: 8 blocks of elements a program."""
+    gradient = torch.ones(8 * scale.BLOCK * 4, dtype=DTYPES[dtype])
+    with replaced(runner := Runner(1)), mock.patch.object(scale, "MAX_PROGRAMS", 4):
+        scale.scale_gradient_(gradient, torch.tensor(0.5))
+    (launch,) = runner.launches
+    assert bool((gradient[: scale.BLOCK] == 0.5).all())
+    return record(launch, 8 * scale.BLOCK, 2 * gradient.itemsize) | {
+        "divergence": None,
+        "labels": False,
+        "shape": [gradient.numel()],
+        "dtype": dtype,
+    }
+
+
+def record(launch: Launch, elements: int, dram_bytes: int) -> dict[str, Any]:
+    """What one program of ``elements`` costs; ``dram_bytes`` per element."""
+    counted = counts(launch.kernel, launch.traces[0])
+    resident = launch.resident_blocks
+    times = [simulate(launch.kernel, launch.warps(), resident, k * resident).clocks for k in (2, 4)]
+    ideal = dram_bytes / BYTES_PER_CLOCK * elements * resident * 2
+    fraction, binding = bound(counted, elements, dram_bytes)
+    by_class = per_element(counted, elements)
+    return {
+        "backend": "triton",
+        "kernel": launch.kernel.name,
+        "instructions_per_pair": by_class.pop("total"),
+        "by_class": by_class,
+        "registers": launch.kernel.registers,
+        "shared_bytes": launch.shared_bytes,
+        "threads": launch.threads,
+        "cluster": 1,
+        "resident_blocks": resident,
+        "grid_blocks": launch.grid,
+        "bound": round(fraction, 3),
+        "bound_by": binding,
+        "simulated": round(ideal / (times[1] - times[0]), 3),
+    }
+
+
+def main(words: list[str]) -> None:
+    from machine_code.__main__ import head, kept, line, name_of, write
+
+    keep = "--write" in words
+    words = [word for word in words if not word.startswith("--")]
+    document = kept()
+    document["compilers"]["triton"] = f"triton {importlib.metadata.version('triton')}"
+    records = {name_of(found): found for found in document["records"]}
+    print(head(), flush=True)
+    jobs = [(case.name, functools.partial(measure, case)) for case in CASES]
+    jobs += [(f"scale {dtype}", functools.partial(measure_scale, dtype)) for dtype in ("bfloat16", "float32")]
+    for name, job in jobs:
+        if all(word in name.split() for word in words):
+            found = job()
+            records[name_of(found)] = found
+            print(line(found), flush=True)
+            if keep:
+                write({**document, "records": list(records.values())})
+
+
+def execute(calls: Path, results: Path) -> None:
+    """Loss and gradient of every (case, student, teacher, labels) kept in ``calls``, by all programs."""
+    found = []
+    for case, student, teacher, labels in torch.load(calls, weights_only=False):
+        _, tensors = launches_of(RowCase(**case), student, teacher, labels)
+        found.append((tensors["loss"], tensors["gradient"]))
+    torch.save(found, results)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1:2] == ["--execute"]:
+        execute(*map(Path, sys.argv[2:]))
+    else:
+        main(sys.argv[1:])
