@@ -69,7 +69,8 @@ $(TRAINERS)/packages: pyproject.toml constraints-trainers.txt $(VENV)/python
 # reads it: Chromium, which no package of PyPI has.
 docs: $(VENV)/packages-docs
 	echo "docs: build/docs"
-	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html --doctree-dir build/docs-doctrees docs build/docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --write-all --builder html --doctree-dir build/docs-doctrees \
+	  docs build/docs
 	$(if $(BROWSER),echo "tests: the pages in $(BROWSER)",$(MAKE) no-browser)
 	$(if $(BROWSER),MFD_FAST_SITE=build/docs MFD_FAST_BROWSER=$(BROWSER) \
 	  $(BIN)/python -m pytest --confcutdir=tests/site -p no:cacheprovider -q $(ARGS) tests/site)

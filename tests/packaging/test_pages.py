@@ -24,6 +24,17 @@ def test_files_and_tests_that_a_page_names_are_there(page):
     assert missing == []
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_of_a_page_outside_the_site_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", PAGES[page])
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_readme_is_short():
+    assert PAGES["README.md"].count("\n") <= 120
+
+
 def test_every_promise_and_special_value_has_a_test():
     rows = re.findall(r"^\| (?!case|promise|dtype|-)(.+) \|$", PAGES["docs/numerics.md"], re.MULTILINE)
     without = [row for row in rows if "`test_" not in row and "_never_written" not in row]
