@@ -103,15 +103,15 @@ class DistillPlan final : public Plan {
         use_soft_(use_soft),
         use_hard_(use_hard),
         mean_(mean),
-        least_(least),
-        most_(most),
-        student_(place(tensors, "student")),
-        teacher_(place(tensors, "teacher")),
-        labels_(place(tensors, "labels")),
-        mask_(place(tensors, "mask")),
+        rows_{place(tensors, "student"),
+              place(tensors, "teacher"),
+              place(tensors, "labels"),
+              place(tensors, "mask"),
+              place(numbers, "temperature"),
+              place(numbers, "teacher_temperature"),
+              least,
+              most},
         weight_(place(tensors, "weight")),
-        temperature_(place(numbers, "temperature")),
-        teacher_temperature_(place(numbers, "teacher_temperature")),
         soft_weight_(place(numbers, "soft_weight")),
         hard_weight_(place(numbers, "hard_weight")),
         normalizer_(place(numbers, "normalizer")) {
@@ -121,26 +121,17 @@ class DistillPlan final : public Plan {
 
   py::object run(const Call& call) const override {
     RowProblem problem = problem_;
-    problem.student.data = call.data(student_);
-    problem.teacher.data = call.data(teacher_);
-    problem.labels = call.data<int64_t>(labels_);
-    problem.mask = call.data<unsigned char>(mask_);
-    const double temperature = call.number(temperature_, 1.0);
-    const double teacher_temperature = call.number(teacher_temperature_, temperature);
     const double soft_weight = call.number(soft_weight_, 1.0), hard_weight = call.number(hard_weight_, 0.0);
     double divisor = call.number(normalizer_, 1.0);
-    const auto in_range = [this](double t) { return least_ <= t && t <= most_; };
-    if (!in_range(temperature) || !in_range(teacher_temperature) || !std::isfinite(soft_weight) ||
-        !std::isfinite(hard_weight) || !(0 < divisor && std::isfinite(divisor)))
+    if (!rows_.fill(call, problem) || !std::isfinite(soft_weight) || !std::isfinite(hard_weight) ||
+        !(0 < divisor && std::isfinite(divisor)))
       return py::none();
-    problem.student_temperature.value = temperature;
-    problem.teacher_temperature.value = teacher_temperature;
     int64_t counted = problem.n_rows;
     if (problem.labels || problem.mask) counted = count_rows(problem);
     if (counted < 0) return py::none();
     if (mean_ && normalizer_ < 0) divisor = static_cast<double>(std::max<int64_t>(counted, 1));
 
-    const DLTensor& student = call.tensors[static_cast<size_t>(student_)];
+    const DLTensor& student = call.tensors[static_cast<size_t>(rows_.student)];
     const uint8_t bits = problem.is_double ? 64 : 32;
     py::object value = new_tensor({kFloating, bits, 1}, student.device, {}), gradient = py::none();
     Forward f{};
@@ -151,7 +142,7 @@ class DistillPlan final : public Plan {
     f.soft_factor = soft_weight / divisor;
     f.hard_factor = hard_weight / divisor;
     if (call.needs_grad) {
-      gradient = new_like(call.objects[static_cast<size_t>(student_)], student);
+      gradient = new_like(call.objects[static_cast<size_t>(rows_.student)], student);
       f.grad = data_of(gradient);
       f.stream = bytes_of(student) >= kStreamBytes;
     }
@@ -166,9 +157,8 @@ class DistillPlan final : public Plan {
  private:
   RowProblem problem_;
   bool use_soft_, use_hard_, mean_;
-  double least_, most_;
-  int student_, teacher_, labels_, mask_, weight_;
-  int temperature_, teacher_temperature_, soft_weight_, hard_weight_, normalizer_;
+  RowPlaces rows_;
+  int weight_, soft_weight_, hard_weight_, normalizer_;
 };
 
 }  // namespace

@@ -51,19 +51,11 @@ class PoolPlan final : public Plan {
            int temperature_argument, const Places& tensors, const Places& numbers, const py::list& given)
       : pool_(pool),
         pooled_dtype_(pooled_dtype),
-        stacked_(stacked),
+        places_(pool, stacked, tensors),
         least_(least),
         most_(most),
         temperature_argument_(static_cast<size_t>(temperature_argument)),
-        features_(place(tensors, "features")),
-        query_(place(tensors, "query")),
-        scores_(place(tensors, "scores")),
-        bias_(place(tensors, "bias")),
-        present_(place(tensors, "present")),
         temperature_(place(numbers, "temperature")) {
-    for (int m = 0; m < pool.modalities; ++m)
-      steps_.push_back(static_cast<const char*>(pool.features[m].data) -
-                       static_cast<const char*>(pool.features[0].data));
     for (const py::handle& tensor : given) {
       DLTensor t;
       if (!read_tensor(tensor, t)) throw py::value_error("a plan reads plain tensors");
@@ -73,14 +65,15 @@ class PoolPlan final : public Plan {
 
   py::object run(const Call& call) const override {
     const double temperature = call.number(temperature_, 1.0);
-    if (!in_range(temperature)) return py::none();
-    const PoolProblem pool = problem(call.tensors, temperature);
-    const DLTensor& first = call.tensors[static_cast<size_t>(features_)];
-    std::vector<int64_t> shape = leading(first);
+    if (!(least_ <= temperature && temperature <= most_)) return py::none();
+    PoolProblem pool = pool_;
+    places_.fill(call.tensors, temperature, pool);
+    const DLDevice device = call.tensors[0].device;
+    std::vector<int64_t> shape = places_.leading(call.tensors);
     shape.push_back(pool.width);
-    py::object pooled = new_tensor(dl_dtype(pooled_dtype_), first.device, shape);
+    py::object pooled = new_tensor(dl_dtype(pooled_dtype_), device, shape);
     shape.back() = pool.modalities;
-    py::object weights = new_tensor(number_dtype(), first.device, shape);
+    py::object weights = new_tensor(number_dtype(), device, shape);
     PoolForward f{};
     f.pool = &pool;
     f.pooled = data_of(pooled);
@@ -107,7 +100,8 @@ class PoolPlan final : public Plan {
     if (found != given_ || !is_contiguous(tensors.back())) return py::none();
     double temperature = 1.0;
     if (temperature_ >= 0) temperature = rest[temperature_argument_].cast<double>();
-    const PoolProblem pool = problem(tensors, temperature);
+    PoolProblem pool = pool_;
+    places_.fill(tensors, temperature, pool);
 
     PoolBackward g{};
     g.pool = &pool;
@@ -127,7 +121,7 @@ class PoolPlan final : public Plan {
       g.d_weights = upstream.data;
     }
 
-    const DLDevice device = tensors[static_cast<size_t>(features_)].device;
+    const DLDevice device = tensors[0].device;
     py::tuple gradients(needs.size());
     for (size_t k = 0; k < gradients.size(); ++k) gradients[k] = py::none();
     const auto fresh = [&](size_t k, std::vector<int64_t> shape) -> void* {
@@ -135,24 +129,19 @@ class PoolPlan final : public Plan {
       gradients[k] = new_tensor(number_dtype(), device, shape);
       return data_of(gradients[k]);
     };
-    std::vector<int64_t> each = leading(tensors[static_cast<size_t>(features_)]);
+    std::vector<int64_t> each = places_.leading(tensors);
     each.push_back(pool.modalities);
     g.d_query = fresh(0, {pool.width});
     g.d_scores = fresh(1, each);
     g.d_bias = fresh(2, {pool.modalities});
-    const int64_t width = stacked_ ? pool.modalities * pool.width : pool.width;
-    g.d_row_stride = width;
     int64_t bytes = 0;
-    for (size_t k = 4; k < gradients.size(); ++k) {
-      if (!needs[k].cast<bool>()) continue;
-      const size_t feature = static_cast<size_t>(features_) + k - 4;
-      gradients[k] = new_like(saved[feature], tensors[feature]);
-      bytes += bytes_of(tensors[feature]);
-      char* const data = static_cast<char*>(data_of(gradients[k]));
-      if (!stacked_) g.d_features[k - 4] = data;
-      const int64_t step = pool.width * (tensors[feature].dtype.bits / 8);
-      for (int m = 0; stacked_ && m < pool.modalities; ++m) g.d_features[m] = data + m * step;
-    }
+    for (size_t k = 4; k < gradients.size(); ++k)
+      if (needs[k].cast<bool>()) {
+        const size_t feature = static_cast<size_t>(places_.features) + k - 4;
+        gradients[k] = new_like(saved[feature], tensors[feature]);
+        bytes += bytes_of(tensors[feature]);
+        places_.set_gradient(k - 4, data_of(gradients[k]), pool, tensors[feature].dtype.bits / 8, g);
+      }
     g.stream = bytes >= kStreamBytes;
     const int threads = thread_count();
     {
@@ -163,35 +152,15 @@ class PoolPlan final : public Plan {
   }
 
  private:
-  bool in_range(double temperature) const { return least_ <= temperature && temperature <= most_; }
   DLDataType number_dtype() const { return {kFloating, static_cast<uint8_t>(pool_.is_double ? 64 : 32), 1}; }
-  std::vector<int64_t> leading(const DLTensor& features) const {
-    return {features.shape, features.shape + features.ndim - (stacked_ ? 2 : 1)};
-  }
-
-  PoolProblem problem(const std::vector<DLTensor>& tensors, double temperature) const {
-    const auto data = [&tensors](int k) { return k < 0 ? nullptr : tensors[static_cast<size_t>(k)].data; };
-    PoolProblem pool = pool_;
-    for (int m = 0; m < pool.modalities; ++m)
-      pool.features[m].data = stacked_
-                                  ? static_cast<const char*>(data(features_)) + steps_[static_cast<size_t>(m)]
-                                  : static_cast<const char*>(data(features_ + m));
-    pool.query = data(query_);
-    pool.scores = data(scores_);
-    pool.bias = data(bias_);
-    pool.present = static_cast<const unsigned char*>(data(present_));
-    pool.temperature = {nullptr, 0, temperature};
-    return pool;
-  }
 
   PoolProblem pool_;
   Dtype pooled_dtype_;
-  bool stacked_;
+  PoolPlaces places_;
   double least_, most_;
   size_t temperature_argument_;
-  int features_, query_, scores_, bias_, present_, temperature_;
-  std::vector<int64_t> steps_;  // bytes from the first modality
-  std::string given_;           // what the tensors are
+  int temperature_;
+  std::string given_;  // what the tensors are
 };
 
 }  // namespace

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "bindings/dlpack.h"
-#include "common/problems/rows.h"
+#include "common/problems/fusion.h"
 
 namespace mfd {
 
@@ -37,6 +37,71 @@ inline int place(const Places& places, const char* argument) {
   const auto found = places.find(argument);
   return found == places.end() ? -1 : found->second;
 }
+
+// Where the rows of a call are. Temperatures are numbers between `least` and `most`.
+struct RowPlaces {
+  int student, teacher, labels, mask, temperature, teacher_temperature;
+  double least, most;
+
+  // Sets what differs between the calls of a plan; false: a number is out of its range.
+  bool fill(const Call& call, RowProblem& problem) const {
+    if (student >= 0) problem.student.data = call.data(student);
+    problem.teacher.data = call.data(teacher);
+    problem.labels = call.data<int64_t>(labels);
+    problem.mask = call.data<unsigned char>(mask);
+    const double of_student = call.number(temperature, 1.0);
+    const double of_teacher = call.number(teacher_temperature, of_student);
+    problem.student_temperature = {nullptr, 0, of_student};
+    problem.teacher_temperature = {nullptr, 0, of_teacher};
+    return least <= of_student && of_student <= most && least <= of_teacher && of_teacher <= most;
+  }
+};
+
+// Where the modalities of a call are: one tensor each from `features` on, or `stacked` in one.
+struct PoolPlaces {
+  bool stacked;
+  int features, query, scores, bias, present;
+  std::vector<int64_t> steps;  // bytes from the first modality
+
+  PoolPlaces(const PoolProblem& pool, bool is_stacked, const Places& tensors)
+      : stacked(is_stacked),
+        features(place(tensors, "features")),
+        query(place(tensors, "query")),
+        scores(place(tensors, "scores")),
+        bias(place(tensors, "bias")),
+        present(place(tensors, "present")) {
+    for (int m = 0; m < pool.modalities; ++m)
+      steps.push_back(static_cast<const char*>(pool.features[m].data) -
+                      static_cast<const char*>(pool.features[0].data));
+  }
+
+  void fill(const std::vector<DLTensor>& tensors, double temperature, PoolProblem& pool) const {
+    const auto data = [&tensors](int k) { return k < 0 ? nullptr : tensors[static_cast<size_t>(k)].data; };
+    for (int m = 0; m < pool.modalities; ++m)
+      pool.features[m].data = stacked
+                                  ? static_cast<const char*>(data(features)) + steps[static_cast<size_t>(m)]
+                                  : data(features + m);
+    pool.query = data(query);
+    pool.scores = data(scores);
+    pool.bias = data(bias);
+    pool.present = static_cast<const unsigned char*>(data(present));
+    pool.temperature = {nullptr, 0, temperature};
+  }
+
+  // [...] of the features.
+  std::vector<int64_t> leading(const std::vector<DLTensor>& tensors) const {
+    const DLTensor& first = tensors[static_cast<size_t>(features)];
+    return {first.shape, first.shape + first.ndim - (stacked ? 2 : 1)};
+  }
+
+  // A pool's backward writes the gradient of the features' tensor number k to `data`, contiguous.
+  void set_gradient(size_t k, void* data, const PoolProblem& pool, int64_t element, PoolBackward& g) const {
+    if (!stacked) g.d_features[k] = data;
+    for (int m = 0; stacked && m < pool.modalities; ++m)
+      g.d_features[m] = static_cast<char*>(data) + m * pool.width * element;
+    g.d_row_stride = stacked ? pool.modalities * pool.width : pool.width;
+  }
+};
 
 // What one op does with a call. A plan holds no tensor.
 class Plan {

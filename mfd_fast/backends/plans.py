@@ -87,10 +87,13 @@ class Places:
         """The place of an argument among all."""
         return self.names.index(name)
 
-    def single(self) -> tuple[dict[str, int], dict[str, int]]:
-        """The tensors and numbers that are arguments themselves."""
-        found = ({k: v for k, v in each.items() if isinstance(v, int)} for each in (self.tensors, self.numbers))
-        tensors, numbers = found
+    def first(self) -> tuple[dict[str, int], dict[str, int]]:
+        """The places of tensors and of numbers; of an argument that is a sequence that of its first element."""
+
+        def one(place: Any) -> int:
+            return place if isinstance(place, int) else one(place[0]) if place else -1
+
+        tensors, numbers = ({k: one(v) for k, v in each.items()} for each in (self.tensors, self.numbers))
         return tensors, numbers
 
 

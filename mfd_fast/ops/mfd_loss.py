@@ -8,6 +8,7 @@ features, pool = KL(teacher_pool_weights ‖ weights).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends import check_not_traced, choose, mfd_backend
+from ..backends.plans import Done, Plans
 from ..backends.protocol import MFDNeeds
 from ..divergences import Divergence
 from ..problems.checks import by_pytorch, is_recorded
@@ -23,7 +25,7 @@ from ..problems.mfd import MFDProblem, check_mfd_loss
 from ..problems.rows import RowProblem
 from ..reference.mfd_loss import mfd_loss as reference_loss
 from ..types import MFDOutput
-from .autograd import needs_reference, ready_gradients, reference_gradients, requires_grad, save, saved
+from .autograd import needs_reference, ready_gradients, reference_gradients, requires_grad, untouched_gradients
 from .distill_loss import row_terms
 from .feature_loss import distances
 from .modal_pool import pool
@@ -33,44 +35,37 @@ from .registration import flatten, unflatten
 
 
 class _ScalarLoss(torch.autograd.Function):
-    """The loss; every gradient is computed beside it and handed to the first backward. ``others`` receives the
-    detached fields of MFDOutput.
-    """
+    """A computed loss; the first backward hands out the gradients that were computed beside it without a copy."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        problem: MFDProblem,
-        backend: str,
-        grad_enabled: bool,
-        others: list[Tensor],
-        *leaves: Tensor | None,  # noqa: ARG004
-    ) -> Tensor:
-        # Under no_grad (`grad_enabled` is False) autograd still says that a leaf needs its gradient.
-        needs = _needs([grad_enabled and need for need in ctx.needs_input_grad[4:]])
-        (loss, *fields), gradients = mfd_backend(backend).scalar(problem, needs)
-        others.extend(fields)
-        if any(flatten(needs)):
-            save(ctx, (problem,), *flatten(gradients))
-            ctx.backend = backend
-        return loss
+    def forward(ctx: Any, done: Done, *leaves: Tensor | None) -> Tensor:  # noqa: ARG004
+        ((loss, *_), gradients), backend, tensors, rest, _ = done
+        ctx.save_for_backward(*tensors, *gradients)
+        ctx.call = backend, rest, -len(gradients)
+        return loss  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[4:]
+        backend, rest, place = ctx.call
+        if (gradients := untouched_gradients(ctx, grad_loss, place)) is not None:
+            return (None, *gradients)
+        needs = ctx.needs_input_grad[1:]
+
+        def problem() -> MFDProblem:
+            return _PLANS.problem(rest, iter(ctx.saved_tensors))
+
         if needs_reference(grad_loss):
-            (problem,), _ = saved(ctx)
+            p = problem()
 
             def loss_of(leaves: list[Any]) -> list[Tensor]:
-                return [reference_loss(_with_leaves(problem, leaves)).loss]
+                return [reference_loss(_with_leaves(p, leaves)).loss]
 
-            return None, None, None, None, *reference_gradients(_leaves(problem), loss_of, [grad_loss], needs)
+            return None, *reference_gradients(_leaves(p), loss_of, [grad_loss], needs)
 
         def again() -> list[Tensor | None]:
-            (problem,), _ = saved(ctx)
-            return flatten(mfd_backend(ctx.backend).scalar(problem, _needs(needs))[1])
+            return flatten(mfd_backend(backend).scalar(problem(), _needs(needs))[1])
 
-        return None, None, None, None, *ready_gradients(ctx, grad_loss, ctx.backend, ctx.count, again)
+        return None, *ready_gradients(ctx, grad_loss, backend, place, again)
 
 
 def _needs(flat: Sequence[bool]) -> MFDNeeds:
@@ -191,36 +186,21 @@ def mfd_loss(
     >>> out.loss.shape, out.weights.shape, out.predictions.shape
     (torch.Size([]), torch.Size([4, 2]), torch.Size([4]))
     """
-    check_not_traced("mfd_loss", backend)
-    problem = check_mfd_loss(
-        "mfd_loss",
-        features,
-        query,
-        head_weight,
-        head_bias,
-        teacher_logits,
-        labels,
-        teacher_features=teacher_features,
-        present=present,
-        bias=bias,
-        pool_temperature=pool_temperature,
-        pool_scale=pool_scale,
-        divergence=divergence,
-        temperature=temperature,
-        soft_weight=soft_weight,
-        hard_weight=hard_weight,
-        feature_weight=feature_weight,
-        feature_kind=feature_kind,
-        teacher_pool_weights=teacher_pool_weights,
-        pool_weight=pool_weight,
-        mask=mask,
-        weight=weight,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        scale_by_temperature=scale_by_temperature,
-        reduction=reduction,
-        normalizer=normalizer,
+    arguments = (
+        *(features, query, head_weight, head_bias, teacher_logits, labels, teacher_features, present, bias),
+        *(pool_temperature, pool_scale, divergence, temperature, soft_weight, hard_weight, feature_weight),
+        *(feature_kind, teacher_pool_weights, pool_weight, mask, weight, ignore_index, label_smoothing),
+        *(scale_by_temperature, reduction, normalizer, backend),
     )
+    if not torch.compiler.is_compiling() and (done := _PLANS.run(arguments)) is not None:
+        outputs = done[0][0]
+        if done[2] is None:
+            return MFDOutput(*outputs)
+        each = (features,) if isinstance(features, Tensor) else features
+        return MFDOutput(_apply(done, query, bias, head_weight, head_bias, *each), *outputs[1:])
+
+    check_not_traced("mfd_loss", backend)
+    problem = _check(arguments)
     recorded = is_recorded()
     # Under torch.compile the registered ops choose when they run: no choice is baked into the graph.
     name = backend or "" if recorded else choose("mfd_loss", problem, backend)
@@ -229,6 +209,30 @@ def mfd_loss(
     chained = recorded or reduction == "none" or not _gradients_fit_one_pass(problem)
     if chained or not mfd_backend(name).has_one_pass(problem):
         return _composed(problem, name)
-    others: list[Tensor] = []
-    loss = _ScalarLoss.apply(problem, name, torch.is_grad_enabled(), others, *_leaves(problem))
-    return MFDOutput(loss, *others)
+    leaves = _leaves(problem)
+    needs = [requires_grad(leaf) for leaf in leaves]
+    with torch.no_grad():
+        outputs, gradients = mfd_backend(name).scalar(problem, _needs(needs))
+    plan = getattr(mfd_backend(name), "scalar_plan", None)
+    done = _PLANS.computed((outputs, flatten(gradients)), name, problem, arguments, plan, problem)
+    return MFDOutput(_ScalarLoss.apply(done, *leaves), *outputs[1:]) if any(needs) else outputs
+
+
+def _check(arguments: tuple[Any, ...]) -> MFDProblem:
+    """The problem of mfd_loss's arguments, in the order of its parameters."""
+    options = dict(zip(_PARAMETERS, arguments, strict=True))
+    del options["backend"]
+    return check_mfd_loss("mfd_loss", **options)
+
+
+#: ``_ScalarLoss.apply`` without its look for tensors of torch.func: a plan has none.
+_apply = super(torch.autograd.Function, _ScalarLoss).apply
+_PARAMETERS = tuple(inspect.signature(mfd_loss).parameters)
+_PLANS = Plans(
+    mfd_loss,
+    _check,
+    numbers=(
+        *("temperature", "pool_temperature", "soft_weight", "hard_weight", "feature_weight", "pool_weight"),
+        "normalizer",
+    ),
+)

@@ -112,7 +112,7 @@ def scalar_plan(rows: RowProblem, loss: RowLoss, places: Places) -> Any:
         return None
     module, mean = native(), loss.reduction == "mean"
     problem = row_description(module, rows, [])
-    return module.DistillPlan(problem, loss.use_soft, use_hard, mean, *temperature_range(rows.dtype), *places.single())
+    return module.DistillPlan(problem, loss.use_soft, use_hard, mean, *temperature_range(rows.dtype), *places.first())
 
 
 def _divide(factor: float, divisor: float) -> float:

@@ -9,18 +9,20 @@ from torch import Tensor
 
 from ...codes import FEATURE_KINDS
 from ...divergences import ForwardKL
-from ...problems.checks import is_used
+from ...problems.checks import is_used, temperature_range
 from ...problems.mfd import MFDProblem
 from ...types import MFDOutput
 from .. import allocate
+from ..layout import row_layout
 from ..native import NO_ROWS, address, cast, dense, feature_gradients, row_matrix
+from ..plans import Places
 from ..protocol import MFDGradients, MFDNeeds
 from . import distill_loss, native
 from . import modal_pool as pooling
-from .gemm import has_pair_product, linear, pair_product
+from .gemm import NATIVE_PRODUCTS, has_pair_product, linear, pair_product
 from .streams import streams
 
-__all__ = ["can_run", "has_one_pass", "scalar"]
+__all__ = ["can_run", "has_one_pass", "scalar", "scalar_plan"]
 
 #: Logits of fewer rows may be shared between threads by columns, which read what others would overwrite.
 IN_PLACE_ROWS = 64
@@ -38,6 +40,52 @@ def can_run(problem: MFDProblem) -> str | None:
 def has_one_pass(p: MFDProblem) -> bool:  # noqa: ARG001
     """Every call is one pass."""
     return True
+
+
+def scalar_plan(p: MFDProblem, places: Places) -> Any:
+    """The native plan of :func:`scalar` for calls like this one.
+
+    None where there is more to do than read the arguments, for 16-bit or float64 arithmetic of the head, and for
+    products that a library does faster.
+    """
+    rows, loss, n, classes = p.rows, p.loss, p.rows.n_rows, p.rows.classes
+    use_hard = rows.labels is not None and loss.use_hard
+    use_feature, use_pool = is_used(p.feature_weight), is_used(p.pool_weight)
+    numbers = (rows.temperature, loss.soft_weight, loss.hard_weight, loss.normalizer, p.feature_weight, p.pool_weight)
+    if rows.dtype is not torch.float32 or n * classes * p.pool.width > NATIVE_PRODUCTS:
+        return None
+    if any(isinstance(number, Tensor) for number in numbers) or not (loss.use_soft or use_hard):
+        return None
+    used = {
+        "head_weight": p.head_weight,
+        "head_bias": p.head_bias,
+        "teacher_logits": row_layout(rows.teacher).tensor,
+        "labels": rows.labels,
+        "mask": rows.mask,
+        "weight": loss.weight,
+        "teacher_features": row_layout(p.teacher_features).tensor if p.teacher_features is not None else None,
+        "teacher_pool_weights": p.teacher_pool_weights,
+    }
+    dense = (p.head_weight, p.head_bias, p.teacher_pool_weights)
+    if any(x is not None and not (x.is_contiguous() and x.dtype is rows.dtype) for x in dense):
+        return None
+    if not pooling.in_place(p.pool, places) or not all(places.reads(places.tensors[k], x) for k, x in used.items()):
+        return None
+    module = native()
+    keep: list[Any] = []
+    call = module.Mfd(
+        pooling.pool_description(module, p.pool, keep),
+        distill_loss.row_description(module, rows, keep),
+        row_matrix(p.teacher_features, keep) if use_feature and p.teacher_features is not None else NO_ROWS,
+        FEATURE_KINDS[p.feature_kind],
+        address(p.teacher_pool_weights) if use_pool else 0,
+        *(0, 1.0, 0.0, 0.0, 0.0, 1.0),
+        loss.use_soft,
+        use_hard,
+    )
+    in_place = n >= IN_PLACE_ROWS and type(rows.divergence) is ForwardKL
+    mean = loss.reduction == "mean"
+    return module.MFDPlan(call, p.pool.stacked, mean, in_place, *temperature_range(rows.dtype), *places.first())
 
 
 def scalar(p: MFDProblem, needs: MFDNeeds) -> tuple[MFDOutput, MFDGradients]:

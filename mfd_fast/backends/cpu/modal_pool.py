@@ -29,7 +29,7 @@ from ..protocol import PoolGradients, PoolNeeds
 from . import POOL_MIN_BYTES, native
 from .streams import streams
 
-__all__ = ["backward", "can_run", "forward", "plan", "pool_description"]
+__all__ = ["backward", "can_run", "forward", "in_place", "plan", "pool_description"]
 
 
 def can_run(problem: PoolProblem) -> str | None:
@@ -86,34 +86,38 @@ def forward(p: PoolProblem) -> tuple[Tensor, Tensor]:
     return pooled, weights
 
 
-def plan(p: PoolProblem, places: Places) -> Any:
-    """The native plan of :func:`forward` and :func:`backward` for calls like this one.
-
-    None where a kernel reads copies or a temperature that is a tensor, or where the outputs are large.
-    """
-    tensors, numbers = places.single()
-    features = each(places.tensors["features"], 1)
-    if isinstance(p.temperature, Tensor) or p.leading.numel() * p.width * p.out_dtype.itemsize >= POOL_MIN_BYTES:
-        return None
+def in_place(p: PoolProblem, places: Places) -> bool:
+    """Whether the kernels read the arguments themselves, no copies, and a temperature that is a number."""
+    if isinstance(p.temperature, Tensor):
+        return False
     parts = [p.features[0].select(-2, 0)] if p.stacked else p.features
     if any(row_layout(x).tensor.data_ptr() != x.data_ptr() for x in parts):
-        return None
+        return False
     given = {"query": p.query, "scores": p.scores, "bias": p.bias, "present": p.present}
     if any(x is not None and not x.is_contiguous() for x in given.values()):
-        return None
+        return False
     if any(x is not None and x.dtype is not p.dtype for x in (p.query, p.scores, p.bias)):
-        return None
-    used = [(places.tensors[name], x) for name, x in given.items()] + list(zip(features, p.features, strict=True))
-    if not all(places.reads(place, x) for place, x in used):
+        return False
+    features = each(places.tensors["features"], 1)
+    used = [(places.tensors[name], x) for name, x in given.items() if x is not None]
+    return all(places.reads(place, x) for place, x in [*used, *zip(features, p.features, strict=True)])
+
+
+def plan(p: PoolProblem, places: Places) -> Any:
+    """The native plan of :func:`forward` and :func:`backward` for calls like this one; None where there is more to do
+    than read the arguments, or where the outputs are large.
+    """
+    if not in_place(p, places) or p.leading.numel() * p.width * p.out_dtype.itemsize >= POOL_MIN_BYTES:
         return None
     module = native()
+    tensors, numbers = places.first()
     return module.PoolPlan(
         pool_description(module, p, []),
         DTYPES[p.out_dtype],
         p.stacked,
         *temperature_range(p.dtype),
         places.argument("temperature"),
-        tensors | {"features": features[0]},
+        tensors,
         numbers,
         places.given,
     )
