@@ -259,6 +259,7 @@ class Plans {
   // Keeps `plan` for calls like this one, of which kMost are remembered.
   void learn(const py::tuple& arguments, py::object plan, py::str backend) {
     check(arguments);
+    if (!py::isinstance<Plan>(plan)) throw py::type_error("a plan is made by the native module");
     Reader reader(numbers_, options_);
     if (!reader.read(arguments, context_)) return;
     if (plans_.size() >= kMost) clear();

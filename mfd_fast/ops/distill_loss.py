@@ -401,7 +401,7 @@ def distill_loss(
         needs_grad = requires_grad(rows.student)
         with torch.no_grad():
             value, gradient = row_backend(name).scalar(rows, loss, needs_grad=needs_grad)
-        plan = getattr(row_backend(name), "scalar_plan", None)
+        plan = getattr(row_backend(name), "call_plan", None)
         done = _PLANS.computed((value, gradient), name, problem, arguments, plan, rows, loss)
         if needs_grad:
             value = _ScalarLoss.apply(rows.student, done)

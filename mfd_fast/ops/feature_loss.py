@@ -263,7 +263,7 @@ def feature_loss(
     needs = [requires_grad(student) for student in problem.students]
     with torch.no_grad():
         results = feature_backend(name).scalar(problem, needs)
-    plan = getattr(feature_backend(name), "scalar_plan", None)
+    plan = getattr(feature_backend(name), "call_plan", None)
     done = _PLANS.computed(results, name, problem, arguments, plan, problem)
     return _ScalarLoss.apply(done, *problem.students) if any(needs) else results[0]
 

@@ -213,7 +213,7 @@ def mfd_loss(
     needs = [requires_grad(leaf) for leaf in leaves]
     with torch.no_grad():
         outputs, gradients = mfd_backend(name).scalar(problem, _needs(needs))
-    plan = getattr(mfd_backend(name), "scalar_plan", None)
+    plan = getattr(mfd_backend(name), "call_plan", None)
     done = _PLANS.computed((outputs, flatten(gradients)), name, problem, arguments, plan, problem)
     return MFDOutput(_ScalarLoss.apply(done, *leaves), *outputs[1:]) if any(needs) else outputs
 

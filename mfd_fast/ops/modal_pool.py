@@ -90,7 +90,7 @@ def pool(problem: PoolProblem, backend: str, arguments: tuple[Any, ...] | None =
         rest, tensors = problem.apart()
         done = Done(results, backend, tensors, rest)
     else:
-        plan = getattr(pool_backend(backend), "plan", None)
+        plan = getattr(pool_backend(backend), "call_plan", None)
         done = _PLANS.computed(results, backend, problem, arguments, plan, problem)
     return _Pool.apply(done, *_leaves(problem)) if requires_grad(*_leaves(problem)) else results
 

@@ -20,7 +20,7 @@ from ..protocol import ByProducts, RowGradients, RowNeeds, RowOutputs, ScalarLos
 from . import native
 from .streams import STREAM_BYTES, streams
 
-__all__ = ["can_run", "count", "per_row", "per_row_backward", "row_description", "scalar", "scalar_plan"]
+__all__ = ["call_plan", "can_run", "count", "per_row", "per_row_backward", "row_description", "scalar"]
 
 
 def can_run(rows: RowProblem) -> str | None:
@@ -95,7 +95,7 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool) -> ScalarLoss:
     return ScalarLoss(value, gradient)
 
 
-def scalar_plan(rows: RowProblem, loss: RowLoss, places: Places) -> Any:
+def call_plan(rows: RowProblem, loss: RowLoss, places: Places) -> Any:
     """The native plan of :func:`scalar` for calls like this one.
 
     None where a kernel reads a copy, a tensor in the place of a number, or more than one dense teacher.

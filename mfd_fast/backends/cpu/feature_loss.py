@@ -19,7 +19,7 @@ from ..protocol import FeatureGradients, FeatureNeeds
 from . import native
 from .streams import streams
 
-__all__ = ["can_run", "distances", "distances_backward", "scalar", "scalar_plan"]
+__all__ = ["call_plan", "can_run", "distances", "distances_backward", "scalar"]
 
 
 def can_run(problem: FeatureProblem) -> str | None:
@@ -78,7 +78,7 @@ def scalar(problem: FeatureProblem, needs: Sequence[bool]) -> tuple[Tensor, list
     return loss, gradients
 
 
-def scalar_plan(problem: FeatureProblem, places: Places) -> Any:
+def call_plan(problem: FeatureProblem, places: Places) -> Any:
     """The native plan of :func:`scalar` for calls like this one; None where a kernel reads copies or weights that are
     tensors.
     """

@@ -22,7 +22,7 @@ from . import modal_pool as pooling
 from .gemm import NATIVE_PRODUCTS, has_pair_product, linear, pair_product
 from .streams import streams
 
-__all__ = ["can_run", "has_one_pass", "scalar", "scalar_plan"]
+__all__ = ["call_plan", "can_run", "has_one_pass", "scalar"]
 
 #: Logits of fewer rows may be shared between threads by columns, which read what others would overwrite.
 IN_PLACE_ROWS = 64
@@ -42,7 +42,7 @@ def has_one_pass(p: MFDProblem) -> bool:  # noqa: ARG001
     return True
 
 
-def scalar_plan(p: MFDProblem, places: Places) -> Any:
+def call_plan(p: MFDProblem, places: Places) -> Any:
     """The native plan of :func:`scalar` for calls like this one.
 
     None where there is more to do than read the arguments, for 16-bit or float64 arithmetic of the head, and for

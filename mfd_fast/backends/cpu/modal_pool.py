@@ -29,7 +29,7 @@ from ..protocol import PoolGradients, PoolNeeds
 from . import POOL_MIN_BYTES, native
 from .streams import streams
 
-__all__ = ["backward", "can_run", "forward", "in_place", "plan", "pool_description"]
+__all__ = ["backward", "call_plan", "can_run", "forward", "in_place", "pool_description"]
 
 
 def can_run(problem: PoolProblem) -> str | None:
@@ -103,7 +103,7 @@ def in_place(p: PoolProblem, places: Places) -> bool:
     return all(places.reads(place, x) for place, x in [*used, *zip(features, p.features, strict=True)])
 
 
-def plan(p: PoolProblem, places: Places) -> Any:
+def call_plan(p: PoolProblem, places: Places) -> Any:
     """The native plan of :func:`forward` and :func:`backward` for calls like this one; None where there is more to do
     than read the arguments, or where the outputs are large.
     """

@@ -1,0 +1,45 @@
+"""The suite `call overhead`: it measures every op on every backend here, and holds the CPU's calls to their limits."""
+
+import json
+
+import pytest
+import torch
+
+from mfd_fast.backends import plans
+from mfd_fast.bench import call_overhead
+from mfd_fast.testing import without_plans
+
+
+def measured(op, rounds):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return call_overhead.measure(op, "cpu", rounds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(plans.missing() is not None, reason="plans need PyTorch's C table")
+@pytest.mark.parametrize("op", call_overhead.LIMITS)
+def test_no_call_costs_more_than_its_limit(op):
+    """Least times of calls in turns: one quiet moment for each is enough, and on a busy machine it may be rare."""
+    found = min((measured(op, 400) for _ in range(3)), key=lambda each: each.ratio)
+    assert found.ratio <= call_overhead.LIMITS[op], found
+
+
+def test_a_regression_is_noticed():
+    """Without plans, every call is far above its limit."""
+    with without_plans():
+        for op, limit in call_overhead.LIMITS.items():
+            assert measured(op, 100).ratio > limit
+
+
+def test_every_backend_is_measured_in_a_process_of_its_own(tmp_path, capsys):
+    file = tmp_path / "overhead.json"
+    call_overhead.main(["--rounds", "3", "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert {(each["op"], each["backend"]) for each in found} == {
+        (op, backend) for op in call_overhead.LIMITS for backend in call_overhead.BACKENDS
+    }
+    assert all(each["overhead_us"] > 0 and each["empty_us"] > 0 for each in found)
+    assert capsys.readouterr().out.count("\n") == len(found) + 1
