@@ -12,7 +12,7 @@ CPP_FILES := $(shell find csrc kernels/cuda tests -name '*.h' -o -name '*.cpp' -
 # A spinning OpenMP thread would take the core of another test worker.
 export OMP_WAIT_POLICY ?= passive
 
-BROWSER ?= $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
+CHROMIUM ?= $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
 
 # One architecture for the tests: tests/machine_code/test_cuda_aot.py compiles others.
 $(VENV)/native: export MFD_FAST_CUDA_ARCHS ?= 90
@@ -40,7 +40,7 @@ test-all: versions
 ifneq ($(wildcard build/trainers-venv/packages),)
 test-all: trainers
 endif
-test-all: $(if $(BROWSER),docs,no-browser)
+test-all: $(if $(CHROMIUM),docs,no-browser)
 
 # A wheel of this tree beside the newest PyTorch to be had, and on newer Pythons: values, gradients and compile.
 versions: $(VENV)/packages-test $(VENV)/native
@@ -65,18 +65,20 @@ $(TRAINERS)/packages: pyproject.toml constraints-trainers.txt $(VENV)/python
 	  --no-deps autogluon.multimodal torchtune
 	touch $@
 
+NO_BROWSER := echo "docs: the pages are not tried, since no browser was found (chromium; Debian: apt install chromium)"
+
 # The site in build/docs, of docs/ and the docstrings; warnings and unresolved references are errors. A browser then
 # reads it: Chromium, which no package of PyPI has.
 docs: $(VENV)/packages-docs
 	echo "docs: build/docs"
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --write-all --builder html --doctree-dir build/docs-doctrees \
 	  docs build/docs
-	$(if $(BROWSER),echo "tests: the pages in $(BROWSER)",$(MAKE) no-browser)
-	$(if $(BROWSER),MFD_FAST_SITE=build/docs MFD_FAST_BROWSER=$(BROWSER) \
+	$(if $(CHROMIUM),echo "tests: the pages in $(CHROMIUM)",$(NO_BROWSER))
+	$(if $(CHROMIUM),MFD_FAST_SITE=build/docs MFD_FAST_BROWSER=$(CHROMIUM) \
 	  $(BIN)/python -m pytest --confcutdir=tests/site -p no:cacheprovider -q $(ARGS) tests/site)
 
 no-browser:
-	echo "docs: the pages are not tried, since no browser was found (chromium; Debian: apt install chromium)"
+	$(NO_BROWSER)
 
 # Every Triton kernel with every option and every CUDA source for every GPU: it takes long.
 aot: $(VENV)/packages-test $(VENV)/native

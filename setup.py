@@ -121,13 +121,13 @@ def compile_with_progress(command: list[str], environ: dict[str, str]) -> None:
         for line in ninja.stdout:
             print(line, end="", flush=True)
             count, now = re.match(r"\[(\d+)/(\d+)\]", line), time.monotonic()
-            if count and count[1] != "0" and (now - shown > 1 or count[1] == count[2]):
+            if count and count[1] != "0" and now - shown > 1:
                 to_terminal("\r" if shown else "\n")
                 shown = now
                 to_terminal(f"mfd_fast: step {count[1]} of {count[2]} of the native module, {now - started:.0f} s ")
-    to_terminal("\n" if shown else "")
     if ninja.returncode:
         raise subprocess.CalledProcessError(ninja.returncode, command)
+    to_terminal(f"\rmfd_fast: the native module is compiled, {time.monotonic() - started:.0f} s {' ' * 24}\n")
 
 
 class BuildNative(build_ext):
