@@ -22,7 +22,7 @@ from .problems.problem import Problem
 from .problems.rows import DistillProblem, check_loss, check_rows
 
 # Public op -> (op that has the kernels, the contract check that builds its problem from all arguments).
-_PLANS: dict[Callable[..., Any], tuple[str, Callable[..., Any]]] = {
+_CHECKS: dict[Callable[..., Any], tuple[str, Callable[..., Any]]] = {
     distill_loss: ("distill_loss", check_loss),
     distill_terms: ("distill_loss", check_rows),
     linear_distill_loss: ("distill_loss", check_linear_distill_loss),
@@ -42,11 +42,11 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     >>> mfd.explain(mfd.distill_loss, torch.zeros(2, 3), torch.zeros(2, 3), backend="reference").backend
     'reference'
     """
-    plan = _PLANS.get(op)
-    if plan is None:
-        known = ", ".join(f.__name__ for f in _PLANS)
+    known_op = _CHECKS.get(op)
+    if known_op is None:
+        known = ", ".join(f.__name__ for f in _CHECKS)
         raise value_error("explain", "op", getattr(op, "__name__", op), f"one of {known}")
-    kernel_op, check = plan
+    kernel_op, check = known_op
     name = op.__name__
     bound = inspect.signature(op).bind(*args, **kwargs)
     bound.apply_defaults()

@@ -241,12 +241,13 @@ class Plans {
     check(arguments);
     Reader reader(numbers_, options_);
     if (!reader.read(arguments, context_)) return py::none();
-    PyObject* index = PyDict_GetItemWithError(places_.ptr(), reader.key().ptr());
-    if (!index) {
+    PyObject* const kept = PyDict_GetItemWithError(kept_.ptr(), reader.key().ptr());
+    if (!kept) {
       if (PyErr_Occurred()) throw py::error_already_set();
       return py::none();
     }
-    const auto [plan, backend] = plans_[PyLong_AsSize_t(index)];
+    const py::object plan = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(kept, 0));
+    const py::object backend = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(kept, 1));
     py::object results = plan.cast<const Plan&>().run(reader.call());
     if (results.is_none()) return results;
     ++hits_;
@@ -257,21 +258,17 @@ class Plans {
   }
 
   // Keeps `plan` for calls like this one, of which kMost are remembered.
-  void learn(const py::tuple& arguments, py::object plan, py::str backend) {
+  void learn(const py::tuple& arguments, const py::object& plan, const py::str& backend) {
     check(arguments);
     if (!py::isinstance<Plan>(plan)) throw py::type_error("a plan is made by the native module");
     Reader reader(numbers_, options_);
     if (!reader.read(arguments, context_)) return;
-    if (plans_.size() >= kMost) clear();
-    places_[reader.key()] = plans_.size();
-    plans_.emplace_back(std::move(plan), std::move(backend));
+    if (size() >= kMost) clear();
+    kept_[reader.key()] = py::make_tuple(plan, backend);
   }
 
-  void clear() {
-    places_.clear();
-    plans_.clear();
-  }
-  size_t size() const { return plans_.size(); }
+  void clear() { kept_.clear(); }
+  size_t size() const { return kept_.size(); }
   int64_t hits() const { return hits_; }
 
  private:
@@ -297,8 +294,7 @@ class Plans {
   py::object context_;
   py::set options_;
   py::object saved_;
-  py::dict places_;  // key -> place in plans_
-  std::vector<std::pair<py::object, py::str>> plans_;
+  py::dict kept_;  // key -> (plan, backend), so that threads see both or neither
   int64_t hits_ = 0;
 };
 

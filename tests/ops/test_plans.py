@@ -296,6 +296,33 @@ def test_another_dtype_layout_or_kind_has_no_part_in_a_plan(argument, value):
     assert hits_of(lambda: assert_same(run(mfd.distill_loss, changed), expected)) == same_metadata
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_calls_of_no_rows_and_of_one(rows):
+    leaf = random(rows, 3).requires_grad_()
+    calls = (
+        (
+            mfd.distill_loss,
+            {"student": leaf, "teacher": random(rows, 3), "labels": torch.zeros(rows, dtype=torch.int64)},
+        ),
+        (mfd.feature_loss, {"student": leaf, "teacher": random(rows, 3)}),
+        (mfd.modal_pool, {"features": [leaf, random(rows, 3)], "query": random(3).requires_grad_()}),
+        (
+            mfd.mfd_loss,
+            {
+                "features": [leaf, random(rows, 3)],
+                "query": None,
+                "head_weight": random(4, 3).requires_grad_(),
+                "head_bias": random(4).requires_grad_(),
+                "teacher_logits": random(rows, 4),
+            },
+        ),
+    )
+    for op, arguments in calls:
+        expected = checked(op, arguments)
+        for k in range(2):
+            assert hits_of(lambda op=op, a=arguments, e=expected: assert_same(run(op, a), e)) == k, op
+
+
 @each_op
 def test_grad_mode_and_inference_mode_have_plans_of_their_own(name):
     op, arguments, _ = CALLS[name]
