@@ -31,7 +31,7 @@ RIGHT, WRONG, LATE = 0, 1, 2
 CASES: tuple[tuple[str, Mapping[str, int], Mapping[str, Any]], ...] = (
     ("distill_loss", {"rows": 64, "classes": 1000}, {"hard_weight": 0.5}),
     ("distill_terms", {"rows": 64, "classes": 1000}, {}),
-    ("linear_distill", {"rows": 64, "hidden": 64, "classes": 1000}, {}),
+    ("linear_distill", {"rows": 64, "hidden": 64, "teacher": 96, "classes": 1000}, {}),
     ("modal_pool", {"batch": 64, "modalities": 3, "width": 768}, {}),
     ("feature_loss", {"rows": 64, "taps": 4, "width": 768}, {}),
     ("mfd_loss", {"batch": 64, "modalities": 3, "width": 256, "classes": 100}, {}),
