@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from .backends import NAMES, Choice, explain_choice
 from .ops.class_sharded import check_class_sharded
@@ -21,14 +21,22 @@ from .problems.pool import check_pool
 from .problems.problem import Problem
 from .problems.rows import DistillProblem, check_loss, check_rows
 
-# Public op -> (op that has the kernels, the contract check that builds its problem from all arguments).
-_CHECKS: dict[Callable[..., Any], tuple[str, Callable[..., Any]]] = {
-    distill_loss: ("distill_loss", check_loss),
-    distill_terms: ("distill_loss", check_rows),
-    linear_distill_loss: ("distill_loss", check_linear_distill_loss),
-    modal_pool: ("modal_pool", check_pool),
-    feature_loss: ("feature_loss", check_feature_loss),
-    mfd_loss: ("mfd_loss", check_mfd_loss),
+
+class Op(NamedTuple):
+    """``kernels``: whose it runs, a key of ``backends.OPS``; ``check`` builds its problem from all arguments."""
+
+    kernels: str
+    check: Callable[..., Any]
+
+
+#: The public ops. Their backends are those of their kernels; the records of the tests follow from this table.
+OPS: dict[Callable[..., Any], Op] = {
+    distill_loss: Op("distill_loss", check_loss),
+    distill_terms: Op("distill_loss", check_rows),
+    linear_distill_loss: Op("distill_loss", check_linear_distill_loss),
+    modal_pool: Op("modal_pool", check_pool),
+    feature_loss: Op("feature_loss", check_feature_loss),
+    mfd_loss: Op("mfd_loss", check_mfd_loss),
 }
 
 
@@ -42,11 +50,11 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     >>> mfd.explain(mfd.distill_loss, torch.zeros(2, 3), torch.zeros(2, 3), backend="reference").backend
     'reference'
     """
-    known_op = _CHECKS.get(op)
-    if known_op is None:
-        known = ", ".join(f.__name__ for f in _CHECKS)
+    record = OPS.get(op)
+    if record is None:
+        known = ", ".join(f.__name__ for f in OPS)
         raise value_error("explain", "op", getattr(op, "__name__", op), f"one of {known}")
-    kernel_op, check = known_op
+    kernel_op, check = record
     name = op.__name__
     bound = inspect.signature(op).bind(*args, **kwargs)
     bound.apply_defaults()

@@ -12,7 +12,7 @@ import mfd_fast as mfd
 from mfd_fast import backends
 from mfd_fast.backends import protocol
 from mfd_fast.bench.ops import OPS as MEASURED
-from mfd_fast.explain import _PLANS
+from mfd_fast.explain import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "adding_an_op.md").read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def test_every_step_names_a_test():
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_op_is_in_every_place(name):
     op = getattr(mfd, name)
-    kernels, check = _PLANS[op]
+    kernels, check = OPS[op]
     assert kernels in backends.OPS
     assert (ROOT / "mfd_fast" / "reference" / f"{name.replace('terms', 'loss')}.py").is_file()
     assert op.__module__.rpartition(".")[0] == "mfd_fast.ops"

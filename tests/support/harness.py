@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 import mfd_fast as mfd
+from mfd_fast import backends
 from mfd_fast.backends import plans
+from mfd_fast.explain import OPS
 from mfd_fast.testing import assert_bitwise_equal, assert_close_to_float64, poison
 
 Arguments = dict[str, Any]
@@ -29,6 +31,10 @@ class ErrorInput:
     id: str = ""
 
 
+#: Of each public op.
+BACKENDS_OF = {op.__name__: backends.OPS[known.kernels] for op, known in OPS.items()}
+
+
 @dataclass(frozen=True)
 class OpRecord:
     """One public op. ``samples(dtype, distance, seed, rows, classes)`` maps names to keyword arguments."""
@@ -38,7 +44,6 @@ class OpRecord:
     samples: Callable[..., dict[str, Arguments]]
     differentiable: tuple[str, ...]
     outputs: Callable[[Any], dict[str, Tensor]]
-    backends: tuple[str, ...]
     errors: Callable[[], list[ErrorInput]]
     registered: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
@@ -46,6 +51,10 @@ class OpRecord:
     @property
     def name(self) -> str:
         return self.op.__name__
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        return BACKENDS_OF[self.name]
 
 
 @dataclass

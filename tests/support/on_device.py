@@ -109,9 +109,9 @@ def _install() -> None:
 
     import mfd_fast as mfd
     from mfd_fast import backends
-    from mfd_fast.explain import _PLANS, explain
+    from mfd_fast.explain import OPS, explain
 
-    for op in _PLANS:
+    for op in OPS:
         setattr(mfd, op.__name__, moved(op))
         setattr(eager, op.__name__, moved(getattr(eager, op.__name__)))
 

@@ -227,7 +227,6 @@ def _fields(result: Any) -> dict[str, Tensor]:
     return {k: v for k, v in result._asdict().items() if v is not None}
 
 
-_ALL_BACKENDS = ("cuda", "triton", "cpu", "reference")
 _ROW_ARGUMENTS = ("student", "teacher", "temperature", "teacher_temperature", "teacher_weights")
 
 RECORDS = {
@@ -239,7 +238,6 @@ RECORDS = {
             samples=distill_loss_samples,
             differentiable=(*_ROW_ARGUMENTS, "weight", "soft_weight", "hard_weight", "normalizer"),
             outputs=_loss,
-            backends=_ALL_BACKENDS,
             errors=op_errors.distill_loss,
             registered=("distill_loss", "distill_rows", "distill_rows_backward"),
         ),
@@ -249,7 +247,6 @@ RECORDS = {
             samples=distill_terms_samples,
             differentiable=_ROW_ARGUMENTS,
             outputs=_fields,
-            backends=_ALL_BACKENDS,
             errors=op_errors.distill_terms,
             registered=("distill_rows", "distill_rows_backward"),
         ),
@@ -259,7 +256,6 @@ RECORDS = {
             samples=op_db_linear.samples,
             differentiable=(*op_db_linear.HEADS, "temperature", "teacher_temperature", "weight", "normalizer"),
             outputs=_fields,
-            backends=_ALL_BACKENDS,
             errors=op_errors.linear_distill_loss,
             registered=("linear_distill_loss", "linear_distill_rows", "linear_distill_rows_backward"),
         ),
@@ -269,7 +265,6 @@ RECORDS = {
             samples=modal_pool_samples,
             differentiable=("features", "query", "scores", "bias", "temperature"),
             outputs=_fields,
-            backends=_ALL_BACKENDS,
             errors=op_errors.modal_pool,
             registered=("modal_pool", "modal_pool_backward"),
         ),
@@ -279,7 +274,6 @@ RECORDS = {
             samples=feature_loss_samples,
             differentiable=("student", "teacher", "projector", "weight"),
             outputs=_loss,
-            backends=_ALL_BACKENDS,
             errors=op_errors.feature_loss,
             registered=("feature_distances", "feature_distances_backward"),
         ),
@@ -289,7 +283,6 @@ RECORDS = {
             samples=mfd_loss_samples,
             differentiable=("features", "query", "bias", "head_weight", "head_bias", "teacher_logits", "weight"),
             outputs=_fields,
-            backends=_ALL_BACKENDS,
             errors=op_errors.mfd_loss,
         ),
     )

@@ -44,7 +44,6 @@ def run(fault):
         samples=lambda **_: {},
         differentiable=("x",),
         outputs=lambda result: {"loss": result},
-        backends=(),
         errors=list,
     )
     return evaluate(record, double, {"x": torch.randn(3, 4)})
