@@ -19,18 +19,24 @@ class RowLayout(NamedTuple):
     row_stride: int
 
 
-def row_layout(tensor: Tensor) -> RowLayout:
-    """Two-level row layout of ``tensor [..., C]``; copies only when no such layout exists.
+class RowStrides(NamedTuple):
+    """See :class:`RowLayout`."""
+
+    inner: int
+    outer_stride: int
+    row_stride: int
+
+
+def row_strides(tensor: Tensor) -> RowStrides | None:
+    """Two-level row strides of ``tensor [..., C]``; None where it has none.
 
     Two levels cover the shifted logits of language models, ``logits[:, :-1]``, as they are.
     """
     shape, strides = tensor.shape, tensor.stride()
-    columns = shape[-1]
-    if columns > 1 and strides[-1] != 1:
-        tensor = tensor.contiguous()
-        return RowLayout(tensor, max(tensor.numel() // columns, 1), 0, columns)
+    if shape[-1] > 1 and strides[-1] != 1:
+        return None
     if len(shape) == 2:
-        return RowLayout(tensor, max(shape[0], 1), 0, strides[0])
+        return RowStrides(max(shape[0], 1), 0, strides[0])
 
     # Merge adjacent leading dimensions that step as one; sizes of 1 never step.
     groups: list[tuple[int, int]] = []  # (size, stride), outermost first
@@ -42,10 +48,19 @@ def row_layout(tensor: Tensor) -> RowLayout:
         else:
             groups.append((size, stride))
     if len(groups) > 2:
-        tensor = tensor.contiguous()
-        return RowLayout(tensor, max(tensor.numel() // max(columns, 1), 1), 0, columns)
+        return None
     if len(groups) == 2:
-        return RowLayout(tensor, max(groups[1][0], 1), groups[0][1], groups[1][1])
+        return RowStrides(max(groups[1][0], 1), groups[0][1], groups[1][1])
     if len(groups) == 1:
-        return RowLayout(tensor, max(groups[0][0], 1), 0, groups[0][1])
-    return RowLayout(tensor, 1, 0, 0)
+        return RowStrides(max(groups[0][0], 1), 0, groups[0][1])
+    return RowStrides(1, 0, 0)
+
+
+def row_layout(tensor: Tensor) -> RowLayout:
+    """The rows of ``tensor``, or of a contiguous copy where it has no :func:`row_strides`."""
+    strides = row_strides(tensor)
+    if strides is not None:
+        return RowLayout(tensor, *strides)
+    columns = tensor.shape[-1]
+    tensor = tensor.contiguous()
+    return RowLayout(tensor, max(tensor.numel() // max(columns, 1), 1), 0, columns)

@@ -110,3 +110,26 @@ def test_gradient_is_contiguous_and_of_the_students_form(backend):
                 if grad is not None:
                     assert grad.is_contiguous(), (name, key)
                     assert (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype)
+
+
+def test_what_no_kernel_can_read_is_copied_once_a_call(monkeypatch):
+    """Classes that are not the last dimension in memory, as in maps [N, C, H, W]."""
+    wide, narrow = torch.randn(2, 7, 3, 5).unbind(0), torch.randn(4, 3, 5)
+    x, y = (side.movedim(0, -1) for side in wide)  # [3, 5, 7]
+    head = torch.randn(7, 4)
+    modalities = [narrow.movedim(0, -1), narrow.movedim(0, -1) + 1]
+    calls = {
+        "distill_loss": (2, lambda: mfd.distill_loss(x, y, backend="cpu")),
+        "feature_loss": (2, lambda: mfd.feature_loss(x, y, backend="cpu")),
+        "modal_pool": (2, lambda: mfd.modal_pool(modalities, scores=torch.zeros(3, 5, 2), backend="cpu")),
+        # The teacher's logits stand in for the student's, which are still to be computed.
+        "mfd_loss": (4, lambda: mfd.mfd_loss(modalities, torch.zeros(4), head, None, y, backend="cpu")),
+    }
+    copies = []
+    real = torch.Tensor.contiguous
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda t: (t.is_contiguous() or copies.append(t.shape), real(t))[1])
+    for name, (most, call) in calls.items():
+        for _ in range(3):
+            copies.clear()
+            call()
+            assert len(copies) <= most, name

@@ -12,7 +12,7 @@ from ...codes import STATISTICS
 from ...problems.checks import label_error, temperature_range
 from ...problems.rows import RowLoss, RowProblem, check_indices
 from .. import allocate
-from ..layout import row_layout
+from ..layout import row_strides
 from ..limits import beyond_kernels
 from ..native import RowScalar, address, native_rows, native_topk
 from ..plans import Places
@@ -106,8 +106,10 @@ def call_plan(rows: RowProblem, loss: RowLoss, places: Places) -> Any:
         return None
     if any(isinstance(number, Tensor) for number in numbers):
         return None
-    sides = {"student": row_layout(rows.student).tensor, "teacher": row_layout(rows.teacher).tensor}
+    sides = {"student": rows.student, "teacher": rows.teacher}
     used = sides | {"labels": rows.labels, "mask": rows.mask, "weight": loss.weight}
+    if any(row_strides(side) is None for side in sides.values()):
+        return None
     if not all(places.reads(places.tensors[name], tensor) for name, tensor in used.items()):
         return None
     module, mean = native(), loss.reduction == "mean"

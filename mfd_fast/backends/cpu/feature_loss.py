@@ -12,7 +12,7 @@ from torch import Tensor
 from ...codes import FEATURE_KINDS
 from ...problems.features import FeatureProblem, Tap
 from .. import allocate
-from ..layout import row_layout
+from ..layout import row_strides
 from ..native import address, dense, row_matrix
 from ..plans import Places, each
 from ..protocol import FeatureGradients, FeatureNeeds
@@ -89,7 +89,9 @@ def call_plan(problem: FeatureProblem, places: Places) -> Any:
     students, teachers, masks = (each(places.tensors[name], count) for name in names)
     weights = each(places.numbers["weight"], count)
     for k, tap in enumerate(problem.taps):
-        used = row_layout(tap.student).tensor, row_layout(tap.teacher).tensor, tap.mask
+        used = tap.student, tap.teacher, tap.mask
+        if row_strides(tap.student) is None or row_strides(tap.teacher) is None:
+            return None
         if not all(map(places.reads, (students[k], teachers[k], masks[k]), used)):
             return None
         if tap.mask is not None and not tap.mask.is_contiguous():

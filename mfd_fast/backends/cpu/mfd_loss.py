@@ -13,7 +13,7 @@ from ...problems.checks import is_used, temperature_range
 from ...problems.mfd import MFDProblem
 from ...types import MFDOutput
 from .. import allocate
-from ..layout import row_layout
+from ..layout import row_strides
 from ..native import NO_ROWS, address, cast, dense, feature_gradients, row_matrix
 from ..plans import Places
 from ..protocol import MFDGradients, MFDNeeds
@@ -59,13 +59,15 @@ def call_plan(p: MFDProblem, places: Places) -> Any:
     used = {
         "head_weight": p.head_weight,
         "head_bias": p.head_bias,
-        "teacher_logits": row_layout(rows.teacher).tensor,
+        "teacher_logits": rows.teacher,
         "labels": rows.labels,
         "mask": rows.mask,
         "weight": loss.weight,
-        "teacher_features": row_layout(p.teacher_features).tensor if p.teacher_features is not None else None,
+        "teacher_features": p.teacher_features,
         "teacher_pool_weights": p.teacher_pool_weights,
     }
+    if any(x is not None and row_strides(x) is None for x in (rows.teacher, p.teacher_features)):
+        return None
     dense = (p.head_weight, p.head_bias, p.teacher_pool_weights)
     if any(x is not None and not (x.is_contiguous() and x.dtype is rows.dtype) for x in dense):
         return None

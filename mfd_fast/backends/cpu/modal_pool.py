@@ -12,7 +12,7 @@ from ...codes import DTYPES
 from ...problems.checks import temperature_range
 from ...problems.pool import PoolProblem
 from .. import allocate
-from ..layout import row_layout
+from ..layout import row_strides
 from ..native import (
     MAX_MODALITIES,
     NO_ROWS,
@@ -91,7 +91,7 @@ def in_place(p: PoolProblem, places: Places) -> bool:
     if isinstance(p.temperature, Tensor):
         return False
     parts = [p.features[0].select(-2, 0)] if p.stacked else p.features
-    if any(row_layout(x).tensor.data_ptr() != x.data_ptr() for x in parts):
+    if any(row_strides(x) is None for x in parts):
         return False
     given = {"query": p.query, "scores": p.scores, "bias": p.bias, "present": p.present}
     if any(x is not None and not x.is_contiguous() for x in given.values()):
