@@ -8,6 +8,7 @@ from .divergences import (
     NKD,
     TVD,
     AlphaBeta,
+    CrossEntropy,
     Divergence,
     ForwardKL,
     ReverseKL,
@@ -15,12 +16,13 @@ from .divergences import (
     SkewReverseKL,
 )
 from .explain import explain
-from .ops.distill_loss import distill_loss, distill_terms
+from .ops.distill_loss import distill_loss
+from .ops.distill_terms import distill_terms
 from .ops.feature_loss import feature_loss
 from .ops.linear_distill_loss import linear_distill_loss
 from .ops.mfd_loss import mfd_loss
 from .ops.modal_pool import modal_pool
-from .types import DistillTerms, LinearDistillOutput, LogitTransform, MFDOutput, ModalPool, TopK
+from .types import DistillOutput, DistillTerms, LinearDistillOutput, LogitTransform, MFDOutput, ModalPool, TopK
 
 __version__ = "0.1.0"
 
@@ -32,6 +34,8 @@ __all__ = [
     "AlphaBeta",
     "BackendError",
     "Choice",
+    "CrossEntropy",
+    "DistillOutput",
     "DistillTerms",
     "Divergence",
     "ForwardKL",

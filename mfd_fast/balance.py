@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ops.distill_loss import distill_terms
+from .ops.distill_terms import distill_terms
 from .problems import checks as contract
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ DIVERGENCES = {
     "alpha_beta": 6,
     "dkd": 7,
     "nkd": 8,
+    "cross_entropy": 9,
 }
 
 #: What a sparse teacher leaves to the classes that it does not list.

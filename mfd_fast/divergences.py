@@ -11,7 +11,7 @@ The soft term of the losses is T²·D, except where a docstring says otherwise.
 
 Special values common to all: classes that are −inf on both sides contribute 0 and receive a zero gradient;
 one class gives 0; a NaN, a +inf logit or a row of only −inf gives NaN for the row. Where a row's value is
-+inf its gradient is finite for ForwardKL, DKD and NKD and not meaningful for the others.
++inf its gradient is finite for ForwardKL, CrossEntropy, DKD and NKD and not meaningful for the others.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = [
     "NKD",
     "TVD",
     "AlphaBeta",
+    "CrossEntropy",
     "Divergence",
     "ForwardKL",
     "ReverseKL",
@@ -88,6 +89,19 @@ class ForwardKL(Divergence):
     """
 
     name = "forward_kl"
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Divergence):
+    """−Σ p log q = KL(p‖q) + H(p): the forward KL valued as a cross-entropy with the teacher's probabilities.
+
+    Its gradient with respect to the student is that of the forward KL, q − p; that to the softened teacher is
+    p (−log q − CE). Not 0 at p = q. torchtune, open_clip and AutoGluon report it.
+
+    g = −p/q, h = −log q. p = 0 contributes 0; q = 0 < p gives +inf with the finite gradient q − p.
+    """
+
+    name = "cross_entropy"
 
 
 @dataclass(frozen=True)
@@ -281,7 +295,7 @@ class NKD(Divergence):
 
 #: Divergences that a string selects. AlphaBeta is not among them: it has no default exponents.
 DIVERGENCES: dict[str, Divergence] = {
-    d.name: d for d in (ForwardKL(), ReverseKL(), JSD(), SkewKL(), SkewReverseKL(), TVD(), DKD(), NKD())
+    d.name: d for d in (ForwardKL(), CrossEntropy(), ReverseKL(), JSD(), SkewKL(), SkewReverseKL(), TVD(), DKD(), NKD())
 }
 
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from .backends import NAMES, Choice, explain_choice
 from .ops.class_sharded import check_class_sharded
-from .ops.distill_loss import distill_loss, distill_terms
+from .ops.distill_loss import distill_loss
+from .ops.distill_terms import distill_terms
 from .ops.feature_loss import feature_loss
 from .ops.linear_distill_loss import linear_distill_loss
 from .ops.mfd_loss import mfd_loss

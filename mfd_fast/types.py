@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .number import is_integer, is_real, plain
 
-__all__ = ["DistillTerms", "LinearDistillOutput", "LogitTransform", "MFDOutput", "ModalPool", "TopK"]
+__all__ = ["DistillOutput", "DistillTerms", "LinearDistillOutput", "LogitTransform", "MFDOutput", "ModalPool", "TopK"]
 
 TAILS = ("bucket", "renormalize", "zero")
 VALUES = ("logprobs", "logits")
@@ -133,6 +133,21 @@ class DistillTerms(NamedTuple):
     student_label_prob: Tensor | None
     teacher_label_prob: Tensor | None
     agreement: Tensor
+
+
+class DistillOutput(NamedTuple):
+    """Result of :func:`mfd_fast.distill_loss` with ``return_parts=True``.
+
+    ``loss`` is differentiable. The others are detached and reduced as the loss is (row weights included): ``soft`` and
+    ``hard`` before their weights, and the entropies (nats) of the softened distributions q (student) and p (teacher).
+    A term whose weight is the number 0 is 0, and with the soft term so are the entropies.
+    """
+
+    loss: Tensor
+    soft: Tensor
+    hard: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
 
 
 class LinearDistillOutput(NamedTuple):

@@ -7,6 +7,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/plans.h"
+#include "common/rows/row_math.h"
 #include "cpu/runtime/distill.h"
 
 namespace py = pybind11;
@@ -21,9 +22,41 @@ double run_forward(const Forward& f, const TopK* topk, bool wants_sum, int threa
   return mfd::topk({f, *topk, kOne, kOne, nullptr, nullptr, nullptr}, wants_sum, threads);
 }
 
-// Writes the weighted sum of the row losses to `loss`, and its gradient to `grad` where that is not 0.
+// Values per row of the two terms and, with the soft one, of both entropies.
+struct Parts {
+  static constexpr int kCount = 4;
+  std::vector<char> rows;  // of the compute dtype, in room for double
+  int64_t n;
+
+  Parts(Forward& f, int64_t n_rows) : rows(static_cast<size_t>(kCount * n_rows) * sizeof(double)), n(n_rows) {
+    f.soft = row(0);
+    if (f.use_hard) f.hard = row(1);
+    if (!f.use_soft) return;
+    f.student_entropy = row(2);
+    f.teacher_entropy = row(3);
+  }
+  char* row(int k) { return rows.data() + static_cast<size_t>(k * n) * sizeof(double); }
+
+  // sum weight*value of each, times what its mean divides by, in the fixed order of the rows.
+  template <class T>
+  void sum(const Forward& f, double share, double hard_share, T* out) {
+    for (int k = 0; k < kCount; ++k) {
+      const T* values = reinterpret_cast<const T*>(row(k));
+      const bool used = k == 1 ? f.use_hard : f.use_soft;
+      double total = 0;
+      for (int64_t i = 0; used && i < n; ++i)
+        if (is_counted(f.problem, i)) total += at<T>(f.weight, i) * static_cast<double>(values[i]);
+      out[k] = static_cast<T>(total * (k == 1 ? hard_share : share));
+    }
+  }
+};
+
+// Writes the weighted sum of the row losses to `loss`, and its gradient to `grad` where that is not 0. To
+// `parts`, if not 0, the weighted sums of soft and hard term and of both entropies, times `share` or
+// `hard_share`.
 void scalar(const RowProblem& problem, const TopK* topk, bool use_soft, bool use_hard, Address weight,
-            double soft_factor, double hard_factor, Address loss, Address grad, bool stream, int threads) {
+            double soft_factor, double hard_factor, Address loss, Address grad, bool stream, Address parts,
+            double share, double hard_share, int threads) {
   Forward f{};
   f.problem = problem;
   f.use_soft = use_soft;
@@ -33,7 +66,14 @@ void scalar(const RowProblem& problem, const TopK* topk, bool use_soft, bool use
   f.hard_factor = hard_factor;
   f.grad = pointer(grad);
   f.stream = stream;
+  if (!parts) return put_value(loss, problem.is_double, run_forward(f, topk, true, threads));
+  Parts rows(f, problem.n_rows);
   put_value(loss, problem.is_double, run_forward(f, topk, true, threads));
+  if (problem.is_double) {
+    rows.sum(f, share, hard_share, pointer<double>(parts));
+  } else {
+    rows.sum(f, share, hard_share, pointer<float>(parts));
+  }
 }
 
 // Per-row values; the last five addresses are all 0 or all but the label probabilities are not.
@@ -129,7 +169,11 @@ class DistillPlan final : public Plan {
     int64_t counted = problem.n_rows;
     if (problem.labels || problem.mask) counted = count_rows(problem);
     if (counted < 0) return py::none();
-    if (mean_ && normalizer_ < 0) divisor = static_cast<double>(std::max<int64_t>(counted, 1));
+    const bool counts = mean_ && normalizer_ < 0;
+    if (counts) divisor = static_cast<double>(std::max<int64_t>(counted, 1));
+    double hard_divisor = divisor;
+    if (counts && problem.keeps_ignored)
+      hard_divisor = static_cast<double>(std::max<int64_t>(count_labelled(problem), 1));
 
     const DLTensor& student = call.tensors[static_cast<size_t>(rows_.student)];
     const uint8_t bits = problem.is_double ? 64 : 32;
@@ -140,7 +184,7 @@ class DistillPlan final : public Plan {
     f.use_hard = use_hard_;
     f.weight = {call.data(weight_), 1, 1.0};
     f.soft_factor = soft_weight / divisor;
-    f.hard_factor = hard_weight / divisor;
+    f.hard_factor = hard_weight / hard_divisor;
     if (call.needs_grad) {
       gradient = new_like(call.objects[static_cast<size_t>(rows_.student)], student);
       f.grad = data_of(gradient);
@@ -169,6 +213,7 @@ void bind_distill_loss(py::module_& m) {
   py::class_<DistillPlan, Plan>(m, "DistillPlan")
       .def(py::init<const RowProblem&, bool, bool, bool, double, double, const Places&, const Places&>());
   m.def("count_rows", &count_rows);
+  m.def("count_labelled", &count_labelled);
   m.def("lists_are_valid", &lists_are_valid, release());
   m.def("scalar", &scalar, release());
   m.def("per_row", &per_row, release());

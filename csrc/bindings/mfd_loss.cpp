@@ -24,7 +24,7 @@ struct Mfd {
   FeatureKind kind;
   const void* pool_target;
   RowScalar weight;
-  double soft_factor, hard_factor, feature_factor, pool_factor, divisor;
+  double soft_factor, hard_factor, feature_factor, pool_factor, divisor, hard_divisor;
   bool use_soft, use_hard;
   std::vector<FeatureRow> feature;
   std::vector<double> pool_kl, soft, hard;
@@ -33,7 +33,7 @@ struct Mfd {
 std::unique_ptr<Mfd> make_mfd(const PoolProblem& pool, const RowProblem& problem, const MatrixFields& target,
                               int kind, Address pool_target, Address weight, double soft_factor,
                               double hard_factor, double feature_factor, double pool_factor, double divisor,
-                              bool use_soft, bool use_hard) {
+                              double hard_divisor, bool use_soft, bool use_hard) {
   auto m = std::make_unique<Mfd>();
   m->pool = pool;
   m->problem = problem;
@@ -47,6 +47,7 @@ std::unique_ptr<Mfd> make_mfd(const PoolProblem& pool, const RowProblem& problem
   m->feature_factor = feature_factor;
   m->pool_factor = pool_factor;
   m->divisor = divisor;
+  m->hard_divisor = hard_divisor;
   m->use_soft = use_soft;
   m->use_hard = use_hard;
   const size_t n = static_cast<size_t>(problem.n_rows);
@@ -87,6 +88,7 @@ void rows_of_mfd(Mfd& m, Address logits, Address loss, Address soft, Address har
   r.feature_factor = m.feature_factor;
   r.pool_factor = m.pool_factor;
   r.divisor = m.divisor;
+  r.hard_divisor = m.hard_divisor;
   r.feature = m.target.data ? m.feature.data() : nullptr;
   r.pool_kl = m.pool_target ? m.pool_kl.data() : nullptr;
   r.soft = m.soft.data();
@@ -173,7 +175,11 @@ class MFDPlan final : public Plan {
     int64_t counted = m.problem.n_rows;
     if (m.problem.labels || m.problem.mask) counted = count_rows(m.problem);
     if (counted < 0) return py::none();
-    if (mean_ && numbers_.normalizer < 0) m.divisor = static_cast<double>(std::max<int64_t>(counted, 1));
+    const bool counts = mean_ && numbers_.normalizer < 0;
+    if (counts) m.divisor = static_cast<double>(std::max<int64_t>(counted, 1));
+    m.hard_divisor = m.divisor;
+    if (counts && m.problem.keeps_ignored)
+      m.hard_divisor = static_cast<double>(std::max<int64_t>(count_labelled(m.problem), 1));
     pool_.fill(call.tensors, pool_temperature, m.pool);
     if (m.target.data) m.target.data = call.data(tensors_.teacher_features);
     if (m.pool_target) m.pool_target = call.data(tensors_.teacher_pool_weights);

@@ -36,9 +36,9 @@ std::unique_ptr<Teachers> make_teachers(std::vector<Side> sides, Address weights
 std::unique_ptr<RowProblem> make_problem(int64_t n_rows, int64_t classes, bool is_double, const Side& student,
                                          const Side& teacher, double ts, Address ts_rows, int64_t ts_stride,
                                          double tt, Address tt_rows, int64_t tt_stride, Address labels,
-                                         Address mask, int64_t ignore_index, double smoothing,
-                                         bool scale_by_temperature, int divergence, double first,
-                                         double second, const Teachers* teachers) {
+                                         Address mask, int64_t ignore_index, bool keeps_ignored,
+                                         double smoothing, bool scale_by_temperature, int divergence,
+                                         double first, double second, const Teachers* teachers) {
   return std::unique_ptr<RowProblem>(new RowProblem{n_rows,
                                                     classes,
                                                     is_double,
@@ -49,6 +49,7 @@ std::unique_ptr<RowProblem> make_problem(int64_t n_rows, int64_t classes, bool i
                                                     pointer<const int64_t>(labels),
                                                     pointer<const unsigned char>(mask),
                                                     ignore_index,
+                                                    keeps_ignored,
                                                     smoothing,
                                                     scale_by_temperature,
                                                     static_cast<Divergence>(divergence),
@@ -112,8 +113,8 @@ void bind_problems(py::module_& m) {
       .def(py::init(&make_problem), "n_rows"_a, "classes"_a, "is_double"_a, "student"_a, "teacher"_a,
            "student_temperature"_a, "student_temperature_rows"_a, "student_temperature_stride"_a,
            "teacher_temperature"_a, "teacher_temperature_rows"_a, "teacher_temperature_stride"_a, "labels"_a,
-           "mask"_a, "ignore_index"_a, "smoothing"_a, "scale_by_temperature"_a, "divergence"_a, "first"_a,
-           "second"_a, "teachers"_a);
+           "mask"_a, "ignore_index"_a, "keeps_ignored"_a, "smoothing"_a, "scale_by_temperature"_a,
+           "divergence"_a, "first"_a, "second"_a, "teachers"_a);
   py::class_<TopK>(m, "TopK", py::module_local())
       .def(py::init(&make_topk), "indices"_a, "listed"_a, "tail"_a, "logprobs"_a);
   py::class_<PoolProblem>(m, "Pool", py::module_local())

@@ -29,6 +29,8 @@ def why_not(rows: RowProblem) -> str | None:
     """None if class-sharded logits of this call can be compared, else the reason."""
     if type(rows.divergence) not in SUPPORTED:
         return f"{rows.divergence.name} of class-sharded logits; there are forward_kl, reverse_kl and jsd"
+    if rows.ignored_labels == "term":
+        return "ignored_labels='term' of class-sharded logits"
     if rows.topk is not None or len(rows.teachers) > 1:
         return "a TopK or several teachers beside class-sharded logits"
     for name, transform in (("student", rows.student_transform), ("teacher", rows.teacher_transform)):

@@ -127,6 +127,7 @@ def native_rows(
         address(rows.labels),
         address(rows.mask),
         rows.ignore_index,
+        rows.ignored_labels == "term",
         rows.label_smoothing if rows.classes > 1 else 0.0,  # one class keeps all of its label
         rows.scale_by_temperature,
         DIVERGENCES[rows.divergence.name],

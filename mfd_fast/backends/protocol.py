@@ -62,16 +62,19 @@ class RowOutputs(NamedTuple):
 
 
 class ScalarLoss(NamedTuple):
-    """A scalar loss and, if asked for, its gradient with respect to the student."""
+    """A scalar loss and, if asked for, its gradient with respect to the student and its parts: ``[4]``, the fields of
+    :class:`~mfd_fast.DistillOutput` after the loss.
+    """
 
     loss: Tensor
     student: Tensor | None
+    parts: Tensor | None
 
 
 class RowBackend(Protocol):
     def can_run(self, rows: RowProblem, /) -> str | None: ...
 
-    def scalar(self, rows: RowProblem, loss: RowLoss, /, *, needs_grad: bool) -> ScalarLoss:
+    def scalar(self, rows: RowProblem, loss: RowLoss, /, *, needs_grad: bool, parts: bool) -> ScalarLoss:
         """The scalar loss in one pass; ``loss.reduction`` is "mean" or "sum"."""
 
     def per_row(self, rows: RowProblem, /, *, terms: bool) -> RowOutputs:

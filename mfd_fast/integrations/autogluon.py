@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..ops.distill_loss import distill_terms
+from ..ops.distill_terms import distill_terms
 from ..ops.feature_loss import feature_loss
 from .shared import check_signature, replaced, require
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..ops.distill_loss import distill_loss, distill_terms
+from ..ops.distill_loss import distill_loss
+from ..ops.distill_terms import distill_terms
 
 __all__ = ["ForwardKLLoss", "LogitsDistillationLoss"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops.distill_loss import distill_terms
+from ..ops.distill_terms import distill_terms
 from .shared import check_signature, require
 
 require("open_clip_torch", "3.3", "4")

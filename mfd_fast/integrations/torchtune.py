@@ -17,7 +17,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..ops.distill_loss import distill_loss, distill_terms
+from ..ops.distill_loss import distill_loss
+from ..ops.distill_terms import distill_terms
 from .shared import check_signature, require
 
 require("torchtune", "0.6.1", "0.7")

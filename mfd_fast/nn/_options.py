@@ -12,9 +12,9 @@ from .. import backends
 from ..codes import FEATURE_KINDS
 from ..problems import checks as contract
 from ..problems.linear import check_chunk_rows
+from ..problems.mfd import ABSENT_POOL_WEIGHTS
+from ..problems.rows import IGNORED_LABELS
 from ..schedules.options import Check
-
-_ANY_COLUMNS = 2**62
 
 
 def of(op: Callable[..., Any], per_call: Sequence[str]) -> dict[str, Check]:
@@ -68,7 +68,7 @@ def _divergence(op: str, name: str, value: Any) -> None:  # noqa: ARG001
 
 
 def _transform(op: str, name: str, value: Any) -> None:
-    contract.check_transform(op, name, value, _ANY_COLUMNS)
+    contract.check_transform(op, name, value, contract.ANY_COLUMNS)
 
 
 def _teacher_weights(op: str, name: str, value: Any) -> None:
@@ -100,7 +100,16 @@ def _unchecked(op: str, name: str, value: Any) -> None:
     """Left to the op."""
 
 
+def _ignored_labels(op: str, name: str, value: Any) -> None:
+    contract.check_choice(op, name, value, IGNORED_LABELS)
+
+
+def _absent_pool_weights(op: str, name: str, value: Any) -> None:
+    contract.check_choice(op, name, value, ABSENT_POOL_WEIGHTS)
+
+
 _CHECKS: dict[str, Check] = {
+    "absent_pool_weights": _absent_pool_weights,
     "chunk_rows": check_chunk_rows,
     "backend": _backend,
     "divergence": _divergence,
@@ -108,11 +117,13 @@ _CHECKS: dict[str, Check] = {
     "feature_weight": contract.check_scalar,
     "hard_weight": contract.check_scalar,
     "ignore_index": lambda op, _, value: contract.check_ignore_index(op, value),
+    "ignored_labels": _ignored_labels,
     "kind": _feature_kind,
     "label_smoothing": lambda op, _, value: contract.check_smoothing(op, value),
     "pool_scale": _scale,
     "pool_temperature": check_temperature,
     "pool_weight": contract.check_scalar,
+    "return_parts": contract.check_bool,
     "scale": _scale,
     "scale_by_temperature": contract.check_bool,
     "soft_weight": contract.check_scalar,

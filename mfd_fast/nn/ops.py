@@ -20,6 +20,7 @@ from ..ops.linear_distill_loss import linear_distill_loss
 from ..ops.mfd_loss import mfd_loss
 from ..ops.modal_pool import modal_pool
 from ..problems import checks as contract
+from ..problems.rows import Normalizer
 from ..schedules.options import Check, OptionsModule
 from . import _options
 from ._inputs import check_size
@@ -58,13 +59,13 @@ class DistillationLoss(_LossModule):
     def forward(
         self,
         student: Tensor,
-        teacher: Tensor | types.TopK | Sequence[Tensor],
+        teacher: Tensor | types.TopK | Sequence[Tensor] | None,
         labels: Tensor | None = None,
         *,
         mask: Tensor | None = None,
         weight: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-    ) -> Tensor:
+        normalizer: Normalizer = None,
+    ) -> Tensor | types.DistillOutput:
         return distill_loss(
             student,
             teacher,
@@ -262,7 +263,7 @@ class MFDLoss(_LossModule):
         query: Tensor | None,
         head_weight: Tensor,
         head_bias: Tensor | None,
-        teacher_logits: Tensor,
+        teacher_logits: Tensor | None,
         labels: Tensor | None = None,
         **tensors: Any,
     ) -> types.MFDOutput:

@@ -1,4 +1,4 @@
-"""distill_loss and distill_terms: softened divergence and labels over rows of logits.
+"""distill_loss: softened divergence and labels over rows of logits.
 
 Per counted row, with x, y the transformed student and teacher logits, q = softmax(x/T), p = softmax(y/T):
     loss = weight · (soft_weight · T² D(p, q) + hard_weight · CE(x, label))
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ from ..backends.protocol import RowGradients, RowNeeds
 from ..codes import STATISTICS
 from ..divergences import Divergence
 from ..problems.checks import by_pytorch, is_recorded, upstream
-from ..problems.rows import DistillProblem, RowLoss, RowProblem, check_loss, check_rows
-from ..reference.distill_loss import combine, combine_rows
+from ..problems.rows import DistillProblem, Normalizer, RowLoss, RowProblem, check_loss
+from ..reference.distill_loss import combine, combine_rows, combine_with_parts, parts_of
 from ..reference.distill_loss import row_terms as reference_terms
-from ..types import DistillTerms, LogitTransform, TopK
+from ..types import DistillOutput, LogitTransform, TopK
 from .autograd import (
     needs_reference,
     ready_gradients,
@@ -67,7 +67,7 @@ class _ScalarLoss(torch.autograd.Function):
 
         def again() -> list[Tensor | None]:
             p = problem()
-            return [row_backend(backend).scalar(p.rows, p.loss, needs_grad=True).student]
+            return [row_backend(backend).scalar(p.rows, p.loss, needs_grad=True, parts=False).student]
 
         return ready_gradients(ctx, grad_output, backend, -1, again)[0], None
 
@@ -183,14 +183,23 @@ def _chosen(backend: str | None, rows: RowProblem) -> Any:
     return row_backend(choose("distill_loss", rows, backend))
 
 
-def _run_loss(backend: str | None, rows: RowProblem, loss: RowLoss, needs_grad: bool) -> tuple[Tensor, Tensor]:
-    value, gradient = _chosen(backend, rows).scalar(rows, loss, needs_grad=needs_grad)
-    return value, value.new_empty(0, dtype=rows.student.dtype) if gradient is None else gradient
+def _run_loss(
+    backend: str | None, rows: RowProblem, loss: RowLoss, needs_grad: bool, parts: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    value, gradient, found = _chosen(backend, rows).scalar(rows, loss, needs_grad=needs_grad, parts=parts)
+    gradient = value.new_empty(0, dtype=rows.student.dtype) if gradient is None else gradient
+    return value, gradient, value.new_empty(0) if found is None else found
 
 
-def _fake_loss(rows: RowProblem, loss: RowLoss, needs_grad: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def _fake_loss(
+    rows: RowProblem,
+    loss: RowLoss,  # noqa: ARG001
+    needs_grad: bool,
+    parts: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     student = rows.student
-    return student.new_empty((), dtype=rows.dtype), student.new_empty(student.shape if needs_grad else (0,))
+    value, gradient = student.new_empty((), dtype=rows.dtype), student.new_empty(student.shape if needs_grad else (0,))
+    return value, gradient, value.new_empty(4 if parts else 0)
 
 
 def _loss_backward(_: str, problems: Any, kept: Any, grads: Any, need: Any) -> dict[tuple[int, str], Any]:  # noqa: ARG001
@@ -270,7 +279,14 @@ def _rows_backward(
     }
 
 
-_op_loss = define("distill_loss", (RowProblem, RowLoss), "bool needs_grad", "(Tensor, Tensor)", _run_loss, _fake_loss)
+_op_loss = define(
+    "distill_loss",
+    (RowProblem, RowLoss),
+    "bool needs_grad, bool parts",
+    "(Tensor, Tensor, Tensor)",
+    _run_loss,
+    _fake_loss,
+)
 _op_rows = define(
     "distill_rows", (RowProblem,), "bool terms", "(Tensor, Tensor, Tensor, Tensor, Tensor)", _run_rows, _fake_rows
 )
@@ -281,7 +297,7 @@ _op_rows_backward = define_backward(
     _run_rows_backward,
     _like_rows,
 )
-differentiate("distill_loss", (RowProblem, RowLoss), lambda out: out[1:], lambda out: out[1:], _loss_backward)
+differentiate("distill_loss", (RowProblem, RowLoss), lambda out: out[1:2], lambda out: out[1:], _loss_backward)
 differentiate("distill_rows", (RowProblem,), lambda out: out[2:3], lambda out: out[2:], _rows_backward)
 
 
@@ -293,9 +309,31 @@ def _recorded_terms(rows: RowProblem, backend: str, terms: bool) -> tuple[Tensor
 # ------------------------------------------------------------------------------------------ public functions
 
 
+@overload
 def distill_loss(
     student: Tensor,
-    teacher: Tensor | TopK | Sequence[Tensor],
+    teacher: Tensor | TopK | Sequence[Tensor] | None,
+    labels: Tensor | None = None,
+    *,
+    return_parts: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+
+
+@overload
+def distill_loss(
+    student: Tensor,
+    teacher: Tensor | TopK | Sequence[Tensor] | None,
+    labels: Tensor | None = None,
+    *,
+    return_parts: bool,
+    **options: Any,
+) -> Tensor | DistillOutput: ...
+
+
+def distill_loss(  # type: ignore[misc]  # the options are these
+    student: Tensor,
+    teacher: Tensor | TopK | Sequence[Tensor] | None,
     labels: Tensor | None = None,
     *,
     teacher_weights: Tensor | None = None,
@@ -308,14 +346,16 @@ def distill_loss(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
+    ignored_labels: str = "row",
     student_transform: LogitTransform | None = None,
     teacher_transform: LogitTransform | None = None,
     scale_by_temperature: bool = True,
     reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
+    normalizer: Normalizer = None,
+    return_parts: bool = False,
     process_group: Any = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | DistillOutput:
     """Distillation loss ``weight · (soft_weight·T²·D(p, q) + hard_weight·CE)`` over rows of logits.
 
     p is the teacher and q the student, both softened; the divergences D are in :mod:`mfd_fast.divergences`.
@@ -323,9 +363,9 @@ def distill_loss(
     Args:
         student, teacher: ``[..., C]`` raw logits; float16, bfloat16, float32 or float64 (the two may
             differ), any strides. Never written. ``teacher`` may also be a :class:`~mfd_fast.TopK` of which K
-            classes are known, or a sequence of tensors: then the teacher is the weighted mean of their
-            softened probabilities (not of their logits).
-        labels: int64 ``[...]`` classes in [0, C), or ``ignore_index``: such rows count as masked.
+            classes are known, a sequence of tensors: then the teacher is the weighted mean of their
+            softened probabilities (not of their logits), or None where ``soft_weight`` is the number 0.
+        labels: int64 ``[...]`` classes in [0, C), or ``ignore_index``, see ``ignored_labels``.
         teacher_weights: of several teachers, floating ``[K]`` or ``[..., K]``, >= 0; divided by their sum (so that
             only their ratios matter). None: equal.
         divergence: a name or a :class:`~mfd_fast.Divergence`; some need ``labels``.
@@ -335,11 +375,16 @@ def distill_loss(
         label_smoothing: ε in [0, 1] of the hard term.
         mask: bool ``[...]``; rows that are False do not exist: not read, not counted.
         weight: ``[...]`` factor of both terms per row; a row of weight 0 still counts in the mean.
+        ignored_labels: "row": a row whose label is ``ignore_index`` counts as masked. "term": it has no hard term but
+            keeps the soft one, and each term is divided by its own count: the hard term by the rows that have a label,
+            as ``F.cross_entropy(ignore_index=...)``, the soft one by all. Not for a divergence that needs labels.
         student_transform, teacher_transform: :class:`~mfd_fast.LogitTransform`.
         scale_by_temperature: multiply the soft term by temperature² (per row).
         reduction: "mean" (sum over rows / number of counted rows, 0 if there are none), "sum", or
             "none" (per row, 0 on rows that are not counted).
-        normalizer: number > 0 or 0-d tensor that replaces the row count of "mean" (gradient accumulation).
+        normalizer: number > 0 or 0-d tensor that replaces the row count of "mean" (gradient accumulation), or a pair
+            of them for the soft and the hard term.
+        return_parts: return the detached parts as well.
         process_group: of torch.distributed, whose ranks hold the classes in turn; see
             :func:`mfd_fast.linear_distill_loss`. The student alone is differentiated, in plain PyTorch.
         backend: "reference", "cpu", "triton", "cuda" or None for the fastest that can run.
@@ -348,6 +393,7 @@ def distill_loss(
         float32 tensor (float64 if either side is float64), 0-d or ``[...]``. Differentiable to ``student``, and to
         ``teacher`` (the values of a TopK), ``teacher_weights``, the temperatures, ``weight``, ``soft_weight``,
         ``hard_weight`` and ``normalizer`` where they require grad. Second derivatives are computed by the reference.
+        With ``return_parts`` a :class:`~mfd_fast.DistillOutput` of it and of the terms and entropies.
 
     Raises:
         TypeError, ValueError: an argument breaks the contract; raised before any work. Labels out of
@@ -365,8 +411,8 @@ def distill_loss(
     """
     arguments = (
         *(student, teacher, labels, teacher_weights, divergence, temperature, teacher_temperature, soft_weight),
-        *(hard_weight, label_smoothing, mask, weight, ignore_index, student_transform, teacher_transform),
-        *(scale_by_temperature, reduction, normalizer, process_group, backend),
+        *(hard_weight, label_smoothing, mask, weight, ignore_index, ignored_labels, student_transform),
+        *(teacher_transform, scale_by_temperature, reduction, normalizer, return_parts, process_group, backend),
     )
     if not torch.compiler.is_compiling() and (done := _PLANS.run(arguments)) is not None:
         return done[0][0] if done[2] is None else _apply(student, done)
@@ -374,38 +420,47 @@ def distill_loss(
     check_not_traced("distill_loss", backend)
     problem = _check(arguments)
     rows, loss = problem.rows, problem.loss
+    if process_group is not None and return_parts:
+        raise ValueError("distill_loss: return_parts must be False with process_group, got True")
     if process_group is not None:
         return class_sharded_loss("distill_loss", problem, process_group)
     recorded = is_recorded()
     # Under torch.compile the registered op chooses when it runs: no choice is baked into the graph.
     name = backend or "" if recorded else choose("distill_loss", rows, backend, beside=loss)
     if name == "reference":
-        return by_pytorch("distill_loss", problem.named_tensors, lambda: combine(rows, loss))
+        of_reference: Callable[..., Any] = combine_with_parts if return_parts else combine
+        return by_pytorch("distill_loss", problem.named_tensors, lambda: of_reference(rows, loss))
 
     recompute = (
         reduction == "none"
         # float16 gradients would underflow before a loss scale reaches them.
         or rows.student.dtype == torch.float16
         or requires_grad(*rows.teachers, rows.teacher_weights, rows.temperature, rows.own_teacher_temperature)
-        or requires_grad(loss.weight, loss.soft_weight, loss.hard_weight, loss.normalizer)
+        or requires_grad(loss.weight, loss.soft_weight, loss.hard_weight, loss.normalizer, loss.hard_normalizer)
     )
     if recompute:
-        soft, hard, *_ = row_terms(rows if loss.use_soft else rows.without_teacher(), name, False)
-        return combine_rows(rows, loss, soft, hard)
-    if recorded:
+        seen = rows if loss.use_soft else rows.without_teacher()
+        soft, hard, *extra = row_terms(seen, name, return_parts)
+        value = combine_rows(rows, loss, soft, hard)
+        parts = parts_of(rows, loss, soft, hard, extra[0], extra[1]) if return_parts else []
+    elif recorded:
         needs_grad = requires_grad(rows.student)
-        value: Tensor = by_pytorch(
-            "distill_loss", problem.named_tensors, lambda: _op_loss(name, (rows, loss), needs_grad)[0]
+        value, _, found = by_pytorch(
+            "distill_loss", problem.named_tensors, lambda: _op_loss(name, (rows, loss), needs_grad, return_parts)
         )
+        parts = list(found.unbind()) if return_parts else []
     else:
         needs_grad = requires_grad(rows.student)
         with torch.no_grad():
-            value, gradient = row_backend(name).scalar(rows, loss, needs_grad=needs_grad)
-        plan = getattr(row_backend(name), "call_plan", None)
+            value, gradient, found = row_backend(name).scalar(rows, loss, needs_grad=needs_grad, parts=return_parts)
+        parts = [] if found is None else list(found.unbind())
+        # A plan has one result, and a number where it reads one.
+        planned = not return_parts and not isinstance(normalizer, (tuple, list))
+        plan = getattr(row_backend(name), "call_plan", None) if planned else None
         done = _PLANS.computed((value, gradient), name, problem, arguments, plan, rows, loss)
         if needs_grad:
             value = _ScalarLoss.apply(rows.student, done)
-    return value
+    return DistillOutput(value, *parts) if return_parts else value
 
 
 def _check(arguments: Sequence[Any]) -> DistillProblem:
@@ -422,66 +477,3 @@ _PARAMETERS = tuple(inspect.signature(distill_loss).parameters)
 _PLANS = Plans(
     distill_loss, _check, numbers=("temperature", "teacher_temperature", "soft_weight", "hard_weight", "normalizer")
 )
-
-
-def distill_terms(
-    student: Tensor,
-    teacher: Tensor | TopK | Sequence[Tensor],
-    labels: Tensor | None = None,
-    *,
-    teacher_weights: Tensor | None = None,
-    divergence: str | Divergence = "forward_kl",
-    temperature: float | Tensor = 1.0,
-    teacher_temperature: float | Tensor | None = None,
-    label_smoothing: float = 0.0,
-    mask: Tensor | None = None,
-    ignore_index: int = -100,
-    student_transform: LogitTransform | None = None,
-    teacher_transform: LogitTransform | None = None,
-    scale_by_temperature: bool = True,
-    backend: str | None = None,
-) -> DistillTerms:
-    """The terms of :func:`distill_loss` per row, unweighted, with the by-products of the same pass.
-
-    Args: as in :func:`distill_loss`.
-
-    Returns:
-        :class:`~mfd_fast.DistillTerms` of ``[...]`` tensors. ``soft`` (with its T²) and ``hard`` are
-        differentiable one by one. Entropies (nats) and label probabilities are those of the softened
-        distributions; ``agreement`` is true where both sides have the same argmax (first index on ties,
-        false with a NaN). ``hard`` and the label probabilities are None without labels.
-
-    Raises:
-        TypeError, ValueError, BackendError: as in :func:`distill_loss`.
-
-    >>> import torch, mfd_fast as mfd
-    >>> terms = mfd.distill_terms(torch.zeros(1, 4), torch.zeros(1, 4))
-    >>> terms.soft.item(), round(terms.student_entropy.item(), 4), terms.agreement.item()
-    (0.0, 1.3863, True)
-    """
-    check_not_traced("distill_terms", backend)
-    rows = check_rows(
-        "distill_terms",
-        student,
-        teacher,
-        labels,
-        teacher_weights=teacher_weights,
-        divergence=divergence,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        label_smoothing=label_smoothing,
-        mask=mask,
-        ignore_index=ignore_index,
-        student_transform=student_transform,
-        teacher_transform=teacher_transform,
-        scale_by_temperature=scale_by_temperature,
-    )
-    name = backend or "" if is_recorded() else choose("distill_loss", rows, backend, "distill_terms")
-    if name == "reference":
-        values = list(by_pytorch(rows.op, rows.named_tensors, lambda: reference_terms(rows, rows.op)))
-    else:
-        values = list(row_terms(rows, name, True))
-    if labels is None:
-        values[1] = values[4] = values[5] = None
-    leading = rows.student.shape[:-1]
-    return DistillTerms(*(None if v is None else v.reshape(leading) for v in values))  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from ..divergences import Divergence
 from ..problems.checks import by_pytorch, is_recorded
 from ..problems.features import distances_of
 from ..problems.mfd import MFDProblem, check_mfd_loss
-from ..problems.rows import RowProblem
+from ..problems.rows import Normalizer, RowProblem
 from ..reference.mfd_loss import mfd_loss as reference_loss
 from ..types import MFDOutput
 from .autograd import needs_reference, ready_gradients, reference_gradients, requires_grad, untouched_gradients
@@ -113,7 +113,7 @@ def _gradients_fit_one_pass(p: MFDProblem) -> bool:
     if requires_grad(
         *(rows.teacher, rows.temperature, rows.own_teacher_temperature, p.pool.temperature),
         *(p.teacher_features, p.teacher_pool_weights, p.feature_weight, p.pool_weight),
-        *(loss.soft_weight, loss.hard_weight, loss.weight, loss.normalizer),
+        *(loss.soft_weight, loss.hard_weight, loss.weight, loss.normalizer, loss.hard_normalizer),
     ):
         return False
     # float16 gradients would underflow before a loss scale reaches them.
@@ -128,7 +128,7 @@ def mfd_loss(
     query: Tensor | None,
     head_weight: Tensor,
     head_bias: Tensor | None,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None,
     labels: Tensor | None = None,
     *,
     teacher_features: Tensor | None = None,
@@ -143,14 +143,16 @@ def mfd_loss(
     feature_weight: float | Tensor = 0.0,
     feature_kind: str = "mse",
     teacher_pool_weights: Tensor | None = None,
+    absent_pool_weights: str = "infinite",
     pool_weight: float | Tensor = 0.0,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
+    ignored_labels: str = "row",
     label_smoothing: float = 0.0,
     scale_by_temperature: bool = True,
     reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
+    normalizer: Normalizer = None,
     backend: str | None = None,
 ) -> MFDOutput:
     """Fusion, classification head and all distillation terms in one call.
@@ -160,15 +162,18 @@ def mfd_loss(
             (``query`` None: a weighted average by ``bias``).
         head_weight, head_bias: ``[C, D]`` and ``[C]`` or None. On "triton" and "cuda" the product of bfloat16 inputs
             reads the pooled features as bfloat16 and sums in float32.
-        teacher_logits: ``[..., C]``; labels: int64 ``[...]``.
+        teacher_logits: ``[..., C]``, or None where ``soft_weight`` is the number 0; labels: int64 ``[...]``.
         teacher_features: ``[..., D]``, matched to the pooled features by ``feature_kind``.
         teacher_pool_weights: ``[..., M]``, each row a distribution over the modalities; adds
-            ``pool_weight·KL(teacher_pool_weights ‖ weights)`` (+inf where it gives weight to an absent modality).
+            ``pool_weight·KL(teacher_pool_weights ‖ weights)``.
+        absent_pool_weights: of a teacher that gives weight to a modality that is absent here, "infinite": the KL is
+            +inf; "renormalize": its weights of those that are present, divided by their sum (0 if that is 0).
         soft_weight, hard_weight, feature_weight, pool_weight: number or 0-d tensor; a term whose weight is
             the number 0 is not computed.
         divergence, temperature, label_smoothing, scale_by_temperature: as in :func:`mfd_fast.distill_loss`.
-        mask, weight, ignore_index, reduction, normalizer: as there. A row that is masked or ignored contributes
-            nothing to any term.
+        mask, weight, ignore_index, ignored_labels, reduction, normalizer: as there. A row that is masked or ignored
+            contributes nothing to any term; with ``ignored_labels="term"`` an ignored one loses the hard term alone.
+            Of a pair of normalizers the first one is that of all terms but the hard one.
         backend: "reference", "cpu", "triton", "cuda" or None for the fastest that can run.
 
     Returns:
@@ -189,8 +194,8 @@ def mfd_loss(
     arguments = (
         *(features, query, head_weight, head_bias, teacher_logits, labels, teacher_features, present, bias),
         *(pool_temperature, pool_scale, divergence, temperature, soft_weight, hard_weight, feature_weight),
-        *(feature_kind, teacher_pool_weights, pool_weight, mask, weight, ignore_index, label_smoothing),
-        *(scale_by_temperature, reduction, normalizer, backend),
+        *(feature_kind, teacher_pool_weights, absent_pool_weights, pool_weight, mask, weight, ignore_index),
+        *(ignored_labels, label_smoothing, scale_by_temperature, reduction, normalizer, backend),
     )
     if not torch.compiler.is_compiling() and (done := _PLANS.run(arguments)) is not None:
         outputs = done[0][0]
@@ -213,7 +218,8 @@ def mfd_loss(
     needs = [requires_grad(leaf) for leaf in leaves]
     with torch.no_grad():
         outputs, gradients = mfd_backend(name).scalar(problem, _needs(needs))
-    plan = getattr(mfd_backend(name), "call_plan", None)
+    paired = isinstance(normalizer, (tuple, list))  # a plan reads one number
+    plan = None if paired else getattr(mfd_backend(name), "call_plan", None)
     done = _PLANS.computed((outputs, flatten(gradients)), name, problem, arguments, plan, problem)
     return MFDOutput(_ScalarLoss.apply(done, *leaves), *outputs[1:]) if any(needs) else outputs
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..codes import DIVERGENCES, TAILS
 from ..divergences import Divergence, divergence_from
 from ..problems.problem import Problem
-from ..problems.rows import TopKRows
+from ..problems.teachers import TopKRows
 from ..types import LogitTransform
 from .autograd import save, saved
 

@@ -23,6 +23,8 @@ Result = TypeVar("Result")
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 INTEGER = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 REDUCTIONS = ("mean", "sum", "none")
+#: More than a tensor has: what `check_transform` gets before there is one.
+ANY_COLUMNS = 2**62
 
 
 def describe(value: object) -> str:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ..codes import FEATURE_KINDS
+from ..divergences import ForwardKL
 from .checks import (
     check_choice,
     check_device,
+    check_divergence,
     check_floating,
     check_row_tensor,
     check_scalar,
@@ -21,7 +23,19 @@ from .checks import (
 )
 from .pool import PoolProblem, check_pool, check_vector
 from .problem import Problem
-from .rows import RowLoss, RowProblem, Scalar, check_row_loss, check_rows
+from .rows import (
+    Normalizer,
+    RowLoss,
+    RowProblem,
+    Scalar,
+    check_absent_teacher,
+    check_row_loss,
+    check_rows,
+)
+
+#: KL(teacher_pool_weights ‖ weights) where a teacher gives weight to a modality that is absent: +inf, or what it gives
+#: to those that are present, divided by its sum.
+ABSENT_POOL_WEIGHTS = ("infinite", "renormalize")
 
 
 class MFDProblem(Problem):
@@ -81,7 +95,7 @@ def check_mfd_loss(
     query: Tensor | None,
     head_weight: Tensor,
     head_bias: Tensor | None,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None,
     labels: Tensor | None,
     *,
     teacher_features: Tensor | None,
@@ -94,10 +108,11 @@ def check_mfd_loss(
     feature_weight: Scalar,
     feature_kind: str,
     teacher_pool_weights: Tensor | None,
+    absent_pool_weights: str,
     pool_weight: Scalar,
     weight: Tensor | None,
     reduction: str,
-    normalizer: Scalar | None,
+    normalizer: Normalizer,
     **options: Any,
 ) -> MFDProblem:
     """The whole contract of mfd_loss; ``options`` are those of :func:`check_rows`."""
@@ -109,6 +124,12 @@ def check_mfd_loss(
     check_device(op, "head_weight", head_weight, device)
     classes = head_weight.shape[0]
     head_bias = check_vector(op, "head_bias", head_bias, classes, device)
+    if teacher_logits is None:
+        check_absent_teacher(op, "teacher_logits", soft_weight)
+        # Of the shape of logits, with next to no memory: no kernel reads it.
+        teacher_logits = head_weight.detach().new_zeros(classes, dtype=pool.dtype).expand(*leading, classes)
+        check_divergence(op, options["divergence"], labels)
+        options["divergence"] = ForwardKL()
     teacher_logits = check_floating(op, "teacher_logits", teacher_logits)
     check_device(op, "teacher_logits", teacher_logits, device)
     if teacher_logits.shape != (*leading, classes):
@@ -123,9 +144,12 @@ def check_mfd_loss(
     pool.dtype = pool.out_dtype = rows.dtype
     pool.temperature = _pool_temperature(rows, pool_temperature, leading)
     loss = check_row_loss(rows, soft_weight, hard_weight, weight, reduction, normalizer)
+    if rows.ignored_labels == "term" and not loss.use_hard:
+        rows = rows.replace(ignored_labels="row", labels=None)
     feature_weight = check_scalar(op, "feature_weight", feature_weight, dtype=rows.dtype)
     pool_weight = check_scalar(op, "pool_weight", pool_weight, dtype=rows.dtype)
     check_choice(op, "feature_kind", feature_kind, tuple(FEATURE_KINDS))
+    check_choice(op, "absent_pool_weights", absent_pool_weights, ABSENT_POOL_WEIGHTS)
     if is_used(feature_weight) and teacher_features is None:
         raise value_error(op, "teacher_features", None, "given when feature_weight is not 0")
     if teacher_features is not None:
@@ -138,6 +162,8 @@ def check_mfd_loss(
     if teacher_pool_weights is not None:
         shape = torch.Size([*leading, pool.modalities])
         teacher_pool_weights = check_row_tensor(op, "teacher_pool_weights", teacher_pool_weights, shape, device, None)
+        if absent_pool_weights == "renormalize" and pool.present is not None:
+            teacher_pool_weights = _of_present(teacher_pool_weights, pool.present, rows)
     return MFDProblem(
         feature_kind=feature_kind,
         head_weight=head_weight,
@@ -152,9 +178,18 @@ def check_mfd_loss(
     )
 
 
+def _of_present(weights: Tensor, present: Tensor, rows: RowProblem) -> Tensor:
+    """``[..., M]``, 0 where absent, divided by the sum over the modalities that are present unless that is 0."""
+    counted = rows.counted()
+    here = present if counted is None else present & counted.reshape(present.shape[:-1])[..., None]
+    kept = torch.where(here, weights.to(rows.dtype), 0.0)
+    total = kept.sum(-1, keepdim=True)
+    return kept / torch.where(total == 0, torch.ones_like(total), total)
+
+
 def _pool_temperature(rows: RowProblem, value: float | Tensor, leading: torch.Size) -> float | Tensor:
     """In the shape of the rows, and 1 in those that do not exist: whatever stands there has no effect."""
-    exists = (rows.mask, rows.labels, rows.ignore_index)
+    exists = (rows.mask, None if rows.ignored_labels == "term" else rows.labels, rows.ignore_index)
     tau = check_temperature(rows.op, "pool_temperature", value, leading, rows.device, rows.dtype, *exists)
     if not isinstance(tau, Tensor) or tau.dim() == 0:
         return tau

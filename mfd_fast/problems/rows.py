@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..divergences import DKD, NKD, AlphaBeta, Divergence, ForwardKL, ReverseKL
+from ..divergences import Divergence, ForwardKL
 from ..types import LogitTransform, TopK
 from .checks import (
+    ANY_COLUMNS,
     REDUCTIONS,
     can_read,
     check_bool,
@@ -28,25 +29,20 @@ from .checks import (
     check_transform,
     compute_dtype,
     counted_rows,
-    extremes,
     flat,
     is_used,
     label_error,
+    type_error,
     value_error,
 )
 from .problem import Problem
+from .teachers import TopKRows, check_log_probabilities, check_teacher_weights, check_teachers, check_topk
 
 Scalar = float | Tensor
+Normalizer = Scalar | Sequence[Scalar] | None
 
-
-class TopKRows(NamedTuple):
-    """How the K values of a sparse teacher are meant; see :class:`mfd_fast.TopK`.
-
-    ``tail``: "bucket", "renormalize" or "zero". ``logprobs``: the values are log-probabilities, else logits.
-    """
-
-    tail: str
-    logprobs: bool
+#: What a label that is ignored takes away: the row, or its hard term alone.
+IGNORED_LABELS = ("row", "term")
 
 
 class RowProblem(Problem):
@@ -66,6 +62,7 @@ class RowProblem(Problem):
         topk: None, or the teacher holds ``[..., K]`` values of a sparse teacher. Its ``tail`` is "renormalize"
             where K = C.
         divergence: canonical, so JSD has 0 < beta < 1 and the skewed ones 0 < lam < 1.
+        ignored_labels: "term" only where there are labels, and of a divergence that does not need them.
         n_rows, classes: N, and the C columns used on both sides.
         dtype: dtype of the arithmetic and of the losses: float64 if either side is, else float32.
         op: name of the public function, for messages.
@@ -79,6 +76,7 @@ class RowProblem(Problem):
         "divergence": "Divergence",
         "label_smoothing": "float",
         "ignore_index": "int",
+        "ignored_labels": "str",
         "student_transform": "LogitTransform",
         "teacher_transform": "LogitTransform",
         "scale_by_temperature": "bool",
@@ -100,6 +98,7 @@ class RowProblem(Problem):
     divergence: Divergence
     label_smoothing: float
     ignore_index: int
+    ignored_labels: str
     student_transform: LogitTransform | None
     teacher_transform: LogitTransform | None
     scale_by_temperature: bool
@@ -136,6 +135,10 @@ class RowProblem(Problem):
 
     def counted(self) -> Tensor | None:
         """Bool ``[N]``, True where a row exists; None when all do."""
+        return self.mask if self.ignored_labels == "term" else self.labelled()
+
+    def labelled(self) -> Tensor | None:
+        """Bool ``[N]``, True where a row exists and its label is not ignored; None when that is so of all."""
         return counted_rows(self.mask, self.labels, self.ignore_index)
 
     def without_teacher(self) -> RowProblem:
@@ -160,17 +163,20 @@ class RowLoss(Problem):
     """What becomes of the two terms of every row: weight · (soft_weight · soft + hard_weight · hard), reduced.
 
     ``weight``: ``[N]`` of the rows' dtype, contiguous, or None. ``normalizer``: replaces the row count of "mean".
+    ``hard_normalizer``: the same of the hard term, None where it is that of the other terms.
     """
 
     OPTIONS: ClassVar = {"reduction": "str"}
-    TENSORS = ("weight", "soft_weight", "hard_weight", "normalizer")
+    TENSORS = ("weight", "soft_weight", "hard_weight", "normalizer", "hard_normalizer")
     ZERO = ("soft_weight", "hard_weight")
+    ARGUMENTS: ClassVar = {"hard_normalizer": "normalizer[1]"}
 
     reduction: str
     weight: Tensor | None
     soft_weight: Scalar
     hard_weight: Scalar
     normalizer: Scalar | None
+    hard_normalizer: Scalar | None
 
     @property
     def use_soft(self) -> bool:
@@ -180,83 +186,19 @@ class RowLoss(Problem):
     def use_hard(self) -> bool:
         return is_used(self.hard_weight)
 
+    def folded(self) -> RowLoss:
+        """The same loss with each term's normalizer in its weight, where they differ."""
+        if self.hard_normalizer is None or self.normalizer is None:
+            return self
+        pairs = ((self.soft_weight, self.normalizer), (self.hard_weight, self.hard_normalizer))
+        soft, hard = (weight / by if is_used(weight) else weight for weight, by in pairs)
+        return self.replace(reduction="sum", normalizer=None, hard_normalizer=None, soft_weight=soft, hard_weight=hard)
 
-def check_topk(op: str, topk: TopK, divergence: Divergence, transform: object, classes: int) -> TopKRows:
-    """How the values are meant. The indices are left to :func:`check_indices`, which reads them."""
-    if transform is not None:
-        raise ValueError(f"{op}: teacher_transform needs the whole row of teacher logits, got a TopK teacher")
-    width = topk.values.shape[-1]
-    if width > classes:
-        raise ValueError(f"{op}: teacher must list at most {classes} classes (the student's), got K = {width}")
-    tail = "renormalize" if width == classes else topk.tail
-    logprobs = topk.values_are == "logprobs"
-    if tail == "zero" and isinstance(divergence, (DKD, NKD)):
-        raise ValueError(f"{op}: {divergence.name} needs a whole teacher distribution, got TopK(tail='zero')")
-    alpha, beta = divergence.parameters
-    if (tail == "zero" or (tail == "bucket" and not logprobs)) and (
-        isinstance(divergence, ReverseKL) or (isinstance(divergence, AlphaBeta) and (alpha <= 0 or alpha + beta <= 0))
-    ):
-        got = f"TopK(tail={tail!r}, values_are={topk.values_are!r})"
-        raise ValueError(f"{op}: {divergence} is infinite where the teacher is 0, got {got}")
-    return TopKRows(tail, logprobs)
-
-
-def check_log_probabilities(op: str, topk: TopK, counted: Tensor | None) -> None:
-    """None of those of a counted row is above 0, beyond rounding; on a CPU only, where the check is free.
-
-    +inf is left to the arithmetic, which gives NaN for its row.
-    """
-    if topk.values_are != "logprobs" or not can_read(topk.values):
-        return
-    values = topk.values.detach()
-    positive = (values > 64 * torch.finfo(values.dtype).eps) & (values < math.inf)
-    positive = positive.reshape(-1, values.shape[-1])
-    if counted is not None and positive.any():
-        positive &= counted[:, None]
-    if positive.any():
-        row = int(positive.any(-1).nonzero()[0])
-        found = float(values.reshape(positive.shape)[row][positive[row]][0])
-        raise ValueError(
-            f"{op}: teacher.values must be log-probabilities <= 0, got {found:g} in row {row}; "
-            "for logits pass TopK(values_are='logits')"
-        )
-
-
-def check_teacher_weights(
-    op: str,
-    value: object,
-    count: int,
-    leading: torch.Size,
-    device: torch.device,
-    dtype: torch.dtype,
-    mask: Tensor | None,
-    labels: Tensor | None,
-    ignore_index: int,
-) -> Tensor | None:
-    """``[count]`` or ``[N, count]`` summing to 1 in each row, still in the graph; equal in rows that do not exist."""
-    if value is None:
-        return None
-    weights = check_floating(op, "teacher_weights", value)
-    if weights.shape not in ((count,), (*leading, count)):
-        need = f"of shape [{count}] or {[*leading, count]} (one value per teacher)"
-        raise value_error(op, "teacher_weights", weights, need)
-    check_device(op, "teacher_weights", weights, device)
-    weights = weights.to(dtype)
-    per_row = weights.dim() > 1 or len(leading) == 0
-    weights = weights.reshape(-1, count) if per_row else weights
-    exists = counted_rows(mask, labels, ignore_index) if per_row else None
-    if exists is not None:
-        weights = torch.where(exists[:, None], weights, torch.ones_like(weights))
-    total = weights.sum(-1, keepdim=True)
-    if can_read(weights):
-        low, high = extremes(weights)
-        least, most = extremes(total)
-        if not (0 <= low <= high < math.inf and 0 < least <= most < math.inf):  # NaN too
-            raise ValueError(
-                f"{op}: teacher_weights must be finite and >= 0 with a finite sum > 0, "
-                f"got values from {low} to {high} and sums from {least} to {most}"
-            )
-    return (weights / total).contiguous()
+    def counts_apart(self, rows: RowProblem) -> bool:
+        """Whether the hard term is divided by something else than the other terms."""
+        if self.reduction != "mean" or self.hard_normalizer is not None:
+            return self.hard_normalizer is not None
+        return rows.ignored_labels == "term" and self.normalizer is None
 
 
 def check_class_dimension(op: str, argument: str, value: object, shape: torch.Size) -> None:
@@ -266,23 +208,6 @@ def check_class_dimension(op: str, argument: str, value: object, shape: torch.Si
             f"{op}: {argument} of shape {list(value.shape)} fits classes in dimension 1 of the student's "
             f"{list(shape)}, here they are the last: pass student.movedim(1, -1), and the teacher likewise"
         )
-
-
-def check_teachers(op: str, teacher: object, leading: torch.Size, device: torch.device) -> list[Tensor]:
-    """The teachers' tensors: one, or those of a sequence."""
-    several = not isinstance(teacher, Tensor) and isinstance(teacher, Sequence)
-    given: tuple[object, ...] = tuple(teacher) if several else (teacher,)  # type: ignore[arg-type]
-    if not given:
-        raise value_error(op, "teacher", teacher, "a tensor, a TopK or a non-empty sequence of tensors")
-    teachers = []
-    for k, value in enumerate(given):
-        name = f"teacher[{k}]" if several else "teacher"
-        tensor = check_floating(op, name, value)
-        if tensor.dim() < 1 or tensor.shape[:-1] != leading:
-            raise value_error(op, name, tensor, f"of shape {[*leading, 'C']} (the student's leading dimensions)")
-        check_device(op, name, tensor, device)
-        teachers.append(tensor)
-    return teachers
 
 
 def check_rows(
@@ -298,6 +223,7 @@ def check_rows(
     label_smoothing: float = 0.0,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    ignored_labels: str = "row",
     student_transform: LogitTransform | None = None,
     teacher_transform: LogitTransform | None = None,
     scale_by_temperature: bool = True,
@@ -328,18 +254,23 @@ def check_rows(
     if mask is not None:
         mask = flat(check_row_tensor(op, "mask", mask, leading, device, torch.bool))
     ignore_index = check_ignore_index(op, ignore_index)
-    exists = (mask, labels, ignore_index)
+    check_choice(op, "ignored_labels", ignored_labels, IGNORED_LABELS)
+    exists = (mask, None if ignored_labels == "term" else labels, ignore_index)
     temperature = check_temperature(op, "temperature", temperature, leading, device, dtype, *exists)
     if teacher_temperature is not None:
         teacher_temperature = check_temperature(
             op, "teacher_temperature", teacher_temperature, leading, device, dtype, *exists
         )
     divergence = check_divergence(op, divergence, labels)
+    if ignored_labels == "term" and divergence.needs_labels:
+        raise ValueError(
+            f"{op}: ignored_labels must be 'row' for {divergence.name}, whose soft term needs the label, got 'term'"
+        )
     topk = indices = None
     if isinstance(teacher, TopK):
         indices = check_dense(op, "teacher.indices", teacher.indices)
         check_device(op, "teacher.indices", indices, device)
-        check_log_probabilities(op, teacher, counted_rows(mask, labels, ignore_index))
+        check_log_probabilities(op, teacher, counted_rows(*exists))
         topk = check_topk(op, teacher, divergence, teacher_transform, classes)
         indices = indices.reshape(leading.numel(), indices.shape[-1]).to(torch.int64).contiguous()
     if teacher_weights is not None and not isinstance(teacher, Sequence):
@@ -355,6 +286,7 @@ def check_rows(
         divergence=divergence,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
+        ignored_labels="row" if labels is None else ignored_labels,
         student_transform=_changing(student_transform),
         teacher_transform=_changing(teacher_transform),
         scale_by_temperature=scale_by_temperature,
@@ -375,14 +307,22 @@ def _changing(transform: LogitTransform | None) -> LogitTransform | None:
     return transform if transform is not None and transform.changes_values else None
 
 
-def check_reduction(op: str, reduction: object, normalizer: object, dtype: torch.dtype) -> float | Tensor | None:
-    """The normalizer."""
+def check_reduction(
+    op: str, reduction: object, normalizer: object, dtype: torch.dtype
+) -> tuple[Scalar | None, Scalar | None]:
+    """The normalizer, and that of the hard term where it has its own."""
     check_choice(op, "reduction", reduction, REDUCTIONS)
     if normalizer is None:
-        return None
+        return None, None
     if reduction != "mean":
         raise ValueError(f"{op}: normalizer replaces the row count of reduction='mean', got {reduction!r}")
-    return check_scalar(op, "normalizer", normalizer, positive=True, dtype=dtype)
+    if not isinstance(normalizer, (tuple, list)):
+        return check_scalar(op, "normalizer", normalizer, positive=True, dtype=dtype), None
+    if len(normalizer) != 2:
+        raise value_error(op, "normalizer", normalizer, "a number, a 0-d tensor or a pair of them")
+    pair = ((f"normalizer[{k}]", value) for k, value in enumerate(normalizer))
+    soft, hard = (check_scalar(op, name, value, positive=True, dtype=dtype) for name, value in pair)
+    return soft, hard
 
 
 def check_weight(
@@ -398,9 +338,9 @@ def check_labels_in_range(op: str, rows: RowProblem) -> None:
         return
     labels = rows.labels
     bad = (labels < 0) | (labels >= rows.classes)
-    counted = rows.counted()
-    if counted is not None:
-        bad &= counted
+    labelled = rows.labelled()
+    if labelled is not None:
+        bad &= labelled
     if bad.any():
         row = int(bad.nonzero()[0])
         raise label_error(op, row, int(labels[row]), rows.classes)
@@ -446,7 +386,7 @@ def check_row_loss(
     hard_weight: Scalar,
     weight: Tensor | None,
     reduction: str,
-    normalizer: Scalar | None,
+    normalizer: Normalizer,
 ) -> RowLoss:
     """Checks what distill_loss and mfd_loss do with the terms of checked rows."""
     op, dtype = rows.op, rows.dtype
@@ -455,9 +395,14 @@ def check_row_loss(
     if rows.labels is None and is_used(hard_weight):
         raise value_error(op, "labels", None, "given when hard_weight is not 0")
     weight = check_weight(op, weight, rows.student.shape[:-1], rows.device, dtype)
-    normalizer = check_reduction(op, reduction, normalizer, dtype)
+    of_soft, of_hard = check_reduction(op, reduction, normalizer, dtype)
     return RowLoss(
-        reduction=reduction, weight=weight, soft_weight=soft_weight, hard_weight=hard_weight, normalizer=normalizer
+        reduction=reduction,
+        weight=weight,
+        soft_weight=soft_weight,
+        hard_weight=hard_weight,
+        normalizer=of_soft,
+        hard_normalizer=of_hard,
     )
 
 
@@ -478,17 +423,37 @@ class DistillProblem(Problem):
 def check_loss(
     op: str,
     student: Tensor,
-    teacher: Tensor | TopK | Sequence[Tensor],
+    teacher: Tensor | TopK | Sequence[Tensor] | None,
     labels: Tensor | None,
     *,
     soft_weight: Scalar,
     hard_weight: Scalar,
     weight: Tensor | None,
     reduction: str,
-    normalizer: Scalar | None,
+    normalizer: Normalizer,
+    return_parts: bool = False,
     **options: Any,
 ) -> DistillProblem:
     """The whole contract of distill_loss; ``options`` are those of :func:`check_rows`."""
-    rows = check_rows(op, student, teacher, labels, **options)
+    check_bool(op, "return_parts", return_parts)
+    if teacher is None:
+        check_absent_teacher(op, "teacher", soft_weight)
+        check_transform(op, "teacher_transform", options["teacher_transform"], ANY_COLUMNS)
+        options["teacher_transform"] = options["student_transform"]
+        rows = check_rows(op, student, check_floating(op, "student", student), labels, **options).without_teacher()
+    else:
+        rows = check_rows(op, student, teacher, labels, **options)
     loss = check_row_loss(rows, soft_weight, hard_weight, weight, reduction, normalizer)
+    if rows.ignored_labels == "term" and not (loss.use_soft and loss.use_hard):
+        # With one term in all, whatever has no part in it does not exist.
+        if loss.hard_normalizer is not None:
+            normalizer = loss.hard_normalizer if loss.use_hard else loss.normalizer
+            loss = loss.replace(normalizer=normalizer, hard_normalizer=None)
+        rows = rows.replace(ignored_labels="row", labels=rows.labels if loss.use_hard else None)
     return DistillProblem(rows=rows, loss=loss)
+
+
+def check_absent_teacher(op: str, argument: str, soft_weight: object) -> None:
+    """TypeError unless the soft term has the number 0 as its weight."""
+    if isinstance(soft_weight, Tensor) or soft_weight != 0:
+        raise type_error(op, argument, None, "a tensor where soft_weight is not the number 0")

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..divergences import DKD, NKD
 from ..problems.checks import can_read
-from ..problems.rows import RowLoss, RowProblem, TopKRows, check_indices, check_labels_in_range
-from ..types import LogitTransform
+from ..problems.rows import RowLoss, RowProblem, check_indices, check_labels_in_range
+from ..problems.teachers import TopKRows
+from ..types import DistillOutput, LogitTransform
 from .divergences import decoupled, label_entropy, log_sum_exp, other_entropy, pointwise
 
 STANDARDIZE_EPS = 1e-7
@@ -191,8 +192,10 @@ def both_sides(rows: RowProblem, op: str) -> Sides:
     labels, indices = rows.labels, rows.indices
     bad = x.new_zeros(rows.n_rows, dtype=torch.bool)
     if labels is not None:
-        bad = (labels < 0) | (labels >= rows.classes)
-        labels = labels.masked_fill(bad, 0)
+        outside = (labels < 0) | (labels >= rows.classes)
+        labelled = rows.labelled() if rows.ignored_labels == "term" else None
+        bad = outside if labelled is None else outside & labelled
+        labels = labels.masked_fill(outside, 0)
     if indices is not None:
         outside = (indices < 0) | (indices >= rows.classes)
         indices = indices.masked_fill(outside, 0)
@@ -263,10 +266,14 @@ def row_terms(rows: RowProblem, op: str = "distill_loss", *, soft: bool = True, 
         by_products = _by_products(rows, *sides)
     # Detached, as no_grad does not stop forward derivatives.
     terms = RowTerms(soft_term, hard_term, *(None if t is None else t.detach() for t in by_products))  # type: ignore[arg-type]
-    counted = rows.counted()
-    if counted is None:
-        return terms
-    return RowTerms(*(None if t is None else torch.where(counted, t, torch.zeros_like(t)) for t in terms))  # type: ignore[arg-type]
+    counted, labelled = rows.counted(), rows.labelled()
+    of_labels = RowTerms(counted, labelled, counted, counted, labelled, labelled, counted)  # type: ignore[arg-type]
+    return RowTerms(*(where_true(exists, t) for exists, t in zip(of_labels, terms, strict=True)))  # type: ignore[arg-type]
+
+
+def where_true(condition: Tensor | None, values: Tensor | None) -> Tensor | None:
+    """``values`` with 0 where the condition is False; None of a condition: it never is."""
+    return values if condition is None or values is None else torch.where(condition, values, torch.zeros_like(values))
 
 
 def _by_products(
@@ -292,8 +299,11 @@ def _by_products(
     return entropy(log_q), entropy(log_p), q_label, p_label, agreement
 
 
-def reduce_rows(per_row: Tensor, rows: RowProblem, loss: RowLoss) -> Tensor:
-    """The weights and the reduction of the contract; ``per_row`` [N] is 0 where a row is not counted."""
+def reduce_rows(per_row: Tensor, rows: RowProblem, loss: RowLoss, *, hard: bool = False) -> Tensor:
+    """The weights and the reduction of the contract; ``per_row`` [N] is 0 where a row is not counted.
+
+    ``hard``: "mean" is that of the hard term, over the rows that have a label.
+    """
     counted, weight, reduction, normalizer = rows.counted(), loss.weight, loss.reduction, loss.normalizer
     if weight is not None:
         # Whatever stands in the weight of a row that is not counted must not reach what the others share.
@@ -303,6 +313,9 @@ def reduce_rows(per_row: Tensor, rows: RowProblem, loss: RowLoss) -> Tensor:
     total = per_row.sum()
     if reduction == "sum":
         return total
+    if hard:
+        counted = rows.labelled()
+        normalizer = normalizer if loss.hard_normalizer is None else loss.hard_normalizer
     if normalizer is not None:
         return total / (normalizer.to(total) if isinstance(normalizer, Tensor) else normalizer)
     if counted is None:
@@ -316,11 +329,37 @@ def combine(rows: RowProblem, loss: RowLoss) -> Tensor:
     return combine_rows(rows, loss, terms.soft, terms.hard)
 
 
+def combine_with_parts(rows: RowProblem, loss: RowLoss) -> DistillOutput:
+    """:func:`combine` with the parts beside it."""
+    terms = row_terms(rows, rows.op, soft=loss.use_soft, hard=loss.use_hard)
+    return DistillOutput(combine_rows(rows, loss, terms.soft, terms.hard), *parts_of(rows, loss, *terms[:4]))
+
+
+def parts_of(
+    rows: RowProblem,
+    loss: RowLoss,
+    soft: Tensor,
+    hard: Tensor | None,
+    student_entropy: Tensor,
+    teacher_entropy: Tensor,
+) -> list[Tensor]:
+    """The fields of DistillOutput after the loss, from values per row ``[N]``."""
+
+    def reduced(value: Tensor | None, used: bool, hard: bool = False) -> Tensor:
+        kept = value.detach() if value is not None and used else torch.zeros_like(soft.detach())
+        return reduce_rows(kept, rows, loss, hard=hard).detach()
+
+    entropies = [reduced(value, loss.use_soft) for value in (student_entropy, teacher_entropy)]
+    return [reduced(soft, loss.use_soft), reduced(hard, loss.use_hard, hard=True), *entropies]
+
+
 def combine_rows(rows: RowProblem, loss: RowLoss, soft: Tensor, hard: Tensor) -> Tensor:
     """The loss from the per-row terms ``[N]``; a term whose weight is the number 0 has no part in it."""
     per_row = torch.zeros_like(soft)
     if loss.use_soft:
         per_row = per_row + loss.soft_weight * soft
+    if loss.use_hard and loss.counts_apart(rows):
+        return reduce_rows(per_row, rows, loss) + reduce_rows(loss.hard_weight * hard, rows, loss, hard=True)
     if loss.use_hard:
         per_row = per_row + loss.hard_weight * hard
     if not (loss.use_soft or loss.use_hard):

@@ -12,7 +12,18 @@ import math
 import torch
 from torch import Tensor
 
-from ..divergences import DKD, JSD, TVD, AlphaBeta, Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
+from ..divergences import (
+    DKD,
+    JSD,
+    TVD,
+    AlphaBeta,
+    CrossEntropy,
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+)
 
 #: Exponents of AlphaBeta below this are treated like their limit: by differences, never by quotients of them.
 SMALL_EXPONENT = 1e-3
@@ -57,6 +68,8 @@ def pointwise(divergence: Divergence, log_p: Tensor, log_q: Tensor, complete: bo
     if isinstance(divergence, ReverseKL):
         return forward_kl(log_q, log_p, complete=complete)
     p, q = log_p.exp(), log_q.exp()
+    if isinstance(divergence, CrossEntropy):
+        return (p * torch.where(p == 0, torch.zeros_like(p), -log_q)).sum(-1)
     if isinstance(divergence, TVD):
         return 0.5 * ((p - q) * sign(p - q)).sum(-1)
     if isinstance(divergence, AlphaBeta):

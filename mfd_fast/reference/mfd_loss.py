@@ -82,7 +82,9 @@ def mfd_loss(
         target = p.teacher_features.reshape(n, width).to(dtype)
         feature = _existing(distance(pooled, _existing(target, counted), p.feature_kind), counted)
     per_row = torch.zeros_like(soft)
-    for weight, term in ((loss.soft_weight, soft), (loss.hard_weight, hard), (p.feature_weight, feature)):
+    apart = hard_used and loss.counts_apart(rows)
+    hard_here = 0.0 if apart else loss.hard_weight
+    for weight, term in ((loss.soft_weight, soft), (hard_here, hard), (p.feature_weight, feature)):
         if is_used(weight):
             per_row = per_row + weight * term
     if pool_used and p.teacher_pool_weights is not None:
@@ -92,17 +94,21 @@ def mfd_loss(
 
     leading = p.leading
 
-    def reduced(values: Tensor) -> Tensor:
-        value = reduce_rows(values, rows, loss)
+    def reduced(values: Tensor, hard: bool = False) -> Tensor:
+        value = reduce_rows(values, rows, loss, hard=hard)
         return value.reshape(leading) if loss.reduction == "none" else value
+
+    total = reduced(per_row)
+    if apart:
+        total = total + reduced(loss.hard_weight * hard, hard=True)
 
     predictions = logits.detach().argmax(-1)
     if counted is not None:
         predictions = predictions.masked_fill(~counted, -1)
     return MFDOutput(
-        reduced(per_row),
+        total,
         reduced(soft).detach(),
-        reduced(hard).detach(),
+        reduced(hard, hard=True).detach(),
         reduced(feature).detach(),
         weights.detach().reshape(*leading, modalities),
         predictions.reshape(leading),

@@ -41,7 +41,7 @@ def split(op, sample):
 
 
 def value(result):
-    return result.loss if isinstance(result, (mfd.LinearDistillOutput, mfd.MFDOutput)) else result
+    return result.loss if isinstance(result, (mfd.DistillOutput, mfd.LinearDistillOutput, mfd.MFDOutput)) else result
 
 
 @pytest.mark.parametrize(("op", "name"), CASES)

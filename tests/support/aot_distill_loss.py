@@ -11,7 +11,7 @@ from aot_recorder import Launch, recorded, unlaunched
 import mfd_fast as mfd
 from mfd_fast.backends.protocol import RowNeeds
 from mfd_fast.backends.triton import distill_loss, scale
-from mfd_fast.problems.rows import RowLoss, check_rows
+from mfd_fast.problems.rows import check_row_loss, check_rows
 
 CAPABILITIES = (80, 90, 100)
 CLASSES = (1000, 32000, 128256)
@@ -156,8 +156,8 @@ def _problem(name: str, changes: dict[str, Any]) -> tuple[Any, torch.Tensor]:
 
 
 def _scalar(rows: Any, weight: torch.Tensor) -> Any:
-    loss = RowLoss(reduction="mean", weight=weight, soft_weight=1.0, hard_weight=0.5, normalizer=None)
-    return distill_loss.scalar(rows, loss, needs_grad=True)
+    loss = check_row_loss(rows, 1.0, 0.5, weight, "mean", None)
+    return distill_loss.scalar(rows, loss, needs_grad=True, parts=False)
 
 
 def _run_everything(rows: Any, weight: torch.Tensor) -> None:

@@ -49,6 +49,7 @@ def _rows(
     label_smoothing=0.0,
     mask=None,
     ignore_index=-100,
+    ignored_labels="row",
     student_transform=None,
     teacher_transform=None,
     scale_by_temperature=True,
@@ -60,10 +61,11 @@ def _rows(
     of_teacher = (teacher, teacher_transform, teacher_weights)
     log_p, log_q = _compared(x, *of_teacher, temperature, teacher_temperature)
     keep = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask
-    label = None
+    label, labelled = None, keep
     if labels is not None:
-        keep = keep & (labels != ignore_index)
-        label = torch.where(keep, labels, 0)
+        labelled = keep & (labels != ignore_index)
+        label = torch.where(labelled, labels, 0)
+        keep = keep if ignored_labels == "term" else labelled
         if isinstance(teacher, mfd.TopK) and teacher.tail != "zero":
             label = (teacher.indices == label.unsqueeze(-1)).int().argmax(-1)
     soft = divergences.divergence(divergence, log_p, log_q, label)
@@ -81,7 +83,7 @@ def _rows(
             label_smoothing=label_smoothing,
         ).reshape(labels.shape)
     log_q = F.log_softmax(x / _per_row(temperature), -1)
-    return torch.where(keep, soft, 0), torch.where(keep, hard, 0), keep, log_q, log_p
+    return torch.where(keep, soft, 0), torch.where(labelled, hard, 0), keep, labelled, log_q, log_p
 
 
 def _reduce(per_row, keep, weight, reduction, normalizer):
@@ -104,14 +106,35 @@ def distill_loss(
     weight=None,
     reduction="mean",
     normalizer=None,
+    return_parts=False,
     **options,
 ):
-    soft, hard, keep, _, _ = _rows(student, teacher, labels, **options)
-    return _reduce(soft_weight * soft + hard_weight * hard, keep, weight, reduction, normalizer)
+    if teacher is None:
+        teacher, options["teacher_transform"] = student.detach(), options.get("student_transform")
+    soft, hard, keep, labelled, _, _ = _rows(student, teacher, labels, **options)
+    loss = _both(soft_weight * soft, hard_weight * hard, keep, labelled, weight, reduction, normalizer)
+    if not return_parts:
+        return loss
+    values = distill_terms(student, teacher, labels, **options)
+    of_soft, of_hard = normalizer if isinstance(normalizer, tuple) else (normalizer, normalizer)
+    parts = {
+        name: _reduce(values[name].detach(), keep, weight, reduction, of_soft)
+        for name in ("soft", "student_entropy", "teacher_entropy")
+    }
+    return {"loss": loss, **parts, "hard": _reduce(hard.detach(), labelled, weight, reduction, of_hard)}
+
+
+def _both(of_soft, of_hard, keep, labelled, weight, reduction, normalizer):
+    """The sum of both terms, each over its own count."""
+    if keep is labelled and not isinstance(normalizer, tuple):
+        return _reduce(of_soft + of_hard, keep, weight, reduction, normalizer)
+    soft_by, hard_by = normalizer if isinstance(normalizer, tuple) else (normalizer, normalizer)
+    hard = _reduce(of_hard, labelled, weight, reduction, hard_by)
+    return _reduce(of_soft, keep, weight, reduction, soft_by) + hard
 
 
 def distill_terms(student, teacher, labels=None, **options):
-    soft, hard, keep, log_q, log_p = _rows(student, teacher, labels, **options)
+    soft, hard, keep, labelled, log_q, log_p = _rows(student, teacher, labels, **options)
     if isinstance(teacher, mfd.TopK):
         tt = options.get("teacher_temperature", options.get("temperature", 1.0))
         own = divergences.sparse_teacher(teacher, _per_row(tt))
@@ -126,10 +149,10 @@ def distill_terms(student, teacher, labels=None, **options):
         "teacher_entropy": torch.where(keep, teacher_entropy, 0),
     }
     if labels is not None:
-        index = torch.where(keep, labels, 0).unsqueeze(-1)
+        index = torch.where(labelled, labels, 0).unsqueeze(-1)
         out["hard"] = hard
-        out["student_label_prob"] = torch.where(keep, q.gather(-1, index).squeeze(-1), 0)
-        out["teacher_label_prob"] = torch.where(keep, p.gather(-1, index).squeeze(-1), 0)
+        out["student_label_prob"] = torch.where(labelled, q.gather(-1, index).squeeze(-1), 0)
+        out["teacher_label_prob"] = torch.where(labelled, p.gather(-1, index).squeeze(-1), 0)
     return out
 
 
@@ -200,6 +223,7 @@ def mfd_loss(
     feature_weight=0.0,
     feature_kind="mse",
     teacher_pool_weights=None,
+    absent_pool_weights="infinite",
     pool_weight=0.0,
     weight=None,
     reduction="mean",
@@ -208,20 +232,27 @@ def mfd_loss(
 ):
     pool = modal_pool(features, query, bias=bias, temperature=pool_temperature, present=present, scale=pool_scale)
     logits = F.linear(pool["pooled"], head_weight, head_bias)
-    soft, hard, keep, _, _ = _rows(logits, teacher_logits, labels, **options)
+    teacher_logits = logits.detach() if teacher_logits is None else teacher_logits
+    soft, hard, keep, labelled, _, _ = _rows(logits, teacher_logits, labels, **options)
+    soft = soft if soft_weight else torch.zeros_like(soft)
     feature = torch.zeros_like(soft)
     if teacher_features is not None:
         feature = torch.where(keep, _feature_rows(pool["pooled"], teacher_features, feature_kind), 0)
-    per_row = soft_weight * soft + hard_weight * hard + feature_weight * feature
+    per_row = soft_weight * soft + feature_weight * feature
     if teacher_pool_weights is not None:
+        if absent_pool_weights == "renormalize":
+            teacher_pool_weights = torch.where(present, teacher_pool_weights, 0)
+            teacher_pool_weights = teacher_pool_weights / teacher_pool_weights.sum(-1, keepdim=True)
         on = teacher_pool_weights > 0
         log_target = torch.where(on, teacher_pool_weights, 1).log()
         log_weights = torch.where(on, pool["weights"], 1).log()
         each = teacher_pool_weights * (log_target - log_weights)
         per_row = per_row + pool_weight * torch.where(keep, each.sum(-1), 0)
-    terms = {"soft": soft, "hard": hard, "feature": feature}
-    out = {name: _reduce(value.detach(), keep, weight, reduction, normalizer) for name, value in terms.items()}
-    out["loss"] = _reduce(per_row, keep, weight, reduction, normalizer)
+    of_soft, of_hard = normalizer if isinstance(normalizer, tuple) else (normalizer, normalizer)
+    terms = {"soft": soft, "feature": feature}
+    out = {name: _reduce(value.detach(), keep, weight, reduction, of_soft) for name, value in terms.items()}
+    out["hard"] = _reduce(hard.detach(), labelled, weight, reduction, of_hard)
+    out["loss"] = _both(per_row, hard_weight * hard, keep, labelled, weight, reduction, normalizer)
     out["weights"] = torch.where(keep.unsqueeze(-1), pool["weights"].detach(), 0)
     return out
 
@@ -245,7 +276,7 @@ def linear_distill_loss(
 ):
     z = F.linear(student_hidden, student_weight, student_bias)
     t = teacher_hidden if teacher_weight is None else F.linear(teacher_hidden, teacher_weight, teacher_bias)
-    soft, hard, keep, log_q, _ = _rows(z, z.detach() if t is None else t, labels, **options)
+    soft, hard, keep, _, log_q, _ = _rows(z, z.detach() if t is None else t, labels, **options)
 
     def reduced(value):
         return _reduce(value, keep, weight, reduction, normalizer)

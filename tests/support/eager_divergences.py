@@ -47,6 +47,8 @@ def divergence(kind, log_p, log_q, label):
     name, (a, b) = kind.name, kind.parameters
     if name == "forward_kl":
         return kl(log_p, log_q)
+    if name == "cross_entropy":
+        return -(log_p.exp() * log_q).sum(-1)
     if name == "reverse_kl":
         return kl(log_q, log_p)
     if name == "jsd":

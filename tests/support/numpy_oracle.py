@@ -69,7 +69,7 @@ def _p_log_p(p: Array) -> Array:
 
 @dataclass(frozen=True)
 class Rows:
-    """Everything the gradients need, per row. ``soft`` and ``hard`` are 0 in rows that are not counted."""
+    """All that gradients need. soft is 0 where it does not ``keep`` a row, hard where that is not ``labelled``."""
 
     z: Array
     teachers: list[Array]
@@ -79,6 +79,7 @@ class Rows:
     ts: Array
     tt: Array
     keep: Array
+    labelled: Array
     label: Array | None
     soft: Array
     hard: Array
@@ -104,6 +105,7 @@ def distill_rows(
     label_smoothing: float = 0.0,
     mask: Array | None = None,
     ignore_index: int = -100,
+    ignored_labels: str = "row",
     student_transform: Transform = Transform(),
     teacher_transform: Transform = Transform(),
     scale_by_temperature: bool = True,
@@ -125,14 +127,15 @@ def distill_rows(
         else np.broadcast_to(np.asarray(teacher_temperature, np.float64), lead).reshape(-1)
     )
     keep = np.ones(n, bool) if mask is None else mask.reshape(-1).copy()
-    label = None
+    label, labelled = None, keep
     if labels is not None:
-        keep &= labels.reshape(-1) != ignore_index
-        label = np.where(keep, labels.reshape(-1), 0)
+        labelled = keep & (labels.reshape(-1) != ignore_index)
+        label = np.where(labelled, labels.reshape(-1), 0)
+        keep = keep if ignored_labels == "term" else labelled
     z = np.where(keep[:, None], z, np.arange(z.shape[-1]))
     teachers = [t if topk else np.where(keep[:, None], t, np.arange(t.shape[-1])) for t in ts_]
     x, ys = student_transform.forward(z), [teacher_transform.forward(t) for t in teachers]
-    rows = Rows(z, teachers, x, ys, weights, ts, tt, keep, label, np.zeros(n), np.zeros(n), topk)
+    rows = Rows(z, teachers, x, ys, weights, ts, tt, keep, labelled, label, np.zeros(n), np.zeros(n), topk)
     pair = rows.pair(ts, tt)
     soft = evaluate(divergence, pair.p, pair.q, pair.label)[0] * (ts**2 if scale_by_temperature else 1.0)
     if divergence.name == "nkd":
@@ -143,7 +146,7 @@ def distill_rows(
     if label is not None:
         eps = label_smoothing
         hard = log_sum_exp(x) - (1 - eps) * x[np.arange(n), label] - eps * x.mean(-1)
-    return replace(rows, soft=np.where(keep, soft, 0.0), hard=np.where(keep, hard, 0.0))
+    return replace(rows, soft=np.where(keep, soft, 0.0), hard=np.where(labelled, hard, 0.0))
 
 
 def distill_terms(student: Array, teacher: Any, labels: Array | None = None, **options: Any) -> dict[str, Array | None]:
@@ -152,7 +155,7 @@ def distill_terms(student: Array, teacher: Any, labels: Array | None = None, **o
     lead, keep = student.shape[:-1], rows.keep
     pair = rows.pair(rows.ts, rows.tt)
 
-    def shaped(value: Array) -> Array:
+    def shaped(value: Array, keep: Array = keep) -> Array:
         return np.where(keep, value, np.zeros((), value.dtype)).reshape(lead)
 
     # What the teacher says of all classes: of a sparse one the listed classes, and its rest for the entropy.
@@ -165,9 +168,9 @@ def distill_terms(student: Array, teacher: Any, labels: Array | None = None, **o
     if rows.label is not None:
         index = np.arange(len(keep))
         at_label = {
-            "student_label_prob": shaped(pair.full_q[index, rows.label]),
-            "teacher_label_prob": shaped(dense[index, rows.label]),
-            "hard": shaped(rows.hard),
+            "student_label_prob": shaped(pair.full_q[index, rows.label], rows.labelled),
+            "teacher_label_prob": shaped(dense[index, rows.label], rows.labelled),
+            "hard": shaped(rows.hard, rows.labelled),
         }
     return {
         "soft": shaped(rows.soft),
@@ -206,7 +209,7 @@ def distill_backward(
         **options,
     )
     x, ts, tt, lead = rows.x, rows.ts, rows.tt, student.shape[:-1]
-    gs, gh = np.where(rows.keep, grad_soft.reshape(-1), 0.0), np.where(rows.keep, grad_hard.reshape(-1), 0.0)
+    gs, gh = np.where(rows.keep, grad_soft.reshape(-1), 0.0), np.where(rows.labelled, grad_hard.reshape(-1), 0.0)
     pair = rows.pair(ts, tt)
     value, du, h = evaluate(divergence, pair.p, pair.q, pair.label)
     nkd = divergence.name == "nkd"
@@ -260,37 +263,60 @@ def _row_factors(keep: Array, weight: Array | None, reduction: str, normalizer: 
 
 def distill_loss(
     student: Array,
-    teacher: Array,
+    teacher: Array | None,
     labels: Array | None = None,
     *,
     soft_weight: float = 1.0,
     hard_weight: float = 0.0,
     weight: Array | None = None,
     reduction: str = "mean",
-    normalizer: float | None = None,
+    normalizer: Any = None,
+    return_parts: bool = False,
     grad_output: Array | float = 1.0,
     **options: Any,
-) -> tuple[Array, dict[str, Array]]:
-    """The loss and its gradients; ``temperature`` holds the sum of both sides' where they share it."""
+) -> tuple[Any, dict[str, Array]]:
+    """The loss (or a dict of it and its parts) and its gradients; ``temperature`` has that of both sides in one."""
+    if teacher is None:  # any, of weight 0
+        teacher, options["teacher_transform"] = student, options.get("student_transform", Transform())
     rows = distill_rows(student, teacher, labels, **options)
     lead = student.shape[:-1]
-    factor = _row_factors(rows.keep, weight, reduction, normalizer)
-    terms = soft_weight * rows.soft + hard_weight * rows.hard
-    loss = (factor * terms).reshape(lead) if reduction == "none" else np.asarray((factor * terms).sum())
+    of_soft, of_hard = _both_factors(rows, weight, reduction, normalizer)
+
+    def reduced(per_row: Array) -> Array:
+        return per_row.reshape(lead) if reduction == "none" else np.asarray(per_row.sum())
+
+    loss: Any = reduced(soft_weight * of_soft * rows.soft + hard_weight * of_hard * rows.hard)
+    if return_parts:
+        values = distill_terms(student, teacher, labels, **options)
+        parts = {name: values[name] for name in ("soft", "student_entropy", "teacher_entropy") if soft_weight != 0}
+        loss = {"loss": loss, **{name: reduced(of_soft * np.reshape(v, -1)) for name, v in parts.items()}}
+        loss["hard"] = reduced(of_hard * rows.hard) if hard_weight != 0 else np.zeros_like(loss["loss"])
     upstream = np.broadcast_to(np.asarray(grad_output, np.float64), lead if reduction == "none" else ()).reshape(-1)
-    scaled = factor * upstream
-    grads = distill_backward(soft_weight * scaled, hard_weight * scaled, student, teacher, labels, **options)
+    soft_up, hard_up = of_soft * upstream, of_hard * upstream
+    grads = distill_backward(soft_weight * soft_up, hard_weight * hard_up, student, teacher, labels, **options)
     if options.get("teacher_temperature") is None:
         grads["temperature"] = grads["temperature"] + grads.pop("teacher_temperature")
     for side in ("temperature", "teacher_temperature"):
         if side in grads and np.ndim(options.get(side, 1.0)) == 0:
             grads[side] = np.asarray(grads[side].sum())
-    grads["weight"] = (_row_factors(rows.keep, None, reduction, normalizer) * upstream * terms).reshape(lead)
-    grads["soft_weight"] = np.asarray((scaled * rows.soft).sum())
-    grads["hard_weight"] = np.asarray((scaled * rows.hard).sum())
-    if normalizer is not None:
-        grads["normalizer"] = np.asarray(-(scaled * terms).sum() / normalizer)
+    one_soft, one_hard = _both_factors(rows, None, reduction, normalizer)
+    of_weight = soft_weight * one_soft * rows.soft + hard_weight * one_hard * rows.hard
+    grads["weight"] = (of_weight * upstream).reshape(lead)
+    grads["soft_weight"] = np.asarray((soft_up * rows.soft).sum())
+    grads["hard_weight"] = np.asarray((hard_up * rows.hard).sum())
+    totals = soft_weight * grads["soft_weight"], hard_weight * grads["hard_weight"]
+    if isinstance(normalizer, tuple):
+        for k, (total, by) in enumerate(zip(totals, normalizer, strict=True)):
+            grads[f"normalizer[{k}]"] = np.asarray(-total / by)
+    elif normalizer is not None:
+        grads["normalizer"] = np.asarray(-sum(totals) / normalizer)
     return loss, grads
+
+
+def _both_factors(rows: Rows, weight: Array | None, reduction: str, normalizer: Any) -> tuple[Array, Array]:
+    soft, hard = normalizer if isinstance(normalizer, tuple) else (normalizer, normalizer)
+    of_soft = _row_factors(rows.keep, weight, reduction, soft)
+    return of_soft, _row_factors(rows.labelled, weight, reduction, hard)
 
 
 def modal_pool(
@@ -405,7 +431,7 @@ def mfd_loss(
     query: Array | None,
     head_weight: Array,
     head_bias: Array | None,
-    teacher_logits: Array,
+    teacher_logits: Array | None,
     labels: Array | None = None,
     *,
     teacher_features: Array | None = None,
@@ -418,20 +444,22 @@ def mfd_loss(
     feature_weight: float = 0.0,
     feature_kind: str = "mse",
     teacher_pool_weights: Array | None = None,
+    absent_pool_weights: str = "infinite",
     pool_weight: float = 0.0,
     mask: Array | None = None,
     weight: Array | None = None,
     reduction: str = "mean",
-    normalizer: float | None = None,
+    normalizer: Any = None,
     **options: Any,
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """The fields of MFDOutput, and the gradients of (the sum of) ``loss``."""
     pool = {"bias": bias, "temperature": pool_temperature, "present": present, "scale": pool_scale}
     pooled, a, _ = modal_pool(features, query, **pool)
     logits = pooled @ head_weight.T + (0.0 if head_bias is None else head_bias)
+    teacher_logits = logits if teacher_logits is None else teacher_logits
     rows = distill_rows(logits, teacher_logits, labels, mask=mask, **options)
     keep = rows.keep
-    factor = _row_factors(keep, weight, reduction, normalizer)
+    factor, of_hard = _both_factors(rows, weight, reduction, normalizer)
 
     feature, dfeature = np.zeros(len(keep)), np.zeros_like(pooled)
     if teacher_features is not None:
@@ -441,30 +469,30 @@ def mfd_loss(
     modality, da = np.zeros(len(keep)), np.zeros_like(a)
     if teacher_pool_weights is not None:
         target = np.where(keep[:, None], teacher_pool_weights, 0.0)
+        if absent_pool_weights == "renormalize" and present is not None:
+            target = np.where(present, target, 0.0)
+            total = target.sum(-1, keepdims=True)
+            target = target / np.where(total == 0, 1.0, total)
         on = target > 0
         safe_a = np.where(on, a, 1.0)
         modality = (target * (np.log(np.where(on, target, 1.0)) - np.log(safe_a))).sum(-1)
         da = np.where(on, -target / safe_a, 0.0)
-    per_row = factor * (
-        soft_weight * rows.soft
-        + hard_weight * rows.hard
-        + feature_weight * feature
-        + pool_weight * np.where(keep, modality, 0.0)
-    )
+    others = soft_weight * rows.soft + feature_weight * feature + pool_weight * np.where(keep, modality, 0.0)
+    per_row = factor * others + of_hard * hard_weight * rows.hard
 
     def reduced(value: Array) -> Array:
         return value if reduction == "none" else np.asarray(value.sum())
 
     out = {
         "loss": reduced(per_row),
-        "soft": reduced(factor * rows.soft),
-        "hard": reduced(factor * rows.hard),
+        "soft": reduced(factor * rows.soft * (soft_weight != 0)),
+        "hard": reduced(of_hard * rows.hard),
         "feature": reduced(factor * feature),
         "weights": np.where(keep[:, None], a, 0.0),
         "predictions": np.where(keep, logits.argmax(-1), -1),
     }
     dz = distill_backward(
-        soft_weight * factor, hard_weight * factor, logits, teacher_logits, labels, mask=mask, **options
+        soft_weight * factor, hard_weight * of_hard, logits, teacher_logits, labels, mask=mask, **options
     )["student"]
     dy = dz @ head_weight + (factor * feature_weight)[:, None] * dfeature
     _, _, grads = modal_pool(features, query, grad_pooled=dy, grad_weights=(factor * pool_weight)[:, None] * da, **pool)

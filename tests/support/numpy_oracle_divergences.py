@@ -38,6 +38,8 @@ def evaluate(divergence: Any, p: Array, q: Array, label: Array | None) -> tuple[
     one = np.where(p > 0, p, 1.0)  # for logarithms: the classes of a sparse teacher with p = 0 have no slope
     if name == "forward_kl":
         return kl(p, q), q * p.sum(-1, keepdims=True) - p, np.log(one / q) + 1
+    if name == "cross_entropy":
+        return -(p * np.log(np.where(p > 0, q, 1.0))).sum(-1), q * p.sum(-1, keepdims=True) - p, -np.log(q)
     if name == "reverse_kl":
         r = np.log(p / q)
         big = -(q * r).sum(-1, keepdims=True)

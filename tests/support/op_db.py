@@ -40,6 +40,9 @@ def _scalar(value: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor(value, dtype=_accumulation(dtype))
 
 
+_HARD_ALONE: Arguments = {"soft_weight": 0.0, "hard_weight": 1.0}
+
+
 def distill_loss_samples(
     dtype: torch.dtype = torch.float32,
     distance: str = "far",
@@ -109,17 +112,38 @@ def distill_loss_samples(
             "mask": mask[: 2 * (rows // 2)].reshape(2, rows // 2),
             "temperature": 4.0,
         },
-        "hard_only": {**both, "labels": labels, "soft_weight": 0.0, "hard_weight": 1.0},
+        "ignored_term": {
+            **both,
+            "labels": labels,
+            "temperature": 2.0,
+            "soft_weight": 0.7,
+            "hard_weight": 0.3,
+            "label_smoothing": 0.1,
+            "mask": mask,
+            "weight": weight,
+            "ignored_labels": "term",
+            "return_parts": True,
+        },
+        "normalizers": {
+            **both,
+            "labels": labels,
+            "hard_weight": _scalar(0.4, dtype),
+            "ignored_labels": "term",
+            "normalizer": (_scalar(7.0, dtype), _scalar(3.0, dtype)),
+            "return_parts": True,
+        },
+        "no_teacher": {"student": base.student, "teacher": None, "labels": labels, **_HARD_ALONE},
+        "hard_only": {**both, "labels": labels, **_HARD_ALONE},
         **op_db_divergences.samples(dtype, distance, seed, rows, classes),
     }
 
 
-_LOSS_ONLY = ("soft_weight", "hard_weight", "weight", "reduction", "normalizer")
+_LOSS_ONLY = ("soft_weight", "hard_weight", "weight", "reduction", "normalizer", "return_parts")
 
 
 def distill_terms_samples(**options: Any) -> dict[str, Arguments]:
     samples = distill_loss_samples(**options)
-    for name in ("hard_only", *op_db_divergences.LOSS_ONLY):
+    for name in ("hard_only", "no_teacher", "normalizers", *op_db_divergences.LOSS_ONLY):
         del samples[name]
     return {name: {k: v for k, v in s.items() if k not in _LOSS_ONLY} for name, s in samples.items()}
 
@@ -216,11 +240,19 @@ def mfd_loss_samples(
         "plain": {**plain, "temperature": 2.0},
         "everything": every,
         "per_row": {**every, "feature_kind": "cosine", "reduction": "none"},
+        "ignored_term": {
+            **every,
+            "labels": torch.where(torch.arange(rows) % 3 == 2, -100, logits.labels),
+            "ignored_labels": "term",
+            "teacher_pool_weights": torch.softmax(_uniform((rows, 3), -1.0, 1.0, seed + 5, dtype), -1),
+            "absent_pool_weights": "renormalize",
+        },
+        "no_teacher": {**plain, "teacher_logits": None, "labels": logits.labels, **_HARD_ALONE},
     }
 
 
-def _loss(result: Tensor) -> dict[str, Tensor]:
-    return {"loss": result}
+def _loss(result: Tensor | mfd.DistillOutput) -> dict[str, Tensor]:
+    return {"loss": result} if isinstance(result, Tensor) else _fields(result)
 
 
 def _fields(result: Any) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ DIVERGENCES: dict[str, mfd.Divergence] = {
     d.name: d
     for d in (
         mfd.ForwardKL(),
+        mfd.CrossEntropy(),
         mfd.ReverseKL(),
         mfd.JSD(0.3),
         mfd.SkewKL(),
@@ -71,6 +72,7 @@ def samples(dtype: torch.dtype, distance: str, seed: int, rows: int, classes: in
     two = {"student": base.student, "teacher": [base.teacher, second.teacher]}
     standard = mfd.LogitTransform(standardize=True)
     return {
+        "cross_entropy": {**labelled, **shared, "divergence": "cross_entropy"},
         "reverse_kl": {**both, **per_row, "divergence": "reverse_kl"},
         "jsd": {**labelled, **shared, "divergence": DIVERGENCES["jsd"]},
         "skew_kl": {**both, **per_row, "divergence": DIVERGENCES["skew_kl"]},

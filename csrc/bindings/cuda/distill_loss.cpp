@@ -1,6 +1,7 @@
 // The CUDA launchers for Python.
 #include <pybind11/stl.h>
 
+#include <array>
 #include <tuple>
 #include <vector>
 
@@ -34,11 +35,17 @@ void start_forward(const Forward& f, const TopK* topk, const cuda::ScalarLoss* s
 }
 
 // Writes the weighted sum of the row losses to `loss`, and its gradient to `grad` where that is not 0.
+// `rows`: where soft and hard term and both entropies of every row go, 0 for none.
 void scalar(const RowProblem& problem, const TopK* topk, bool use_soft, bool use_hard, Address weight,
             const Number& soft_weight, const Number& hard_weight, const Number& divisor, bool count_rows,
-            Address workspace, Address loss, Address grad, Address scratch, int device, Address stream) {
+            Address workspace, Address loss, Address grad, const std::array<Address, 4>& rows,
+            Address scratch, int device, Address stream) {
   Forward f{};
   f.problem = problem;
+  f.soft = pointer(rows[0]);
+  f.hard = pointer(rows[1]);
+  f.student_entropy = pointer(rows[2]);
+  f.teacher_entropy = pointer(rows[3]);
   f.use_soft = use_soft;
   f.use_hard = use_hard;
   f.weight = {pointer(weight), 1, 1.0};

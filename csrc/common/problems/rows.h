@@ -9,7 +9,7 @@ namespace mfd {
 enum class Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
 // Divergences of teacher p and student q; the numbers are those of Python. DKD and NKD decouple the label's
-// class: their maxima and sums run over the other classes.
+// class: their maxima and sums run over the other classes. kCrossEntropy is -sum p*log q.
 enum class Divergence : int {
   kForwardKL = 0,
   kReverseKL = 1,
@@ -20,6 +20,7 @@ enum class Divergence : int {
   kAlphaBeta = 6,  // alpha, beta
   kDKD = 7,        // alpha, beta
   kNKD = 8,        // gamma
+  kCrossEntropy = 9,
 };
 
 // Columns of a saved-statistics row; the layout is common to all backends. Maxima and sums leave out the
@@ -78,6 +79,7 @@ struct RowProblem {
   const int64_t* labels;      // [N] or null
   const unsigned char* mask;  // [N] or null
   int64_t ignore_index;
+  bool keeps_ignored;  // a row whose label is ignored counts, without its hard term
   double smoothing;
   bool scale_by_temperature;
   Divergence divergence;
@@ -148,7 +150,7 @@ struct Centre {
 struct BlockSums {
   double max_s, max_t;
   double sum_s, sum_t, sum_h, sum_u;
-  double cross;             // sum e_t*(ratio*(y - my) - (x - mx)), ratio = Ts/Tt; 0 for NKD
+  double cross;             // sum e_t*(ratio*(y - my) - (x - mx)), ratio = Ts/Tt; 0 for cross-entropies
   double dot_s, dot_t;      // sum e_s*(x - mx), sum e_t*(y - my): for the entropies
   double sum_x;             // sum (x - mx)
   double value, g, h;       // sum f, sum q*df/dq, sum p*df/dp of the pointwise divergences

@@ -29,8 +29,17 @@ MFD_ROW_FN double at(const RowScalar& value, int64_t row) {
                     : value.value;
 }
 
+MFD_ROW_FN bool is_labelled(const RowProblem& p, int64_t row) {
+  return p.labels && p.labels[row] != p.ignore_index;
+}
+
 MFD_ROW_FN bool is_counted(const RowProblem& p, int64_t row) {
-  return (!p.mask || p.mask[row]) && (!p.labels || p.labels[row] != p.ignore_index);
+  return (!p.mask || p.mask[row]) && (!p.labels || p.keeps_ignored || p.labels[row] != p.ignore_index);
+}
+
+// The label of a counted row; -1 without one.
+MFD_ROW_FN int64_t label_of(const RowProblem& p, int64_t row) {
+  return is_labelled(p, row) ? p.labels[row] : -1;
 }
 
 // The divergences whose sums run over the other classes than the label's.
@@ -40,7 +49,12 @@ MFD_ROW_FN bool decouples_target(Divergence d) {
 
 // Those that need a second pass over the row, for sum f and E_q[df/dq].
 MFD_ROW_FN bool is_pointwise(Divergence d) {
-  return d != Divergence::kForwardKL && !decouples_target(d);
+  return d != Divergence::kForwardKL && d != Divergence::kCrossEntropy && !decouples_target(d);
+}
+
+// Whose sum of p*log q goes without p*log p.
+MFD_ROW_FN bool is_cross_entropy(Divergence d) {
+  return d == Divergence::kCrossEntropy || d == Divergence::kNKD;
 }
 
 // Divergences from a mean of p and q, whose log(p/m) and log(q/m) come from p and q and differ by r: an r
@@ -67,15 +81,15 @@ MFD_ROW_FN double drift(const Centre& centre) {
 struct RowSums {
   double max_s, max_t;
   double sum_s, sum_t, sum_h, sum_u;
-  double cross;  // E_p[v - u] with u = (x - max_s)/Ts, v = (y - max_t)/Tt; E_p[-u] for NKD
+  double cross;  // E_p[v - u] with u = (x - max_s)/Ts, v = (y - max_t)/Tt; E_p[-u] for cross-entropies
   double dot_s, dot_t;
   double mean_x;       // mean(x - max_s)
   double value, g, h;  // sums of the pointwise divergences
 };
 
-// Which sums a row has.
+// Which sums a row has. `cross_entropy`: the cross term is E_p[-u].
 struct Wanted {
-  bool soft, hard, unit, dot_s, dot_t, decoupled;
+  bool soft, hard, unit, dot_s, dot_t, decoupled, cross_entropy;
 };
 
 // exp((block max - row max)/T): 1 where they agree, so that a row of one block costs nothing.
@@ -128,7 +142,7 @@ MFD_ROW_FN RowSums merge_blocks(const BlockSums* sums, int64_t blocks, int64_t c
       row.sum_t += mass;
       // A block whose p is 0 throughout contributes 0, whatever its student logits are.
       if (!(static_cast<float>(mass) == 0.0f))
-        cross += wt * s.cross / ts + mass * (wanted.unit ? -du : dv - du);
+        cross += wt * s.cross / ts + mass * (wanted.cross_entropy ? -du : dv - du);
       if (wanted.unit) row.sum_u += (tt == 1.0 ? wt : block_weight(s.max_t, row.max_t, 1.0)) * s.sum_u;
       if (wanted.dot_t) row.dot_t += s.sum_t == 0 ? 0.0 : wt * s.dot_t / tt + mass * dv;
     }
@@ -156,6 +170,12 @@ MFD_ROW_FN void merge_points(const BlockSums* sums, int64_t blocks, RowSums& row
 // K = E_p[v - u] - log(sum_t) + log(sum_s), never negative; NaN stays.
 MFD_ROW_FN double forward_kl(const RowSums& row) {
   const double k = row.cross - log(row.sum_t / row.sum_s);
+  return k < 0 ? 0.0 : k;
+}
+
+// -E_p[log q] = E_p[-u] + log(sum_s), never negative; NaN stays.
+MFD_ROW_FN double cross_entropy_of_teacher(const RowSums& row) {
+  const double k = row.cross + log(row.sum_s);
   return k < 0 ? 0.0 : k;
 }
 

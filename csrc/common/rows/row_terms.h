@@ -37,7 +37,8 @@ MFD_ROW_FN Wanted wanted_sums(const Forward& f) {
   const bool unit = f.use_soft && f.problem.divergence == Divergence::kNKD;
   const bool entropies = f.student_entropy != nullptr;
   const bool decoupled = f.use_soft && decouples_target(f.problem.divergence);
-  return {f.use_soft, f.use_hard || unit, unit, entropies, entropies, decoupled};
+  const bool cross_entropy = f.use_soft && is_cross_entropy(f.problem.divergence);
+  return {f.use_soft, f.use_hard || unit, unit, entropies, entropies, decoupled, cross_entropy};
 }
 
 // The labels' logits are relative to the maxima; `at_one` are the odds of several teachers at T = 1, null for
@@ -62,7 +63,9 @@ MFD_ROW_FN RowResult row_result(const Forward& f, const Wanted& wanted, double t
     r.rest = rest_divergence(sums, wanted.unit);
     r.k = target_divergence(p, r.target, r.rest);
   } else if (f.use_soft) {
-    r.k = is_pointwise(p.divergence) ? sums.value : forward_kl(sums);
+    r.k = is_pointwise(p.divergence) ? sums.value
+          : wanted.cross_entropy     ? cross_entropy_of_teacher(sums)
+                                     : forward_kl(sums);
   }
   if (f.use_soft) r.soft = p.scale_by_temperature ? ts * ts * r.k : r.k;
   if (wanted.unit) r.soft += target_slopes(p, r.target).target_loss;

@@ -30,13 +30,14 @@ MFD_ROW_FN SavedRow saved_row(const Backward& g, int64_t row) {
   r.lse_u = s[kTeacherHardLse];
   r.divergence = s[kDivergence];
   r.mean_g = s[kStudentMean];
-  r.mean_h = p.divergence == Divergence::kForwardKL ? r.divergence : s[kTeacherMean];
+  const bool is_mean = p.divergence == Divergence::kForwardKL || p.divergence == Divergence::kCrossEntropy;
+  r.mean_h = is_mean ? r.divergence : s[kTeacherMean];
   r.ts = at<T>(p.student_temperature, row);
   r.tt = at<T>(p.teacher_temperature, row);
   r.soft_scale = p.scale_by_temperature ? r.ts * r.ts : 1.0;
   r.grad_soft = at<T>(g.grad_soft, row);
-  r.grad_hard = p.labels ? at<T>(g.grad_hard, row) : 0.0;
-  r.label = p.labels ? p.labels[row] : -1;
+  r.label = label_of(p, row);
+  r.grad_hard = is_labelled(p, row) ? at<T>(g.grad_hard, row) : 0.0;
   r.decoupled = decouples_target(p.divergence);
   r.far = is_pointwise(p.divergence) && s[kFar] != T(0);
   return r;
@@ -60,7 +61,7 @@ MFD_ROW_FN double inverse_mass(double lse) {
   return lse == -kInf ? 0.0 : exp(-lse);
 }
 
-// Forward KL and the divergences that decouple the label:
+// Forward KL, its cross-entropy and the divergences that decouple the label:
 //   to_u = student*q - teacher*p,  to_v = p*(rest_weight*(t - mean) + rest_shift), t = r or -log q; 0 where p
 //   is 0, NaN throughout where the row's mean is.
 struct LinearSlopes {
@@ -69,8 +70,8 @@ struct LinearSlopes {
 };
 
 MFD_ROW_FN LinearSlopes row_linear_slopes(const SavedRow& r, const RowProblem& p) {
-  if (!r.decoupled) return {1.0, 1.0, 1.0, r.mean_h, 0.0, false};
-  const bool of_student = p.divergence == Divergence::kNKD;
+  const bool of_student = is_cross_entropy(p.divergence);
+  if (!r.decoupled) return {1.0, 1.0, 1.0, r.mean_h, 0.0, of_student};
   return {r.slopes.student, r.slopes.teacher,    r.slopes.rest_weight,
           r.mean_h,         r.slopes.rest_shift, of_student};
 }

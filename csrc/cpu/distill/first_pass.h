@@ -14,7 +14,7 @@ template <class S>
 struct RowContext {
   typedef typename S::T T;
   const Forward& f;
-  int64_t row, label;
+  int64_t row, label;  // -1 where there is none
   double ts, tt;
   bool decoupled;  // the divergence decouples the label's class
   int hard;        // where the exponentials at temperature 1 come from
@@ -24,7 +24,7 @@ struct RowContext {
 
   RowContext(const Forward& forward, int64_t r) : f(forward), row(r) {
     const RowProblem& p = f.problem;
-    label = p.labels ? p.labels[row] : -1;
+    label = label_of(p, row);
     // Without the soft term the student's exponentials are those of the cross-entropy.
     ts = f.use_soft ? at<T>(p.student_temperature, row) : 1.0;
     tt = f.use_soft ? at<T>(p.teacher_temperature, row) : 1.0;
@@ -41,6 +41,7 @@ struct RowContext {
   RowContext(const RowContext&) = delete;
 
   bool has_mixture() const { return f.use_soft && f.problem.mixture; }
+  bool use_hard() const { return f.use_hard && label >= 0; }
 
   // What needs the whole row before the first pass: the standardised sides' centres, kept in the row's first
   // block, and the mixture of several teachers.

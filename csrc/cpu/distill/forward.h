@@ -24,7 +24,7 @@ static double infinite_cross(const RowContext<S>& c, const RowSums& row, const S
       const double probability = static_cast<double>(et[i]) * weight;
       if (static_cast<T>(probability) == T(0)) continue;
       const double u = (static_cast<double>(x.x[i]) - row.max_s) / c.ts;
-      const double v = c.wanted.unit ? 0.0 : (static_cast<double>(y.x[i]) - row.max_t) / c.tt;
+      const double v = c.wanted.cross_entropy ? 0.0 : (static_cast<double>(y.x[i]) - row.max_t) / c.tt;
       cross += probability * (v - u);
     }
   }
@@ -57,11 +57,14 @@ template <class S>
 MFD_INLINE RowResult row_result_of(const RowContext<S>& c, RowSums sums, const Scratch& scratch) {
   const Forward& f = c.f;
   if (sums.cross == kInf && !needs_points(c)) sums.cross = infinite_cross(c, sums, scratch);
-  const double label = f.use_hard || c.decoupled ? logit_at<S>(c.x, c.label, scratch) - sums.max_s : 0.0;
+  const double label = c.use_hard() || c.decoupled ? logit_at<S>(c.x, c.label, scratch) - sums.max_s : 0.0;
   const double label_t = c.decoupled ? logit_at<S>(c.y, c.label, scratch) - sums.max_t : 0.0;
-  if (!c.wanted.unit || !c.has_mixture()) return row_result(f, c.wanted, c.ts, c.tt, sums, label, label_t);
-  const Odds at_one = mixed_odds(f.problem.mixture->count, scratch.teachers);
-  return row_result(f, c.wanted, c.ts, c.tt, sums, label, label_t, &at_one);
+  Odds at_one{};
+  const bool mixes = c.wanted.unit && c.has_mixture();
+  if (mixes) at_one = mixed_odds(f.problem.mixture->count, scratch.teachers);
+  RowResult r = row_result(f, c.wanted, c.ts, c.tt, sums, label, label_t, mixes ? &at_one : nullptr);
+  if (!c.use_hard()) r.hard = 0;
+  return r;
 }
 
 template <class S>
@@ -74,13 +77,16 @@ static void write_by_products(const RowContext<S>& c, const RowResult& r, const 
   put<T>(f.teacher_entropy, c.row, entropies.teacher);
   if (f.student_label_prob) {
     double q = r.target.student.label, q_teacher = r.target.teacher.label;
-    if (!c.decoupled) {
+    if (c.label < 0) {
+      q = q_teacher = 0;
+    } else if (!c.decoupled) {
       q = exp(r.label / c.ts) / sums.sum_s;
       q_teacher = exp((logit_at<S>(c.y, c.label, scratch) - sums.max_t) / c.tt) / sums.sum_t;
     }
     put<T>(f.student_label_prob, c.row, q);
     put<T>(f.teacher_label_prob, c.row, q_teacher);
   }
+  if (!f.agreement) return;
   const int64_t best = first_argmax<S>(c.x, f.problem.classes, scratch);
   f.agreement[c.row] = best >= 0 && best == first_argmax<S>(c.y, f.problem.classes, scratch);
 }
@@ -165,7 +171,7 @@ static void forward_rows_of(const Forward& f, int64_t begin, int64_t end, const 
   const bool prepared = p.student.standardize || p.teacher.standardize || teachers;
   const bool per_row = p.student_temperature.rows || p.teacher_temperature.rows || teachers;
   Scales<S> scales(f.use_soft ? p.student_temperature.value : 1.0,
-                   f.use_soft ? p.teacher_temperature.value : 1.0, p.divergence == Divergence::kNKD);
+                   f.use_soft ? p.teacher_temperature.value : 1.0, is_cross_entropy(p.divergence));
   const int64_t blocks = block_count(p.classes);
   // Short rows go in groups that fill a block, so that one row's sums need not be known before the next
   // begins.
@@ -178,7 +184,7 @@ static void forward_rows_of(const Forward& f, int64_t begin, int64_t end, const 
       RowContext<S> c(f, first + k);
       const Scratch own = nth_of<S>(scratch, k, stride, teachers);
       if (prepared) c.prepare(own);
-      if (per_row) scales = Scales<S>(c.ts, c.tt, c.wanted.unit);
+      if (per_row) scales = Scales<S>(c.ts, c.tt, c.wanted.cross_entropy);
       row_sums<S>(c, scales, 0, blocks, own);
     }
     for (int64_t k = 0; k < rows; ++k) {
@@ -201,7 +207,7 @@ static void forward_sums_of(const Forward& f, int64_t row, int64_t begin, int64_
                             const Scratch& scratch) {
   if (!is_counted(f.problem, row)) return;
   const RowContext<S> c(f, row);
-  row_sums<S>(c, Scales<S>(c.ts, c.tt, c.wanted.unit), begin, end, scratch);
+  row_sums<S>(c, Scales<S>(c.ts, c.tt, c.wanted.cross_entropy), begin, end, scratch);
 }
 
 template <class S>

@@ -109,7 +109,7 @@ MFD_INLINE void block_slope(const RowContext<S>& c, const RowSums& row, const Sl
   const T* et = static_cast<const T*>(scratch.exp_t) + start;
   const T* eh = scratch.exp_h ? static_cast<const T*>(scratch.exp_h) + start : es;
   LabelGradient<T> label{c.label - start, T(0)};
-  if ((f.use_hard || c.decoupled) && label.at >= 0 && label.at < n) {
+  if ((c.use_hard() || c.decoupled) && label.at >= 0 && label.at < n) {
     GradientFactors<T> own = factors;
     own.shift = static_cast<T>(slopes.label_shift);
     label.value = gradient_at<T>(c.hard, f.use_soft, es[label.at], et[label.at], eh[label.at], own);
@@ -137,7 +137,8 @@ static void write_gradient(const RowContext<S>& c, const RowResult& r, int64_t b
   T* capped = static_cast<T*>(scratch.capped);
   if (c.decoupled && capped) capped[c.label] = static_cast<T>(r.label + r.sums.max_s);
   const double weight = at<T>(f.weight, c.row);
-  const Slopes slopes = row_slopes(f, c.wanted, weight * f.soft_factor, weight * f.hard_factor, c.ts, r);
+  const double hard = c.use_hard() ? weight * f.hard_factor : 0.0;
+  const Slopes slopes = row_slopes(f, c.wanted, weight * f.soft_factor, hard, c.ts, r);
   double dot = 0;
   for (int64_t b = begin; p.student.standardize && b < end; ++b) {
     const int64_t start = b * kBlock, n = p.classes - start < kBlock ? p.classes - start : kBlock;

@@ -12,10 +12,12 @@ namespace {
 template <class S>
 MFD_INLINE bool is_short_case(const Forward& f) {
   const RowProblem& p = f.problem;
-  return f.use_soft && p.divergence == Divergence::kForwardKL && !p.mixture && p.classes <= kBlock &&
-         is_direct<S>(p.student) && is_direct<S>(p.teacher) && !p.student.standardize &&
-         !p.teacher.standardize && !p.student_temperature.rows && !p.teacher_temperature.rows &&
-         p.smoothing == 0 && !f.stats && !f.student_entropy && p.student.width == p.classes;
+  return f.use_soft &&
+         (p.divergence == Divergence::kForwardKL || p.divergence == Divergence::kCrossEntropy) &&
+         !p.mixture && p.classes <= kBlock && is_direct<S>(p.student) && is_direct<S>(p.teacher) &&
+         !p.student.standardize && !p.teacher.standardize && !p.student_temperature.rows &&
+         !p.teacher_temperature.rows && p.smoothing == 0 && !f.stats && !f.student_entropy &&
+         p.student.width == p.classes;
 }
 
 template <class S>
@@ -38,7 +40,7 @@ struct ShortRows {
         tt(p.teacher_temperature.value),
         wanted(wanted_sums(f)),
         hard(wanted.hard ? hard_mode(ts) : kNoHard),
-        scales(ts, tt, false),
+        scales(ts, tt, wanted.cross_entropy),
         n(p.classes),
         stride((n + kRowAlign - 1) / kRowAlign * kRowAlign) {}
 
@@ -75,31 +77,31 @@ struct ShortRows {
     row_sums.cross = s.cross / (ts * s.sum_t);
     if (row_sums.cross == kInf) return false;
     reject_empty(row_sums, wanted);
-    const int64_t label = f.use_hard ? p.labels[row] : 0;
-    const double label_logit = f.use_hard ? static_cast<double>(student(row)[label]) - s.max_s : 0.0;
-    const RowResult r = row_result(f, wanted, ts, tt, row_sums, label_logit, 0.0);
+    const int64_t label = f.use_hard ? label_of(p, row) : -1;
+    const double label_logit = label >= 0 ? static_cast<double>(student(row)[label]) - s.max_s : 0.0;
+    RowResult r = row_result(f, wanted, ts, tt, row_sums, label_logit, 0.0);
+    if (label < 0) r.hard = 0;
     const double weight = at<T>(f.weight, row);
     if (f.row_loss) {
-      const double weighted = f.soft_factor * r.soft + (f.use_hard ? f.hard_factor * r.hard : 0.0);
+      const double weighted = f.soft_factor * r.soft + (label >= 0 ? f.hard_factor * r.hard : 0.0);
       f.row_loss[row] = weight * weighted;
     }
     put<T>(f.soft, row, r.soft);
     put<T>(f.hard, row, r.hard);
-    if (f.grad)
-      gradient(row, k, row_slopes(f, wanted, weight * f.soft_factor, weight * f.hard_factor, ts, r));
+    const double hard_factor = label >= 0 ? weight * f.hard_factor : 0.0;
+    if (f.grad) gradient(row, label, k, row_slopes(f, wanted, weight * f.soft_factor, hard_factor, ts, r));
     return true;
   }
 
-  void gradient(int64_t row, int64_t k, const Slopes& slopes) const {
+  void gradient(int64_t row, int64_t own, int64_t k, const Slopes& slopes) const {
     const Kept<T> e = kept(k);
     GradientFactors<T> factors = {static_cast<T>(slopes.student), static_cast<T>(slopes.teacher),
                                   static_cast<T>(f.use_hard ? slopes.hard : 0.0),
                                   static_cast<T>(slopes.shift)};
-    LabelGradient<T> label{-1, T(0)};
-    if (f.use_hard) {
+    LabelGradient<T> label{own, T(0)};
+    if (own >= 0) {
       GradientFactors<T> at_label = factors;
       at_label.shift = static_cast<T>(slopes.label_shift);
-      label.at = p.labels[row];
       label.value = gradient_at<T>(hard, true, e.es[label.at], e.et[label.at], e.eh[label.at], at_label);
     }
     T* out = static_cast<T*>(f.grad) + row * n;

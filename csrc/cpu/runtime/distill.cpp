@@ -154,10 +154,16 @@ int64_t count_rows(const RowProblem& p) {
   int64_t counted = 0;
   for (int64_t row = 0; row < p.n_rows; ++row) {
     if (!is_counted(p, row)) continue;
-    if (p.labels[row] < 0 || p.labels[row] >= p.classes) return -1 - row;
+    if (is_labelled(p, row) && (p.labels[row] < 0 || p.labels[row] >= p.classes)) return -1 - row;
     ++counted;
   }
   return counted;
+}
+
+int64_t count_labelled(const RowProblem& p) {
+  int64_t labelled = 0;
+  for (int64_t row = 0; row < p.n_rows; ++row) labelled += is_counted(p, row) && is_labelled(p, row);
+  return labelled;
 }
 
 double forward(Forward f, bool wants_sum, int threads) {

@@ -8,6 +8,9 @@ namespace mfd {
 // Number of counted rows, or -1 - row for the first counted row whose label is out of range.
 int64_t count_rows(const RowProblem& problem);
 
+// Number of those that have a label.
+int64_t count_labelled(const RowProblem& problem);
+
 // Sum of the weighted row losses, in the fixed order of the rows; 0 where it is not wanted.
 double forward(Forward f, bool wants_sum, int threads);
 void backward(const Backward& g, int threads);

@@ -269,7 +269,7 @@ MfdSums mfd_rows(const MfdRows& m, int threads) {
     f.use_hard = m.use_hard;
     f.weight = m.weight;
     f.soft_factor = m.soft_factor / m.divisor;
-    f.hard_factor = m.hard_factor / m.divisor;
+    f.hard_factor = m.hard_factor / m.hard_divisor;
     f.soft = m.soft;
     f.hard = m.hard;
     f.grad = m.grad;
@@ -279,7 +279,7 @@ MfdSums mfd_rows(const MfdRows& m, int threads) {
   MfdSums sums = m.problem.is_double ? weighted_sums<double>(m) : weighted_sums<float>(m);
   sums.loss = rows + sums.loss / m.divisor;
   sums.soft /= m.divisor;
-  sums.hard /= m.divisor;
+  sums.hard /= m.hard_divisor;
   sums.feature /= m.divisor;
   return sums;
 }

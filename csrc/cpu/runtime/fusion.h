@@ -27,7 +27,8 @@ struct MfdRows {
   bool use_soft, use_hard;
   RowScalar weight;
   double soft_factor, hard_factor, feature_factor, pool_factor;
-  double divisor;             // of every sum
+  double divisor;  // of every sum but the hard term's
+  double hard_divisor;
   const FeatureRow* feature;  // [N], null where the term is not used
   const double* pool_kl;      // [N], null where the term is not used
   void *soft, *hard;          // [N] room in the compute dtype

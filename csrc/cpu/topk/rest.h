@@ -40,12 +40,12 @@ struct TopKRow {
 
   TopKRow(const TopKPass& topk, int64_t r, const Scratch& s)
       : pass(topk), f(topk.forward), p(f.problem), scratch(s), row(r) {
-    label = p.labels ? p.labels[row] : -1;
+    label = label_of(p, row);
     blocks = block_count(p.classes);
     ts = at<T>(p.student_temperature, row);
     tt = at<T>(p.teacher_temperature, row);
     const Tail tail = pass.teacher.tail;
-    use_hard = f.use_hard && at<T>(pass.grad_hard, row) != 0;
+    use_hard = f.use_hard && label >= 0 && at<T>(pass.grad_hard, row) != 0;
     renormalized = tail == Tail::kRenormalize;
     decoupled = decouples_target(p.divergence);
     unit = p.divergence == Divergence::kNKD;

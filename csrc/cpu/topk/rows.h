@@ -28,12 +28,16 @@ static void write_topk_by_products(const TopKRow<S>& c) {
   const double dot_t = weighted_sum<S>(l.p, l.y, l.count, max_t) + times(beside, rest_y - max_t);
   put<T>(f.student_entropy, c.row, sum == 0 ? kNan : log(sum) - dot / (c.ts * sum));
   put<T>(f.teacher_entropy, c.row, sum_t == 0 ? kNan : log(sum_t) - dot_t / (c.tt * sum_t));
-  if (f.student_label_prob) {
+  if (c.label < 0) {
+    put<T>(f.student_label_prob, c.row, 0.0);
+    put<T>(f.teacher_label_prob, c.row, 0.0);
+  } else if (f.student_label_prob) {
     const double logit = logit_at<S>(c.x, c.label, c.scratch);
     const double teacher = l.label < 0 ? 0.0 : exp((l.y[l.label] - max_t) / c.tt) / sum_t;
     put<T>(f.student_label_prob, c.row, exp((logit - max) / c.ts) / sum);
     put<T>(f.teacher_label_prob, c.row, teacher);
   }
+  if (!f.agreement) return;
   const View y = {&c.p.teacher, row_offset(c.p.teacher, c.row), -1, {}};
   const int64_t best = first_argmax<S>(c.x, c.p.classes, c.scratch);
   const int64_t choice = first_argmax<S>(y, l.count, c.scratch);

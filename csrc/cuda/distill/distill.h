@@ -34,7 +34,7 @@ constexpr int64_t kMaxGroups = 8192;
 // each.
 struct ScalarWorkspace {
   double partial[kMaxGroups];
-  int64_t counts[128];
+  int64_t counts[256];  // of at most 128 blocks: rows, then labels
   unsigned ticket;
 };
 

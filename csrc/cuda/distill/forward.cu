@@ -68,7 +68,7 @@ void describe_scalar(device::ForwardLaunch& launch, const ScalarLoss* scalar, co
   launch.ticket = &workspace.ticket;
   launch.loss = scalar->loss;
   if (!scalar->count_rows || p.n_rows <= kCountInPlace) return;
-  constexpr int64_t kMost = sizeof(workspace.counts) / sizeof(workspace.counts[0]);
+  constexpr int64_t kMost = sizeof(workspace.counts) / sizeof(workspace.counts[0]) / 2;
   const int64_t blocks = (p.n_rows + 1023) / 1024;
   int64_t* const counts = workspace.counts;
   launch.counts = counts;

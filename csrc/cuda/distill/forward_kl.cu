@@ -79,9 +79,9 @@ bool is_aligned(const Side& side) {
 bool takes_forward_kl(const Forward& f, const ScalarLoss* scalar, const Plan& plan) {
   const RowProblem& p = f.problem;
   return scalar && f.use_soft && p.divergence == Divergence::kForwardKL && !p.mixture && !p.is_double &&
-         p.student.dtype == p.teacher.dtype && plan.rung != Rung::kStream && is_plain(p.student) &&
-         is_plain(p.teacher) && is_one_for_all(p.student_temperature) &&
-         is_one_for_all(p.teacher_temperature);
+         !p.keeps_ignored && !f.student_entropy && p.student.dtype == p.teacher.dtype &&
+         plan.rung != Rung::kStream && is_plain(p.student) && is_plain(p.teacher) &&
+         is_one_for_all(p.student_temperature) && is_one_for_all(p.teacher_temperature);
 }
 
 void forward_kl(const device::ForwardLaunch& launch, const Plan& plan, const Where& where) {

@@ -38,7 +38,7 @@ struct BackwardRow : Teacher {
         by_tt(Teacher::kMixed ? 1.0 : row.tt, fast),
         by_one(1.0, fast) {
     if (Teacher::kMixed) row.tt = 1.0;  // known here, it takes no registers
-    bad = p.labels && (row.label < 0 || row.label >= p.classes);
+    bad = is_labelled(p, i) && (row.label < 0 || row.label >= p.classes);
     if (bad) row.label = 0;
     x = view_of<S>(p.student, i, row.decoupled ? row.label : -1);
     y = view_of<S>(p.teacher, i, x.excluded);

@@ -34,7 +34,7 @@ MFD_APART double careful_row(const Forward& f, const Factors& factors, int64_t r
   const PackedRow<kDtype> of(p, f.grad, row);
   const double ts = at<float>(p.student_temperature, row), tt = at<float>(p.teacher_temperature, row);
   const Exponents<F32> exponents(ts, tt, false, kDtype != Dtype::kFloat32);
-  const Wanted wanted{true, f.use_hard, false, false, false, false};
+  const Wanted wanted{true, f.use_hard, false, false, false, false, false};
   const auto x_at = [&](int k) { return load_one<float>(of.student + int64_t{k} * of.kBytes, kDtype); };
   const auto y_at = [&](int k) { return load_one<float>(of.teacher + int64_t{k} * of.kBytes, kDtype); };
 

@@ -40,8 +40,8 @@ struct ForwardRow : Teacher {
   const RowProblem& p;
   const Group& group;
   RowState* state;
-  int64_t row, label;
-  bool bad;  // the label is out of range
+  int64_t row, label;  // -1 where there is none
+  bool bad;            // the label is out of range
   double ts, tt;
   Wanted wanted;
   Span span;
@@ -57,13 +57,13 @@ struct ForwardRow : Teacher {
         group(g),
         state(s),
         row(r),
-        label(p.labels ? p.labels[r] : -1),
-        bad(p.labels && (label < 0 || label >= p.classes)),
+        label(label_of(p, r)),
+        bad(is_labelled(p, r) && (label < 0 || label >= p.classes)),
         ts(soft_term() ? at<T>(p.student_temperature, r) : 1.0),
         tt(soft_term() && !Teacher::kMixed ? at<T>(p.teacher_temperature, r) : 1.0),
-        wanted(kLean ? Wanted{true, f.use_hard, false, false, false, false} : wanted_sums(forward)),
+        wanted(kLean ? Wanted{true, f.use_hard, false, false, false, false, false} : wanted_sums(forward)),
         // A mixture has no 16 bits; known here, that takes no registers.
-        exponents(ts, tt, wanted.unit,
+        exponents(ts, tt, wanted.cross_entropy,
                   !Teacher::kMixed && size_of(p.student.dtype) == 2 && size_of(p.teacher.dtype) == 2) {
     if (bad) label = 0;
     x = view_of<S>(p.student, row, wanted.decoupled ? label : -1);
@@ -156,7 +156,8 @@ struct ForwardRow : Teacher {
 #pragma unroll
         for (int k = 0; k < N; ++k) {
           const T probability = second[k] * p_scale;
-          const T u = (a[k] - max_s) * inverse_s, w = wanted.unit ? T(0) : (b[k] - max_t) * inverse_t;
+          const T u = (a[k] - max_s) * inverse_s,
+                  w = wanted.cross_entropy ? T(0) : (b[k] - max_t) * inverse_t;
           if (probability != T(0)) v[0] += static_cast<double>(probability * (w - u));
         }
         return;
@@ -246,9 +247,12 @@ struct ForwardRow : Teacher {
       const Entropies e = row_entropies(r, wanted);
       put(f.student_entropy, e.student);
       put(f.teacher_entropy, e.teacher);
-      f.agreement[row] = agreement;
+      if (f.agreement) f.agreement[row] = agreement;
     }
-    if (!kLean && f.student_label_prob) {
+    if (!kLean && f.student_label_prob && label < 0) {
+      put(f.student_label_prob, 0.0);
+      put(f.teacher_label_prob, 0.0);
+    } else if (!kLean && f.student_label_prob) {
       put(f.student_label_prob, wanted.decoupled ? r.target.student.label : exp(r.label / ts) / r.sums.sum_s);
       put(f.teacher_label_prob, wanted.decoupled ? r.target.teacher.label : exp(label_t / tt) / r.sums.sum_t);
     }
@@ -276,7 +280,7 @@ struct ForwardRow : Teacher {
     if (kParked) park_pair(parking, teacher_at);
     find_centres();
     RowSums r = sums();
-    const bool labelled = p.labels != nullptr, pointwise = is_pointwise_term();
+    const bool labelled = label >= 0, pointwise = is_pointwise_term();
     const double label_x = labelled ? logit_at<S>(x, x_global, label) : 0.0, label_s = label_x - r.max_s;
     const double label_t = labelled && soft_term() ? this->teacher_logit(y, y_global, label) - r.max_t : 0.0;
     if (wanted.decoupled && f.use_hard && p.smoothing != 0)
@@ -332,10 +336,10 @@ struct ForwardRow : Teacher {
   MFD_DEVICE double finish_values(const RowSums& r, const Factors& factors, double label_x, double label_t,
                                   bool agreement) const {
     if (group.rank() != 0) return 0.0;
-    const RowResult result =
-        row_result(f, wanted, ts, tt, r, label_x - r.max_s, label_t, this->odds_at_one());
+    RowResult result = row_result(f, wanted, ts, tt, r, label_x - r.max_s, label_t, this->odds_at_one());
+    if (label < 0) result.hard = 0;
     const double weight = at<T>(f.weight, row);
-    const double soft = weight * factors.soft, hard = weight * factors.hard;
+    const double soft = weight * factors.soft, hard = label < 0 ? 0.0 : weight * factors.hard;
     state->slopes = row_slopes(f, wanted, soft, hard, ts, result);
     return group.part() == 0 ? write_values(result, label_t, agreement, soft, hard) : 0.0;
   }

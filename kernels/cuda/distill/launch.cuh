@@ -29,7 +29,8 @@ struct ForwardLaunch {
   Forward forward;  // its factors and row_loss are not used
   Number soft_weight, hard_weight;
   // loss = sum of the rows / divisor; with `count_rows` the number of counted rows, at least 1, from `counts`
-  // or, where that is null, counted by each block for itself.
+  // or, where that is null, counted by each block for itself. Where ignored rows count the hard term has its
+  // own count, of the labels.
   Number divisor;
   bool count_rows;
   const int64_t* counts;
@@ -63,31 +64,46 @@ MFD_DEVICE double over_block(double value, double* of_warp) {
   return value;
 }
 
-// What the weights of the terms are divided by. Uses the shared memory of the states.
+// What the terms' sums are divided by.
+struct Divisors {
+  double soft, hard;
+};
+
+// The number that all threads of a block have counted, at least 1.
+MFD_DEVICE double over_block_count(int64_t counted, double* scratch) {
+  const double total = over_block<Sum>(static_cast<double>(counted), scratch);
+  return total < 1 ? 1.0 : total;
+}
+
+// Uses the shared memory of the states.
 template <class T>
-MFD_DEVICE double find_divisor(const ForwardLaunch& launch) {
+MFD_DEVICE Divisors find_divisors(const ForwardLaunch& launch) {
   const RowProblem& p = launch.forward.problem;
-  double divisor = value_of<T>(launch.divisor);
-  if (launch.count_rows) {
-    int64_t counted = 0;
-    const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-    if (launch.counts) {
-      for (int k = thread; k < launch.n_counts; k += threads) counted += launch.counts[k];
-    } else {
-      for (int64_t row = thread; row < p.n_rows; row += threads) counted += is_counted(p, row);
+  const double divisor = value_of<T>(launch.divisor);
+  if (!launch.count_rows) return {divisor, divisor};
+  int64_t counted = 0, labelled = 0;
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  if (launch.counts) {
+    for (int k = thread; k < launch.n_counts; k += threads) {
+      counted += launch.counts[k];
+      labelled += launch.counts[launch.n_counts + k];
     }
-    double* scratch = reinterpret_cast<double*>(dynamic_shared() + launch.states_at);
-    divisor = over_block<Sum>(static_cast<double>(counted), scratch);
-    if (divisor < 1) divisor = 1;
+  } else {
+    for (int64_t row = thread; row < p.n_rows; row += threads) {
+      counted += is_counted(p, row);
+      if (p.keeps_ignored) labelled += is_counted(p, row) && is_labelled(p, row);
+    }
   }
-  return divisor;
+  double* scratch = reinterpret_cast<double*>(dynamic_shared() + launch.states_at);
+  const double soft = over_block_count(counted, scratch);
+  return {soft, p.keeps_ignored ? over_block_count(labelled, scratch) : soft};
 }
 
 // The weights of the two terms, divided.
 template <class T>
 MFD_DEVICE Factors find_factors(const ForwardLaunch& launch) {
-  const double divisor = find_divisor<T>(launch);
-  return {value_of<T>(launch.soft_weight) / divisor, value_of<T>(launch.hard_weight) / divisor};
+  const Divisors by = find_divisors<T>(launch);
+  return {value_of<T>(launch.soft_weight) / by.soft, value_of<T>(launch.hard_weight) / by.hard};
 }
 
 // The last block to arrive adds up the partial losses in their order.
@@ -113,16 +129,22 @@ MFD_DEVICE void finish_loss(const ForwardLaunch& launch, int64_t partials) {
   }
 }
 
-// Partial counts of the counted rows, one per block.
+// Partial counts of the counted rows, one per block, and of those that have a label behind them.
 template <int kUnused = 0>
 __global__ void count_rows(const __grid_constant__ RowProblem p, int64_t* counts) {
   double* scratch = reinterpret_cast<double*>(dynamic_shared());
-  int64_t counted = 0;
+  int64_t counted = 0, labelled = 0;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < p.n_rows; row += step)
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < p.n_rows;
+       row += step) {
     counted += is_counted(p, row);
+    labelled += is_counted(p, row) && is_labelled(p, row);
+  }
   const double total = over_block<Sum>(static_cast<double>(counted), scratch);
-  if (threadIdx.x == 0) counts[blockIdx.x] = static_cast<int64_t>(total);
+  const double of_labels = over_block<Sum>(static_cast<double>(labelled), scratch);
+  if (threadIdx.x != 0) return;
+  counts[blockIdx.x] = static_cast<int64_t>(total);
+  counts[gridDim.x + blockIdx.x] = static_cast<int64_t>(of_labels);
 }
 
 }  // namespace device

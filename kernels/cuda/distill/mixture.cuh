@@ -186,9 +186,9 @@ MFD_INLINE MixedTeacher<S> mix_teachers(const Group& group, const Teachers& m, c
   return result;
 }
 
-// The label of a row, 0 for one out of range, -1 without labels.
+// The label of a row, 0 for one out of range, -1 without one.
 MFD_INLINE int64_t readable_label(const RowProblem& p, int64_t row) {
-  if (!p.labels) return -1;
+  if (!is_labelled(p, row)) return -1;
   const int64_t label = p.labels[row];
   return label < 0 || label >= p.classes ? 0 : label;
 }

@@ -41,8 +41,8 @@ struct MfdRow {
 // What all rows share: the terms of the logits, of which row `first` of the problem is row 0 of the block.
 struct MfdShared {
   Forward logits;
-  Factors factors;  // soft and hard weight/divisor
-  double divisor, feature_weight, pool_weight;
+  Factors factors;                                          // soft and hard weight/divisor
+  double divisor, hard_ratio, feature_weight, pool_weight;  // hard_ratio: divisor/that of the hard term
   float soft[kMfdRows], hard[kMfdRows];
   MfdRow rows[kMfdRows];
 };
@@ -144,7 +144,7 @@ struct MfdBlock {
 
   // What all rows share; ends with a barrier.
   MFD_DEVICE void begin() const {
-    const double divisor = find_divisor<float>(launch.logits);
+    const Divisors by = find_divisors<float>(launch.logits);
     if (threadIdx.x == 0) {
       Forward& f = shared.logits;
       f = launch.logits.forward;
@@ -152,9 +152,10 @@ struct MfdBlock {
       if (p.wants_logits) f.grad = z.data - first * z.stride;
       f.soft = shared.soft - first;
       f.hard = shared.hard - first;
-      shared.factors = {value_of<float>(launch.logits.soft_weight) / divisor,
-                        value_of<float>(launch.logits.hard_weight) / divisor};
-      shared.divisor = divisor;
+      shared.factors = {value_of<float>(launch.logits.soft_weight) / by.soft,
+                        value_of<float>(launch.logits.hard_weight) / by.hard};
+      shared.divisor = by.soft;
+      shared.hard_ratio = by.soft == by.hard ? 1.0 : by.soft / by.hard;
       shared.feature_weight = at<float>(p.feature_weight, 0);
       shared.pool_weight = at<float>(p.pool_weight, 0);
     }
@@ -243,8 +244,9 @@ struct MfdBlock {
       own.terms[0] += loss;
       own.terms[1] =
           own.counted && p.forward.use_soft ? own.share * static_cast<double>(shared.soft[k]) : 0.0;
-      own.terms[2] =
-          own.counted && p.forward.use_hard ? own.share * static_cast<double>(shared.hard[k]) : 0.0;
+      own.terms[2] = own.counted && p.forward.use_hard
+                         ? own.share * shared.hard_ratio * static_cast<double>(shared.hard[k])
+                         : 0.0;
     }
     if (p.dz) write_row(of_z, p.dz, row, p.dz_stride, p.dz_stride);
   }

@@ -66,9 +66,11 @@ MFD_INLINE void write_by_products(const Row& r, const Found& found) {
   if (sum_t == 0 || found.bad) sum_t = kNan;
   r.put(f.student_entropy, log(sum) - dot / (r.ts * sum));
   r.put(f.teacher_entropy, log(sum_t) - dot_t / (r.tt * sum_t));
-  r.put(f.student_label_prob, exp((r.state->all.label - most[0]) / r.ts) / sum);
+  const bool labelled = r.label >= 0 || found.bad;
+  r.put(f.student_label_prob, !labelled ? 0.0 : exp((r.state->all.label - most[0]) / r.ts) / sum);
   const double of_label = found.label ? exp((found.label_y - most[1]) / r.tt) : 0.0;
   r.put(f.teacher_label_prob, of_label == 0 && !found.bad ? 0.0 : of_label / sum_t);
+  if (!f.agreement) return;
   const int64_t column = at_max[0] == -kInf ? 0 : static_cast<int64_t>(-at_max[0]);
   const int64_t choice = at_max[1] == -kInf ? 0 : static_cast<int64_t>(-at_max[1]);
   f.agreement[r.row] = at_max[2] == 0 && !found.bad && r.indices[choice] == column;

@@ -63,12 +63,12 @@ struct TopKRow {
         group(threads),
         state(st),
         row(r),
-        label(p.labels ? p.labels[r] : -1),
+        label(label_of(p, r)),
         listed(launch.topk.listed),
         ts(at<T>(p.student_temperature, r)),
         tt(at<T>(p.teacher_temperature, r)),
         degree(p.first + p.second),
-        use_hard(f.use_hard && at<T>(launch.grad_hard, r) != 0),
+        use_hard(f.use_hard && is_labelled(p, r) && at<T>(launch.grad_hard, r) != 0),
         renormalized(launch.topk.tail == Tail::kRenormalize),
         whole(launch.topk.tail != Tail::kZero),
         decoupled(decouples_target(p.divergence)),
@@ -112,7 +112,7 @@ struct TopKRow {
     const int64_t words = (span.end - span.begin) * N / 32 + 1;
     for (int64_t k = group.rank(); k < words; k += group.threads()) bits[k] = 0;
     group.sync();
-    bool bad = p.labels && (label < 0 || label >= p.classes);
+    bool bad = is_labelled(p, row) && (label < 0 || label >= p.classes);
     const int size = size_of(p.student.dtype), of_value = size_of(p.teacher.dtype);
     for (int64_t k = group.rank(); k < listed; k += group.threads()) {
       const int64_t column = indices[k];

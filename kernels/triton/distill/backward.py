@@ -111,7 +111,7 @@ def load_slopes(of, v, s, t, at, smoothing, grad_soft_stride, grad_hard_stride, 
     hard_share, at_one = none, none
     if how.HARD:
         upstream = of.grad_hard_ptr + at.row * grad_hard_stride
-        hard_share = tl.load(upstream, mask=at.counted, other=0.0).to(none.dtype)
+        hard_share = tl.load(upstream, mask=at.labelled, other=0.0).to(none.dtype)
     t_targets = Targets(v.t_top, none, none, none)
     if how.DIVERGENCE == NKD:
         p1 = prob_at_one(t, at.label, at.counted, v.y_label, v.t_top, v.t1)

@@ -5,8 +5,8 @@ v = log p (up to a constant) are q (g - E_q[g]) and p (h - E_p[h]). Constants in
 taken to vanish at p = q: nothing large cancels there. Everything is a function of q, p and r = log p - log q,
 which the kernels compute from differences of logits.
 
-FORWARD, DKD and NKD need no second look at a row: their sums are those of the online pass. DKD and NKD see the
-classes other than the label through it.
+FORWARD, CROSS_ENTROPY, DKD and NKD need no second look at a row: their sums are those of the online pass. DKD and NKD
+see the classes other than the label through it.
 """
 
 import triton
@@ -16,15 +16,16 @@ from ..rows.arithmetic import INF, divide
 
 NONE = tl.constexpr(-1)  # no soft term
 FORWARD = tl.constexpr(0)
-DKD = tl.constexpr(1)
-NKD = tl.constexpr(2)
-REVERSE = tl.constexpr(3)  # from here on: pointwise
-JSD = tl.constexpr(4)
-SKEW = tl.constexpr(5)
-SKEW_REVERSE = tl.constexpr(6)
-TVD = tl.constexpr(7)
-ALPHA_BETA = tl.constexpr(8)
-FORWARD_POINT = tl.constexpr(9)  # FORWARD where p need not sum to 1
+CROSS_ENTROPY = tl.constexpr(1)
+DKD = tl.constexpr(2)
+NKD = tl.constexpr(3)
+REVERSE = tl.constexpr(4)  # from here on: pointwise
+JSD = tl.constexpr(5)
+SKEW = tl.constexpr(6)
+SKEW_REVERSE = tl.constexpr(7)
+TVD = tl.constexpr(8)
+ALPHA_BETA = tl.constexpr(9)
+FORWARD_POINT = tl.constexpr(10)  # FORWARD where p need not sum to 1
 
 # |r| of a class that one side rules out: exp(-FAR) is 0 in every dtype.
 FAR = tl.constexpr(1000.0)

@@ -9,6 +9,7 @@ from ..rows.arithmetic import INF, LN2, LOG2E, divide, finite_max, log_ratio, po
 from ..rows.sides import read
 from .divergences import (
     ALPHA_BETA,
+    CROSS_ENTROPY,
     DKD,
     FAR,
     FORWARD,
@@ -159,15 +160,16 @@ def online_value(k, pair, cross, blocked, t, how):
 
     KL(p||q) = E_p[v-u] - log st + log ss, at least 0; CE(p, q) = E_p[-u] + log ss.
     """
+    WITHOUT_P: tl.constexpr = (how.DIVERGENCE == NKD) or (how.DIVERGENCE == CROSS_ENTROPY)
     value = divide(divide(cross, k.st), t.T)
-    if how.DIVERGENCE == NKD:
+    if WITHOUT_P:
         value = value + tl.log(k.ss)
     else:
         value = value + k.log_ratio
     # INF + NaN stays NaN.
     value = tl.where(power(blocked - k.mt, t.c) > 0.0, INF + (k.ss - k.ss) + (k.st - k.st), value)
     value = tl.where(value < 0.0, 0.0, value)
-    if how.DIVERGENCE != FORWARD:
+    if (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD):
         value = tl.where(k.weight == 0.0, k.ss - k.ss, k.weight * tl.where(k.ss == 0.0, INF, value))
     return value + pair
 
@@ -250,7 +252,7 @@ def student_soft(x, y, here, label, s, t, k, means, how):
         if how.DIVERGENCE == SKEW:
             return centred(qg, overlap, q, k.b, means.g[:, None, None], means.rest[:, None, None])
         return qg - q * means.g[:, None, None]
-    elif how.DIVERGENCE == FORWARD:
+    elif (how.DIVERGENCE == FORWARD) or (how.DIVERGENCE == CROSS_ENTROPY):
         return difference(x, y, s, t, k)
     else:
         x, y = but_label(x, here, label, how), but_label(y, here, label, how)
@@ -264,9 +266,10 @@ def student_soft(x, y, here, label, s, t, k, means, how):
 @triton.jit
 def gap_from_mean(x, y, s, t, k, mean, how):
     """soft_gap - mean, and exp((y - max y)/Tt)."""
+    WITHOUT_P: tl.constexpr = (how.DIVERGENCE == NKD) or (how.DIVERGENCE == CROSS_ENTROPY)
     dx = x - finite_max(k.ms)[:, None, None]
     dy = y - finite_max(k.mt)[:, None, None]
-    gap = soft_gap(dx, dy, divide(t.T, s.T)[:, None, None], how.DIVERGENCE == NKD) - mean[:, None, None]
+    gap = soft_gap(dx, dy, divide(t.T, s.T)[:, None, None], WITHOUT_P) - mean[:, None, None]
     return gap, power(dy, t.c[:, None, None])
 
 
@@ -284,7 +287,7 @@ def teacher_soft(x, y, here, label, s, t, k, means, how):
         gap, et = gap_from_mean(x, y, s, t, k, means.h, how)
         p = et * k.inv_t[:, None, None]
         grad = tl.where(p == 0.0, 0.0, p * divide(gap - means.rest[:, None, None], t.T[:, None, None]))
-        if how.DIVERGENCE != FORWARD:
+        if (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD):
             grad = grad * k.weight[:, None, None]
             grad = tl.where(k.weight[:, None, None] == 0.0, 0.0, grad)
         if how.DIVERGENCE == DKD:
@@ -333,7 +336,7 @@ def teacher_over_p(x, y, here, label, s, t, k, x_label, y_label, means, how):
         x, y = but_label(x, here, label, how), but_label(y, here, label, how)
         gap, _et = gap_from_mean(x, y, s, t, k, means.h, how)
         over = divide(gap - means.rest[:, None, None], t.T[:, None, None])
-        if how.DIVERGENCE != FORWARD:
+        if (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD):
             log_rest = divide(finite_max(k.mt), t.T) + tl.log(k.st)
             up = tl.where(k.weight == 0.0, 0.0, -log_rest)
             beyond = up > WIDE

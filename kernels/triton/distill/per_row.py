@@ -67,8 +67,8 @@ def write_by_products(out, v, s, t, at, how):
     if how.HARD:
         q_label = divide(power(v.x_label - ms, s.c), ss)
         p_label = tl.where(at.bad, float("nan"), divide(power(v.y_label - mt, t.c), st))
-        tl.store(out.student_prob_ptr + at.row, tl.where(at.counted, q_label, 0.0), mask=at.exists)
-        tl.store(out.teacher_prob_ptr + at.row, tl.where(at.counted, p_label, 0.0), mask=at.exists)
+        tl.store(out.student_prob_ptr + at.row, tl.where(at.labelled, q_label, 0.0), mask=at.exists)
+        tl.store(out.teacher_prob_ptr + at.row, tl.where(at.labelled, p_label, 0.0), mask=at.exists)
 
 
 @triton.jit(do_not_specialize=NUMBERS)

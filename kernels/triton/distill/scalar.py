@@ -33,7 +33,7 @@ def row_losses(v, T, loss, numbers, at, how):
     w = one
     if loss.weight_ptr is not None:
         w = tl.load(loss.weight_ptr + at.row, mask=at.counted, other=0.0)
-    share = divide(w, one * divisor(loss, numbers.normalizer, numbers.n_counts, DTYPE))
+    share = divide(w, one * divisor(loss, numbers.normalizer, numbers.n_counts, False, DTYPE))
     total = tl.zeros([how.ROWS], tl.float64)
     slope = divide(one, T)
     at_one = tl.zeros([how.ROWS], DTYPE)
@@ -50,8 +50,11 @@ def row_losses(v, T, loss, numbers, at, how):
             at_one = soft_w.to(DTYPE) * share * v.p1
     if how.HARD:
         hard_w = row_scalar(numbers.hard_weight, loss.hard_weight_ptr, at.row, at.exists, 0, how.ROWS, tl.float64)
+        if loss.APART:  # the sum over all rows is divided by the other terms' count
+            by = divisor(loss, numbers.normalizer, numbers.n_counts, True, tl.float64)
+            hard_w = hard_w * (divisor(loss, numbers.normalizer, numbers.n_counts, False, tl.float64) / by)
         total += hard_w * v.hard
-        hard_share = hard_w.to(DTYPE) * share
+        hard_share = tl.where(at.labelled, hard_w.to(DTYPE) * share, 0.0)
     return tl.where(at.counted, w * total, 0.0), slope, hard_share, at_one
 
 

@@ -23,7 +23,7 @@ from ..rows.arithmetic import (
     soft_gap,
 )
 from ..rows.sides import read
-from .divergences import DKD, FORWARD, NKD, NONE
+from .divergences import CROSS_ENTROPY, DKD, FORWARD, NKD, NONE
 
 
 class Sums(NamedTuple):
@@ -60,8 +60,9 @@ def but_label(x, col, label, how):
 @triton.jit
 def guarded_cross(x, y, dx, dy, et, rho, how):
     """Lane sums of et*soft_gap where x is finite, and max y where x is -inf."""
+    WITHOUT_P: tl.constexpr = (how.DIVERGENCE == NKD) or (how.DIVERGENCE == CROSS_ENTROPY)
     cut = x == -INF
-    gap = soft_gap(dx, dy, rho[:, None, None], how.DIVERGENCE == NKD)
+    gap = soft_gap(dx, dy, rho[:, None, None], WITHOUT_P)
     cross = tl.sum(et * tl.where((et > 0.0) & (cut == 0), gap, 0.0), 2)
     return cross, tl.max(tl.where(cut, y, -INF), 2)
 
@@ -130,13 +131,14 @@ def hold_rows(x, y, col, keep, s, t, label, shift, how):
 @triton.jit
 def add_sums(a, b, ms, mt, to_ms, to_mt, s, t, rho, how):
     """a, relative to ms, mt, and b, relative to to_ms, to_mt; the result is relative to the latter."""
+    WITHOUT_P: tl.constexpr = (how.DIVERGENCE == NKD) or (how.DIVERGENCE == CROSS_ENTROPY)
     ss, st, cross, blocked, s1, t1, xs, yt = a.ss, a.st, a.cross, a.blocked, a.s1, a.t1, a.xs, a.yt
     ix, iy = a.ix, a.iy
     cs, ct = s.c[:, None], t.c[:, None]
     c1 = tl.full([1, 1], LOG2E, cs.dtype)
     if how.DIVERGENCE != NONE:
         if how.DIVERGENCE <= NKD:
-            shift = soft_gap(moved(ms, to_ms), moved(mt, to_mt), rho[:, None], how.DIVERGENCE == NKD)
+            shift = soft_gap(moved(ms, to_ms), moved(mt, to_mt), rho[:, None], WITHOUT_P)
             cross = rescale_moment(cross, st, shift, mt, to_mt, ct) + b.cross
             blocked = tl.maximum(blocked, b.blocked)
         if how.TERMS:

@@ -122,5 +122,6 @@ def row_values(x, y, s, t, at, col, smoothing, a, b, how):
     if how.HARD:
         eps, n_classes = tl.full([how.ROWS], smoothing, s.T.dtype), tl.full([how.ROWS], at.classes, s.T.dtype)
         hard = hard_value(soft.s1, soft.s_top, x_label, sums.spread, eps, n_classes, how.SMOOTH)
+        hard = tl.where(at.labelled, hard, 0.0)
     tops = (soft.s_top, soft.s1, soft.t_top, soft.t1)
     return Values(soft.value, at_one, hard, *tops, p1, x_label, y_label, soft.known, soft.means, sums)

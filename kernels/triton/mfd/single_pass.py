@@ -359,7 +359,9 @@ def mfd_single_pass(
     row = pid * ROWS + tl.arange(0, ROWS)
     exists = row < n_rows
     classes = classes * rows.teacher.UNIT
-    _label, counted, _bad = row_labels(rows.labels_ptr, rows.mask_ptr, row, n_rows, classes, ignore_index, ROWS)
+    _label, counted, _labelled, _bad = row_labels(
+        rows.labels_ptr, rows.mask_ptr, row, n_rows, classes, ignore_index, False, ROWS
+    )
     by = tl.full([1], 1.0, tl.float64)
     if extra.COUNT:
         by = by * counted_rows(rows.labels_ptr, rows.mask_ptr, n_rows, ignore_index, 512)

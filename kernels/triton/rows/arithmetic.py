@@ -124,20 +124,28 @@ def row_scalar(value, ptr, row, exists, STEP: tl.constexpr, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def row_labels(labels_ptr, mask_ptr, row, n_rows, classes, ignore_index, ROWS: tl.constexpr):
-    """label (0 where there is none to read), counted, bad (counted, but the label is out of range)."""
+def row_labels(
+    labels_ptr, mask_ptr, row, n_rows, classes, ignore_index, KEEPS_IGNORED: tl.constexpr, ROWS: tl.constexpr
+):
+    """label (0 where there is none to read), counted, labelled, bad (labelled, but the label is out of range).
+
+    A row whose label is ignored is not counted, or with KEEPS_IGNORED not labelled.
+    """
     exists = row < n_rows
     counted = exists
     if mask_ptr is not None:
         counted = counted & (tl.load(mask_ptr + row, mask=exists, other=0) != 0)
     label = tl.zeros([ROWS], tl.int64)
     bad = label != 0
+    labelled = counted
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row, mask=exists, other=0)
-        counted = counted & (label != ignore_index)
-        bad = counted & ((label < 0) | (label >= classes))
-        label = tl.where(counted & (bad == 0), label, 0)
-    return label, counted, bad
+        labelled = counted & (label != ignore_index)
+        if not KEEPS_IGNORED:
+            counted = labelled
+        bad = labelled & ((label < 0) | (label >= classes))
+        label = tl.where(labelled & (bad == 0), label, 0)
+    return label, counted, labelled, bad
 
 
 @triton.jit

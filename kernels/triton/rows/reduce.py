@@ -5,11 +5,14 @@ import triton.language as tl
 
 
 @triton.jit
-def divisor(loss, normalizer, n_counts, DTYPE: tl.constexpr):
-    """[1]: what the sum over rows is divided by: the counted rows (at least 1), a 0-d tensor or a number."""
+def divisor(loss, normalizer, n_counts, HARD: tl.constexpr, DTYPE: tl.constexpr):
+    """[1]: what the sum over rows is divided by: the counted rows (at least 1; HARD: those with a label), a 0-d tensor
+    or a number.
+    """
     if loss.counts_ptr is not None:
         k = tl.arange(0, loss.COUNTS)
-        counted = tl.sum(tl.load(loss.counts_ptr + k, mask=k < n_counts, other=0), 0)
+        first = n_counts if HARD else 0
+        counted = tl.sum(tl.load(loss.counts_ptr + first + k, mask=k < n_counts, other=0), 0)
         return tl.full([1], tl.maximum(counted, 1), DTYPE)
     elif loss.normalizer_ptr is not None:
         return tl.full([1], tl.load(loss.normalizer_ptr), DTYPE)
@@ -34,20 +37,37 @@ def counted_rows(labels_ptr, mask_ptr, n_rows, ignore_index, BLOCK: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["n_rows", "ignore_index"])
-def count_rows(labels_ptr, mask_ptr, counts_ptr, n_rows: tl.int64, ignore_index: tl.int64, BLOCK: tl.constexpr):
-    """counts[program] = counted rows among every num_programs-th block of rows."""
+def count_rows(
+    labels_ptr,
+    mask_ptr,
+    counts_ptr,
+    n_rows: tl.int64,
+    ignore_index: tl.int64,
+    KEEPS_IGNORED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """counts[program] = counted rows among every num_programs-th block of rows; with KEEPS_IGNORED those that have a
+    label follow after the last program's.
+    """
     pid = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.int32)
+    of_labels = total
     for first in range(pid * BLOCK, n_rows, tl.num_programs(0).to(tl.int64) * BLOCK):
         row = first + tl.arange(0, BLOCK)
         exists = row < n_rows
         counted = exists
         if mask_ptr is not None:
             counted = counted & (tl.load(mask_ptr + row, mask=exists, other=0) != 0)
+        labelled = counted
         if labels_ptr is not None:
-            counted = counted & (tl.load(labels_ptr + row, mask=exists, other=0) != ignore_index)
+            labelled = counted & (tl.load(labels_ptr + row, mask=exists, other=0) != ignore_index)
+        if not KEEPS_IGNORED:
+            counted = labelled
         total += counted.to(tl.int32)
+        of_labels += labelled.to(tl.int32)
     tl.store(counts_ptr + pid, tl.sum(total.to(tl.int64), 0))
+    if KEEPS_IGNORED:
+        tl.store(counts_ptr + tl.num_programs(0) + pid, tl.sum(of_labels.to(tl.int64), 0))
 
 
 @triton.jit(do_not_specialize=["n_partials", "n_counts"])
@@ -65,5 +85,5 @@ def reduce_loss(
     for first in range(0, n_partials, BLOCK):
         k = first + tl.arange(0, BLOCK)
         total += tl.load(loss.partial_ptr + k, mask=k < n_partials, other=0.0).to(tl.float64)
-    by = divisor(loss, normalizer, n_counts, tl.float64)
+    by = divisor(loss, normalizer, n_counts, False, tl.float64)
     tl.store(out_ptr + tl.arange(0, 1), (tl.sum(total, 0) / by).to(DTYPE))

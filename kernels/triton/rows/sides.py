@@ -41,8 +41,10 @@ def row_start(row, inner, outer_stride, row_stride, FLAT: tl.constexpr, UNIT: tl
 @triton.jit
 def place(p, row, n_rows, ignore_index, classes, how):
     """`Place` of the rows ``row``."""
-    label, counted, bad = row_labels(p.labels_ptr, p.mask_ptr, row, n_rows, classes, ignore_index, how.ROWS)
-    return Place(row, row < n_rows, label.to(tl.int32), counted, bad, classes)
+    label, counted, labelled, bad = row_labels(
+        p.labels_ptr, p.mask_ptr, row, n_rows, classes, ignore_index, p.KEEPS_IGNORED, how.ROWS
+    )
+    return Place(row, row < n_rows, label.to(tl.int32), counted, labelled, bad, classes)
 
 
 @triton.jit

@@ -57,7 +57,8 @@ class RowProblem(NamedTuple):
     """Student and teacher, what rows count and their labels; of a call with several teachers also the others.
 
     more_ptrs, more_inner, more_outer, more_row: tuples, an entry per further teacher, or None. weights_ptr: the
-    teachers' weights [K] or, with WEIGHTS_PER_ROW, [N, K]; None: equal ones.
+    teachers' weights [K] or, with WEIGHTS_PER_ROW, [N, K]; None: equal ones. KEEPS_IGNORED: a row whose label is
+    ignored counts, without its hard term.
     """
 
     student: Logits
@@ -70,6 +71,7 @@ class RowProblem(NamedTuple):
     more_row: tl.tuple
     weights_ptr: tl.tensor
     WEIGHTS_PER_ROW: tl.constexpr
+    KEEPS_IGNORED: tl.constexpr
 
 
 class How(NamedTuple):
@@ -95,7 +97,8 @@ class How(NamedTuple):
 
 class Loss(NamedTuple):
     """The scalar loss: partial sums per program, the student's gradient if it is wanted, and what the terms count for:
-    weight per row, weights of the terms, what the sum is divided by (`reduce.divisor`).
+    weight per row, weights of the terms, what the sum is divided by (`reduce.divisor`). APART: the hard term is divided
+    by a count of its own, which lies behind that of the rows.
     """
 
     partial_ptr: tl.tensor
@@ -106,6 +109,7 @@ class Loss(NamedTuple):
     normalizer_ptr: tl.tensor
     counts_ptr: tl.tensor
     COUNTS: tl.constexpr
+    APART: tl.constexpr
 
 
 class LossNumbers(NamedTuple):
@@ -119,13 +123,14 @@ class LossNumbers(NamedTuple):
 
 class Place(NamedTuple):
     """The rows of a program, [ROWS]: number, existence, label (0 where there is none to read), whether it is counted,
-    and whether it is but its label is out of range. classes: how many.
+    whether it has a hard term, and whether it does but its label is out of range. classes: how many.
     """
 
     row: tl.tensor
     exists: tl.tensor
     label: tl.tensor
     counted: tl.tensor
+    labelled: tl.tensor
     bad: tl.tensor
     classes: tl.tensor
 

@@ -86,8 +86,8 @@ def write_by_products(out, v, s, t, at, how):
         at_label = v.listed & (v.slot == v.label[:, None, None])
         weight = power(v.y - finite_max(y_top)[:, None, None], t.c[:, None, None])
         p_label = tl.where(v.bad, float("nan"), divide(pick(weight, at_label), y_total))
-        tl.store(out.student_prob_ptr + at.row, tl.where(at.counted, q_label, 0.0), mask=at.exists)
-        tl.store(out.teacher_prob_ptr + at.row, tl.where(at.counted, p_label, 0.0), mask=at.exists)
+        tl.store(out.student_prob_ptr + at.row, tl.where(at.labelled, q_label, 0.0), mask=at.exists)
+        tl.store(out.teacher_prob_ptr + at.row, tl.where(at.labelled, p_label, 0.0), mask=at.exists)
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def write_gradients(
         t_slope = t_slope * (s.T * s.T)
     g_hard = none
     if how.HARD:
-        g_hard = tl.load(of.grad_hard_ptr + at.row * grad_hard_stride, mask=at.counted, other=0.0).to(none.dtype)
+        g_hard = tl.load(of.grad_hard_ptr + at.row * grad_hard_stride, mask=at.labelled, other=0.0).to(none.dtype)
     if of.d_student_ptr is not None:
         slopes = topk_slopes(v, s, t, slope, g_hard, g_soft * v.p1, smoothing, at.classes, how)
         write_student(of.d_student_ptr, v, s, slopes, p, bits, at, col, s_width, how)

@@ -189,7 +189,7 @@ def topk_row(s, t, p, bits, at, col, n_listed, smoothing, a, b, how):
     d = compare(s, t, p, slots, bits, at, col, a, b, how)
     x, y, shift, top, rest = d.x, d.y, d.shift, d.top, d.rest
 
-    slot_at = Place(at.row, at.exists, slots.label, at.counted, bad, at.classes)
+    slot_at = Place(at.row, at.exists, slots.label, at.counted, at.labelled, bad, at.classes)
     compared = slots.listed | slots.at_rest
     ms, mt, sums = hold_rows(x, y, slots.slot, compared, s, t, slots.label, none, p.tile)
     x_label, y_label = none, none
@@ -222,7 +222,7 @@ def topk_row(s, t, p, bits, at, col, n_listed, smoothing, a, b, how):
     hard, at_one, p1, u_top, u1 = none, none, none, top, s1
     if how.HARD:
         eps, n_classes = tl.full([1], smoothing, none.dtype), tl.full([1], at.classes, none.dtype)
-        hard = hard_value(s1, d.over_all, d.of_label, d.spread, eps, n_classes, how.SMOOTH)
+        hard = tl.where(at.labelled, hard_value(s1, d.over_all, d.of_label, d.spread, eps, n_classes, how.SMOOTH), 0.0)
     if how.DIVERGENCE == NKD:
         if p.TAIL == RENORMALIZE:
             u_top, u1 = soft.s_top, soft.s1

@@ -61,8 +61,20 @@ def count(module: ModuleType, rows: RowProblem, problem: Any) -> int:
     return counted
 
 
-def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool) -> ScalarLoss:
-    """The scalar loss and, from the same pass, its gradient with respect to the student."""
+def divisors(module: ModuleType, rows: RowProblem, loss: RowLoss, problem: Any, counted: int) -> tuple[float, float]:
+    """What the sums of the soft and of the hard term are divided by."""
+    if loss.reduction != "mean":
+        return 1.0, 1.0
+    divisor = float(max(counted, 1) if loss.normalizer is None else loss.normalizer)
+    if not loss.counts_apart(rows):
+        return divisor, divisor
+    if loss.hard_normalizer is not None:
+        return divisor, float(loss.hard_normalizer)
+    return divisor, float(max(module.count_labelled(problem), 1))
+
+
+def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) -> ScalarLoss:
+    """The scalar loss and, from the same pass, its gradient with respect to the student and its parts."""
     module = native()
     keep: list[Any] = []
     use_soft, use_hard = loss.use_soft, rows.labels is not None and loss.use_hard
@@ -70,29 +82,32 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool) -> ScalarLoss:
     counted = count(module, rows, problem)
     topk = native_topk(module, rows)
     _check_lists(module, rows, problem, topk)
-    soft_factor, hard_factor = float(loss.soft_weight), float(loss.hard_weight)
-    if loss.reduction == "mean":
-        divisor = max(counted, 1) if loss.normalizer is None else float(loss.normalizer)
-        soft_factor, hard_factor = _divide(soft_factor, divisor), _divide(hard_factor, divisor)
+    of_soft, of_hard = divisors(module, rows, loss, problem, counted)
     value = allocate.empty((), rows.dtype, rows.device)
+    of_terms = allocate.empty((4,), rows.dtype, rows.device) if parts else None
     gradient = allocate.empty_gradient(rows.student) if needs_grad else None
     if not (use_soft or use_hard):
         value.zero_()
-        return ScalarLoss(value, None if gradient is None else gradient.zero_())
+        return ScalarLoss(
+            value, None if gradient is None else gradient.zero_(), None if of_terms is None else of_terms.zero_()
+        )
     module.scalar(
         problem,
         topk if use_soft else None,
         use_soft,
         use_hard,
         address(loss.weight),
-        soft_factor,
-        hard_factor,
+        _divide(float(loss.soft_weight), of_soft),
+        _divide(float(loss.hard_weight), of_hard),
         value.data_ptr(),
         address(gradient),
         streams(gradient),
+        address(of_terms),
+        _divide(1.0, of_soft),
+        _divide(1.0, of_hard),
         torch.get_num_threads(),
     )
-    return ScalarLoss(value, gradient)
+    return ScalarLoss(value, gradient, of_terms)
 
 
 def call_plan(rows: RowProblem, loss: RowLoss, places: Places) -> Any:
@@ -111,6 +126,8 @@ def call_plan(rows: RowProblem, loss: RowLoss, places: Places) -> Any:
     if any(row_strides(side) is None for side in sides.values()):
         return None
     if not all(places.reads(places.tensors[name], tensor) for name, tensor in used.items()):
+        return None
+    if rows.labels is None and places.tensors["labels"] != -1:  # given, but they have no part in it
         return None
     module, mean = native(), loss.reduction == "mean"
     problem = row_description(module, rows, [])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...codes import FEATURE_KINDS
-from ...divergences import ForwardKL
+from ...divergences import CrossEntropy, ForwardKL
 from ...problems.checks import is_used, temperature_range
 from ...problems.mfd import MFDProblem
 from ...types import MFDOutput
@@ -73,6 +73,8 @@ def call_plan(p: MFDProblem, places: Places) -> Any:
         return None
     if not pooling.in_place(p.pool, places) or not all(places.reads(places.tensors[k], x) for k, x in used.items()):
         return None
+    if rows.labels is None and places.tensors["labels"] != -1:  # given, but they have no part in it
+        return None
     module = native()
     keep: list[Any] = []
     call = module.Mfd(
@@ -81,11 +83,11 @@ def call_plan(p: MFDProblem, places: Places) -> Any:
         row_matrix(p.teacher_features, keep) if use_feature and p.teacher_features is not None else NO_ROWS,
         FEATURE_KINDS[p.feature_kind],
         address(p.teacher_pool_weights) if use_pool else 0,
-        *(0, 1.0, 0.0, 0.0, 0.0, 1.0),
+        *(0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0),
         loss.use_soft,
         use_hard,
     )
-    in_place = n >= IN_PLACE_ROWS and type(rows.divergence) is ForwardKL
+    in_place = n >= IN_PLACE_ROWS and type(rows.divergence) in (ForwardKL, CrossEntropy)
     mean = loss.reduction == "mean"
     return module.MFDPlan(call, p.pool.stacked, mean, in_place, *temperature_range(rows.dtype), *places.first())
 
@@ -102,9 +104,6 @@ def scalar(p: MFDProblem, needs: MFDNeeds) -> tuple[MFDOutput, MFDGradients]:
 
     problem = distill_loss.row_description(module, rows, keep)
     counted = distill_loss.count(module, rows, problem)
-    divisor = 1.0
-    if terms.reduction == "mean":
-        divisor = float(max(counted, 1) if terms.normalizer is None else terms.normalizer)
     call = module.Mfd(
         pooling.pool_description(module, pool, keep),
         problem,
@@ -116,7 +115,7 @@ def scalar(p: MFDProblem, needs: MFDNeeds) -> tuple[MFDOutput, MFDGradients]:
         float(terms.hard_weight),
         float(p.feature_weight),
         float(p.pool_weight),
-        divisor,
+        *distill_loss.divisors(module, rows, terms, problem, counted),
         use_soft,
         use_hard,
     )
@@ -138,7 +137,7 @@ def scalar(p: MFDProblem, needs: MFDNeeds) -> tuple[MFDOutput, MFDGradients]:
     need_pool = needs.query or needs.bias or any(needs.features)
     need_any = need_pool or needs.head_weight or needs.head_bias
     need_logits = (use_soft or use_hard) and need_any
-    in_place = n >= IN_PLACE_ROWS and type(rows.divergence) is ForwardKL
+    in_place = n >= IN_PLACE_ROWS and type(rows.divergence) in (ForwardKL, CrossEntropy)
     d_logits = None
     if need_logits:
         d_logits = logits if in_place else allocate.empty_gradient(logits)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...codes import STATISTICS
 from ...problems.rows import RowLoss, RowProblem, check_indices, check_labels_in_range
+from ...reference.distill_loss import parts_of
 from .. import allocate
 from ..limits import beyond_kernels
 from ..native import RowScalar, address, native_rows, native_topk
@@ -61,10 +62,11 @@ def plan(rows: RowProblem, soft: bool = True) -> tuple[str, int, int]:
     return found
 
 
-def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool) -> ScalarLoss:
+def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) -> ScalarLoss:
     """The scalar loss and its gradient with respect to the student, from one launch.
 
-    Of many rows with labels or a mask, another one before it counts those that are counted.
+    Of many rows with labels or a mask, another one before it counts those that are counted. The parts are
+    reduced by PyTorch from what the launch leaves of each row.
     """
     check_labels_in_range(rows.op, rows)
     check_indices(rows.op, rows)
@@ -73,8 +75,13 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool) -> ScalarLoss:
     value = allocate.empty((), dtype, device)
     gradient = allocate.empty_gradient(rows.student) if needs_grad else None
     if rows.n_rows == 0 or not (soft or hard):
-        return ScalarLoss(value.zero_(), None if gradient is None else gradient.zero_())
+        value.zero_()
+        return ScalarLoss(value, None if gradient is None else gradient.zero_(), value.new_zeros(4) if parts else None)
 
+    # Of every row, where the parts are wanted: soft, hard, and with the soft term both entropies.
+    wanted = (soft, hard, soft, soft)
+    of_rows = [allocate.empty((rows.n_rows,), dtype, device) if parts and want else None for want in wanted]
+    all_rows, whole, loss = rows, loss, loss.folded()
     if not soft:  # the teachers are not read
         rows = rows.replace(topk=None, indices=None, teachers=[rows.student], teacher_weights=None)
     keep: list[Any] = []
@@ -98,10 +105,14 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool) -> ScalarLoss:
         scratch.data_ptr(),
         value.data_ptr(),
         address(gradient),
+        [address(t) for t in of_rows],
         _scratch(module, problem, topk, rows, False, keep),
         *where(device),
     )
-    return ScalarLoss(value, gradient)
+    if not parts:
+        return ScalarLoss(value, gradient, None)
+    soft_rows, hard_rows, *entropies = (value.new_zeros(rows.n_rows) if t is None else t for t in of_rows)
+    return ScalarLoss(value, gradient, torch.stack(parts_of(all_rows, whole, soft_rows, hard_rows, *entropies)))
 
 
 def per_row(rows: RowProblem, *, terms: bool) -> RowOutputs:

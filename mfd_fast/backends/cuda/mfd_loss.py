@@ -39,6 +39,7 @@ def has_one_pass(p: MFDProblem) -> bool:
     rows = p.rows
     return (
         rows.dtype == torch.float32
+        and p.loss.hard_normalizer is None
         and (p.loss.use_soft or p.loss.use_hard)
         and rows.n_rows <= MAX_ROWS
         and bool(native().cuda.mfd_fits(p.pool.width, rows.classes, where(p.device)[0]))

@@ -16,12 +16,12 @@ from torch import Tensor
 from ...codes import STATISTICS
 from ...divergences import NKD
 from ...problems.checks import is_used
-from ...problems.rows import RowLoss, RowProblem
+from ...problems.rows import RowLoss, RowProblem, Scalar
 from ...reference.distill_loss import (
     RowTerms,
     Sides,
     both_sides,
-    combine,
+    combine_with_parts,
     compared,
     divergence_value,
     log_rest,
@@ -30,6 +30,7 @@ from ...reference.distill_loss import (
     row_terms,
     soften,
     sparse_teacher,
+    where_true,
 )
 from ..protocol import ByProducts, RowGradients, RowNeeds, RowOutputs, ScalarLoss
 from .gradients import label_slopes, project, slopes, temperature_slope, through_transform
@@ -42,20 +43,29 @@ def can_run(rows: RowProblem) -> str | None:  # noqa: ARG001
     return None
 
 
-def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool) -> ScalarLoss:
-    """The scalar loss and, if asked, its gradient with respect to the student."""
-    value = combine(rows, loss)
+def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) -> ScalarLoss:
+    """The scalar loss and, if asked, its gradient with respect to the student and its parts."""
+    value, *terms = combine_with_parts(rows, loss)
+    of_terms = torch.stack(terms) if parts else None
     if not needs_grad:
-        return ScalarLoss(value, None)
+        return ScalarLoss(value, None, of_terms)
     ones = torch.ones(rows.n_rows, dtype=rows.dtype, device=rows.device)
     factor = ones if loss.weight is None else loss.weight
-    if loss.reduction == "mean" and loss.normalizer is not None:
-        factor = factor / loss.normalizer
-    elif loss.reduction == "mean":
-        counted = rows.counted()
-        factor = factor / (max(rows.n_rows, 1) if counted is None else counted.sum().clamp_min(1))
-    soft, hard = (factor * w if is_used(w) else None for w in (loss.soft_weight, loss.hard_weight))
-    return ScalarLoss(value, _gradients(rows, soft, hard).student)
+
+    def share(weight: Scalar, normalizer: Scalar | None, exists: Tensor | None) -> Tensor | None:
+        """d loss/d term of every row."""
+        if not is_used(weight):
+            return None
+        if loss.reduction != "mean":
+            return factor * weight
+        if normalizer is None:
+            normalizer = max(rows.n_rows, 1) if exists is None else exists.sum().clamp_min(1)
+        return factor / normalizer * weight
+
+    of_hard = loss.normalizer if loss.hard_normalizer is None else loss.hard_normalizer
+    soft = share(loss.soft_weight, loss.normalizer, rows.counted())
+    hard = share(loss.hard_weight, of_hard, rows.labelled())
+    return ScalarLoss(value, _gradients(rows, soft, hard).student, of_terms)
 
 
 def per_row(rows: RowProblem, *, terms: bool) -> RowOutputs:
@@ -108,7 +118,9 @@ def _gradients(rows: RowProblem, grad_soft: Tensor | None, grad_hard: Tensor | N
         smoothing = rows.label_smoothing
         target = torch.full_like(x, smoothing / rows.classes)
         target.scatter_add_(-1, sides.labels[:, None], torch.full_like(x[:, :1], 1 - smoothing))
-        dx = dx + grad_hard.to(rows.dtype)[:, None] * (x.softmax(-1) - target)
+        of_labels = where_true(rows.labelled(), grad_hard.to(rows.dtype))
+        assert of_labels is not None
+        dx = dx + of_labels[:, None] * (x.softmax(-1) - target)
     raw_x, raw_ys = raw_logits(rows)
     counted = rows.counted()
 

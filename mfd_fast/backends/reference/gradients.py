@@ -12,7 +12,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...divergences import DKD, JSD, NKD, TVD, AlphaBeta, Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
+from ...divergences import (
+    DKD,
+    JSD,
+    NKD,
+    TVD,
+    AlphaBeta,
+    CrossEntropy,
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+)
 from ...reference.distill_loss import STANDARDIZE_EPS
 from ...reference.divergences import difference, over_mixture, sign, without_label
 from ...types import LogitTransform
@@ -25,6 +37,8 @@ def slopes(divergence: Divergence, log_p: Tensor, log_q: Tensor, label: Tensor |
     p, q = log_p.exp(), log_q.exp()
     if isinstance(divergence, ForwardKL):
         return -p, _times(p, log_p, log_q) + p
+    if isinstance(divergence, CrossEntropy):
+        return -p, -_entropic(p, log_q)
     if isinstance(divergence, ReverseKL):
         return _times(q, log_q, log_p), -q
     if isinstance(divergence, TVD):

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...codes import STATISTICS
 from ...divergences import NKD, ForwardKL
 from ...problems.rows import RowLoss, RowProblem, Scalar, check_indices, check_labels_in_range
+from ...reference.distill_loss import parts_of
 from .. import allocate
 from ..limits import beyond_kernels
 from ..protocol import ByProducts, RowGradients, RowNeeds, RowOutputs, ScalarLoss
@@ -45,16 +46,26 @@ def can_run(rows: RowProblem) -> str | None:
     return reason or beyond_kernels(rows)
 
 
-def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool) -> ScalarLoss:
-    """The scalar loss and, if asked, its gradient with respect to the student, in one pass over the rows."""
+def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) -> ScalarLoss:
+    """The scalar loss and, if asked, its gradient with respect to the student, in one pass over the rows.
+
+    The parts come from a pass of their own.
+    """
     check_labels_in_range(rows.op, rows)
     check_indices(rows.op, rows)
     soft, hard = loss.use_soft, rows.labels is not None and loss.use_hard
     value = allocate.empty((), rows.dtype, rows.device)
     written, grad = gradient(rows.student) if needs_grad else (None, None)
     if rows.n_rows == 0 or not (soft or hard):
-        return ScalarLoss(value.zero_(), None if grad is None else grad.zero_())
+        value.zero_()
+        return ScalarLoss(value, None if grad is None else grad.zero_(), value.new_zeros(4) if parts else None)
 
+    of_terms = None
+    if parts:
+        soft_rows, hard_rows, _, extra = per_row(rows if soft else rows.without_teacher(), terms=True)
+        assert extra is not None
+        of_terms = torch.stack(parts_of(rows, loss, soft_rows, hard_rows, *extra[:2]))
+    loss = loss.folded()
     counts, n_counts = None, 0
     divisor: Scalar = 1.0
     if loss.reduction == "mean" and loss.normalizer is not None:
@@ -85,13 +96,14 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool) -> ScalarLoss:
         more = {"maxnreg": plain_registers(common.blocks, widest)}
     launch(kernel, programs, rows.device, common.blocks.warps, taken(kernel, arguments), **more)
     _reduce(terms, numbers["normalizer"], programs, n_counts, value)
-    return ScalarLoss(value, None if grad is None or written is None else finish(written, grad))
+    return ScalarLoss(value, None if grad is None or written is None else finish(written, grad), of_terms)
 
 
 def is_plain(rows: RowProblem) -> bool:
     """Whether `plain_scalar` has a hot loop for the soft term of these rows."""
     return (
         rows.topk is None
+        and rows.ignored_labels == "row"
         and len(rows.teachers) == 1
         and isinstance(rows.divergence, ForwardKL)
         and rows.student_transform is None
@@ -106,7 +118,9 @@ def loss_arguments(rows: RowProblem, loss: RowLoss, divisor: Scalar) -> tuple[An
     hard_number, hard_ptr = number(loss.hard_weight, rows.student)
     divisor_number, divisor_ptr = number(divisor, rows.student)
     pointers = (None, None, aligned(loss.weight), soft_ptr, hard_ptr, divisor_ptr, None)
-    terms = kernels("rows.structs").Loss(*pointers, **constants({"COUNTS": MAX_COUNTS}))
+    terms = kernels("rows.structs").Loss(
+        *pointers, **constants({"COUNTS": MAX_COUNTS, "APART": loss.counts_apart(rows)})
+    )
     return terms, {"soft_weight": soft_number, "hard_weight": hard_number, "normalizer": divisor_number}
 
 
@@ -225,15 +239,17 @@ def _per_row_how(rows: RowProblem, common: RowArguments, terms: bool = False) ->
 
 
 def _count(rows: RowProblem) -> tuple[Tensor, int]:
-    """Partial counts of the counted rows, and how many there are."""
+    """Partial counts of the counted rows, and how many there are; with them those of the labels, if they differ."""
     programs = 1 if rows.n_rows <= COUNTED_AT_ONCE else min(-(-rows.n_rows // COUNT_BLOCK), MAX_COUNTS)
-    counts = allocate.empty((programs,), torch.int64, rows.device)
+    keeps_ignored = rows.ignored_labels == "term"
+    counts = allocate.empty((2 * programs if keeps_ignored else programs,), torch.int64, rows.device)
     arguments = {
         "labels_ptr": aligned(rows.labels),
         "mask_ptr": aligned(rows.mask),
         "counts_ptr": counts,
         "n_rows": rows.n_rows,
         "ignore_index": rows.ignore_index,
+        "KEEPS_IGNORED": keeps_ignored,
         "BLOCK": COUNT_BLOCK,
     }
     launch(kernels("rows.reduce").count_rows, programs, rows.device, COUNT_WARPS, arguments)

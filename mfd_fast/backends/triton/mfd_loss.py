@@ -51,6 +51,8 @@ def has_one_pass(p: MFDProblem) -> bool:
     rows = p.rows
     return (
         rows.dtype == torch.float32
+        and rows.ignored_labels == "row"
+        and p.loss.hard_normalizer is None
         and (p.loss.use_soft or p.loss.use_hard)
         and rows.classes <= MAX_CLASSES
         and p.pool.width <= MAX_WIDTH
@@ -195,7 +197,7 @@ def _row_problem(p: MFDProblem, z: Tensor) -> tuple[Any, dict[str, Any]]:
         labels_ptr=aligned(rows.labels),
         mask_ptr=aligned(rows.mask),
         **dict.fromkeys(("more_ptrs", "more_inner", "more_outer", "more_row", "weights_ptr")),
-        **constants({"WEIGHTS_PER_ROW": False}),
+        **constants({"WEIGHTS_PER_ROW": False, "KEEPS_IGNORED": False}),
     )
     numbers = {"temperature": temperature, "teacher_temperature": teacher_temperature, "a": a, "b": b}
     numbers |= {"smoothing": float(rows.label_smoothing), "classes": rows.classes // unit}

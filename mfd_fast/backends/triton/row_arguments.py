@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...divergences import DKD, JSD, NKD, AlphaBeta, Divergence, ForwardKL, SkewKL, SkewReverseKL
-from ...problems.rows import RowProblem, TopKRows
+from ...divergences import DKD, JSD, NKD, AlphaBeta, CrossEntropy, Divergence, ForwardKL, SkewKL, SkewReverseKL
+from ...problems.rows import RowProblem
+from ...problems.teachers import TopKRows
 from ...types import LogitTransform
 from .. import allocate
 from ..layout import row_layout
@@ -26,6 +27,7 @@ from .launch import aligned, constants, kernels, number
 # The names of the divergences in kernels/triton/distill/divergences.py.
 KINDS = {
     "forward_kl": "FORWARD",
+    "cross_entropy": "CROSS_ENTROPY",
     "reverse_kl": "REVERSE",
     "jsd": "JSD",
     "skew_kl": "SKEW",
@@ -111,7 +113,12 @@ def row_arguments(rows: RowProblem, widths: tuple[int, ...], heavy: bool = False
         more_outer=tuple(outer // unit for _, _, outer, _ in more) or None,
         more_row=tuple(row // unit for _, _, _, row in more) or None,
         weights_ptr=aligned(rows.teacher_weights),
-        **constants({"WEIGHTS_PER_ROW": rows.teacher_weights is not None and rows.teacher_weights.dim() == 2}),
+        **constants(
+            {
+                "WEIGHTS_PER_ROW": rows.teacher_weights is not None and rows.teacher_weights.dim() == 2,
+                "KEEPS_IGNORED": rows.ignored_labels == "term",
+            }
+        ),
     )
     numbers = {
         "temperature": temperature,
@@ -199,7 +206,7 @@ def _blocks(rows: RowProblem, logits: list[Tensor], columns: int, unit: int, hea
     # JSD of 16-bit logits, twice as many to a vector, does not fit into the registers of 16 warps on sm_100.
     heaviest |= isinstance(rows.divergence, JSD) and widest == 2
     # Nor does the forward KL of float32 logits, with the exact exponentials.
-    heaviest |= isinstance(rows.divergence, ForwardKL) and widest == 4
+    heaviest |= isinstance(rows.divergence, (ForwardKL, CrossEntropy)) and widest == 4
     return choose_blocks(columns, widest, unit, heavy, heaviest)
 
 
