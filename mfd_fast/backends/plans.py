@@ -173,7 +173,7 @@ class Plans:
     def problem(self, rest: Any, tensors: Iterator[Tensor]) -> Any:
         """The problem of a :class:`Done` call; the arguments of a planned one are checked after all."""
         if isinstance(rest, Problem):
-            return rest.with_tensors(tensors)
+            return rest.with_tensors(tensors).check_memory()
 
         def filled(value: Any) -> Any:
             if value is SAVED:

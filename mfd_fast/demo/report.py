@@ -52,7 +52,7 @@ def introduction(config: Config) -> str:
         f"  student alone      {count['student']:>7,} parameters, {config.labelled_rows} labelled images\n"
         f"  student distilled  the same start, the same {config.labelled_rows} labelled images, and the\n"
         f"                     teacher's word on them and on {unlabelled} images without labels\n"
-        "Every loss is one call of mfd_fast.mfd_loss."
+        "Every step's loss is one call of mfd_fast.mfd_loss."
     )
 
 

@@ -1,7 +1,8 @@
 """The experiment for one seed: a teacher, and students that differ only in what supervises them.
 
-Every loss is `mfd_fast.mfd_loss`. Students of one seed share the initial parameters, the order of the labelled rows
-and the sensor dropout; what differs is the supervision named by the arm:
+Every step is one call of `mfd_fast.mfd_loss`: labels of some rows, the teacher's word on all of them. Students of one
+seed share the initial parameters, the order of the labelled rows and the sensor dropout; what differs is the
+supervision named by the arm:
 
 - ``alone``: labels of the labelled rows;
 - ``distilled``: the same, and the teacher's logits and fused features on all student rows, most of them unlabelled;
@@ -24,6 +25,8 @@ import mfd_fast as mfd
 from .data import CLASSES, SENSORS, Part, Split, make_split
 from .models import FusionNet, principal_projection
 
+#: Label of a row that has none.
+UNKNOWN = -100
 STUDENT_ARMS = ("alone", "distilled", "same_images", "all_labels")
 ARMS = ("teacher", *STUDENT_ARMS)
 
@@ -60,28 +63,31 @@ class Config:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one call of `mfd_loss` gets: rows, and their labels or the teacher's words about them."""
+    """A step's call of `mfd_loss` gets a batch of ``labelled`` rows of ``part`` with their labels and, with a teacher,
+    one of ``taught`` rows without; the teacher's terms are those of both.
+    """
 
     part: Part
-    hard_weight: float = 0.0
+    labelled: Tensor
+    taught: Tensor | None = None
     soft_weight: float = 0.0
     feature_weight: float = 0.0
     teacher_logits: Tensor | None = None
     teacher_features: Tensor | None = None
 
 
-def batches(rows: int, size: int, rng: np.random.Generator) -> Callable[[], Tensor]:
-    """Endless batches of ``min(size, rows)`` row numbers, a fresh permutation each time the rows run out."""
-    size = min(size, rows)
-    order = rng.permutation(rows)
+def batches(rows: Tensor, size: int, rng: np.random.Generator) -> Callable[[], Tensor]:
+    """Endless batches of ``min(size, len(rows))`` of the rows, a fresh permutation each time they run out."""
+    size = min(size, len(rows))
+    order = rng.permutation(len(rows))
     at = 0
 
     def take() -> Tensor:
         nonlocal order, at
-        if at + size > rows:
-            order, at = rng.permutation(rows), 0
+        if at + size > len(rows):
+            order, at = rng.permutation(len(rows)), 0
         at += size
-        return torch.from_numpy(order[at - size : at])
+        return rows[torch.from_numpy(order[at - size : at])]
 
     return take
 
@@ -93,37 +99,44 @@ def dropped_sensors(rows: int, sensors: int, rate: float, rng: np.random.Generat
     return torch.from_numpy(present)
 
 
-def lesson_loss(model: FusionNet, lesson: Lesson, rows: Tensor, present: Tensor, config: Config) -> Tensor:
-    part = lesson.part.rows(rows)
-    # mfd_loss wants teacher logits; with soft_weight 0 they are not read.
-    logits = lesson.teacher_logits
-    teacher_logits = torch.zeros(len(rows), CLASSES) if logits is None else logits[rows]
+def lesson_loss(
+    model: FusionNet, lesson: Lesson, rows: Tensor, labels: Tensor, present: Tensor, config: Config
+) -> Tensor:
+    """``labels`` of the ``rows``, UNKNOWN where there is none."""
+    logits, features = lesson.teacher_logits, lesson.teacher_features
     output = mfd.mfd_loss(
-        model.encode(part.sensors), model.query, model.head.weight, model.head.bias, teacher_logits,
-        part.labels if lesson.hard_weight else None,
-        teacher_features=lesson.teacher_features[rows] if lesson.teacher_features is not None else None,
+        model.encode(lesson.part.rows(rows).sensors), model.query, model.head.weight, model.head.bias,
+        None if logits is None else logits[rows], labels,
+        teacher_features=None if features is None else features[rows],
         present=present, bias=model.prior, temperature=config.temperature,
-        hard_weight=lesson.hard_weight, soft_weight=lesson.soft_weight, feature_weight=lesson.feature_weight,
-        backend=config.backend,
+        hard_weight=1.0, soft_weight=lesson.soft_weight, feature_weight=lesson.feature_weight,
+        ignore_index=UNKNOWN, ignored_labels="term", backend=config.backend,
     )  # fmt: skip
     return output.loss
 
 
-def fit(model: FusionNet, lessons: list[Lesson], steps: int, seed: int, config: Config) -> FusionNet:
-    """AdamW with a cosine schedule; each step adds the losses of one batch per lesson."""
+def fit(model: FusionNet, lesson: Lesson, steps: int, seed: int, config: Config) -> FusionNet:
+    """AdamW with a cosine schedule."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    # One generator per lesson: the first lesson of every arm of a seed sees the same rows and dropped sensors.
-    rngs = [np.random.default_rng([seed, number]) for number in range(len(lessons))]
-    takes = [batches(len(les.part.labels), config.batch, rng) for les, rng in zip(lessons, rngs, strict=True)]
+    # A generator of their own: the labelled rows of every arm of a seed are the same, with the same sensors dropped.
+    rngs = [np.random.default_rng([seed, number]) for number in range(2)]
+    known = batches(lesson.labelled, config.batch, rngs[0])
+    more = None if lesson.taught is None else batches(lesson.taught, config.batch, rngs[1])
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)
-        for lesson, take, rng in zip(lessons, takes, rngs, strict=True):
-            rows = take()
-            present = dropped_sensors(len(rows), len(SENSORS), config.sensor_dropout, rng)
-            lesson_loss(model, lesson, rows, present, config).backward()
+        rows = known()
+        labels = lesson.part.labels[rows]
+        present = dropped_sensors(len(rows), len(SENSORS), config.sensor_dropout, rngs[0])
+        if more is not None:
+            taught = more()
+            rows = torch.cat((rows, taught))
+            labels = torch.cat((labels, torch.full_like(taught, UNKNOWN)))
+            dropped = dropped_sensors(len(taught), len(SENSORS), config.sensor_dropout, rngs[1])
+            present = torch.cat((present, dropped))
+        lesson_loss(model, lesson, rows, labels, present, config).backward()
         optimizer.step()
         schedule.step()
     return model
@@ -167,14 +180,15 @@ def run_seed(
     )  # fmt: skip
     steps = config.epochs * -(-config.student_rows // config.batch)
     with torch.random.fork_rng(devices=[]):
-        teacher = fit(build(config, split, seed, True), [Lesson(split.teacher, hard_weight=1.0)], steps, seed, config)
+        everything = Lesson(split.teacher, torch.arange(len(split.teacher.labels)))
+        teacher = fit(build(config, split, seed, True), everything, steps, seed, config)
         models = {"teacher": teacher}
         done()
         told = teacher.predict(split.student.sensors, backend=config.backend)
         features = principal_projection(told.pooled, config.student_width)
         for arm in STUDENT_ARMS:
-            lessons = student_lessons(arm, split, told.logits, features, config)
-            models[arm] = fit(build(config, split, seed, False), lessons, steps, seed, config)
+            lesson = student_lesson(arm, split, told.logits, features, config)
+            models[arm] = fit(build(config, split, seed, False), lesson, steps, seed, config)
             done()
     return SeedResult(
         {arm: accuracies(model, split.test, config.backend) for arm, model in models.items()},
@@ -182,16 +196,12 @@ def run_seed(
     )
 
 
-def student_lessons(arm: str, split: Split, logits: Tensor, features: Tensor, config: Config) -> list[Lesson]:
-    """Labels and teacher come in two calls: a row with an ignored label would be masked for the teacher's terms too."""
-    labelled = Lesson(split.student.rows(split.labelled), hard_weight=1.0)
-    if arm == "alone":
-        return [labelled]
-    if arm == "all_labels":
-        return [Lesson(split.student, hard_weight=1.0)]
-    rows = split.labelled if arm == "same_images" else torch.arange(len(split.student.labels))
-    taught = Lesson(
-        split.student.rows(rows), soft_weight=config.soft_weight, feature_weight=config.feature_weight,
-        teacher_logits=logits[rows], teacher_features=features[rows],
+def student_lesson(arm: str, split: Split, logits: Tensor, features: Tensor, config: Config) -> Lesson:
+    every = torch.arange(len(split.student.labels))
+    if arm in ("alone", "all_labels"):
+        return Lesson(split.student, split.labelled if arm == "alone" else every)
+    return Lesson(
+        split.student, split.labelled, split.labelled if arm == "same_images" else every,
+        soft_weight=config.soft_weight, feature_weight=config.feature_weight,
+        teacher_logits=logits, teacher_features=features,
     )  # fmt: skip
-    return [labelled, taught]

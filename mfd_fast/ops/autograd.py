@@ -33,7 +33,7 @@ def save(ctx: Any, problems: tuple[Problem, ...], *more: Tensor | None) -> None:
 def saved(ctx: Any) -> tuple[list[Any], list[Any]]:
     """The problems with their tensors, and the further tensors."""
     tensors = iter(ctx.saved_tensors)
-    return [problem.with_tensors(tensors) for problem in ctx.problems], list(tensors)
+    return [problem.with_tensors(tensors).check_memory() for problem in ctx.problems], list(tensors)
 
 
 def needs_reference(*grad_outputs: Tensor | None) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .checks import is_foreign, is_transformed
+from .checks import foreign_execution, has_memory, is_foreign, is_transformed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -108,6 +108,18 @@ class Problem:
         for name in self.PARTS:
             values[name] = values[name].with_tensors(tensors)
         return same
+
+    def check_memory(self) -> Self:
+        """This problem; RuntimeError if a tensor has lost its memory since the checks: what a backward must ask.
+
+        Storage can be freed in between (``untyped_storage().resize_(0)``, as sharded training does), and autograd does
+        not notice.
+        """
+        if not foreign_execution():
+            for name, value in self.named_tensors():
+                if not is_foreign(value) and not has_memory(value):
+                    raise RuntimeError(f"{name} was freed between forward and backward: its storage has no memory now")
+        return self
 
     def measure(self) -> None:
         """Sets the SIZES."""

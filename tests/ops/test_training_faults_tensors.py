@@ -225,3 +225,21 @@ def test_jit_trace_is_refused(record):
     values = tuple(arguments[first]) if isinstance(arguments[first], list) else (arguments[first],)
     with pytest.raises(RuntimeError, match=rf"^{record.name}: torch.jit.trace cannot record"):
         torch.jit.trace(call, values)
+
+
+@pytest.mark.parametrize(
+    ("record", "backend"),
+    [case for case in CASES if case[1] != "reference"],
+    ids=[f"{r.name}-{b}" for r, b in CASES if b != "reference"],
+)
+def test_memory_freed_before_the_backward_is_named(record, backend):
+    """As sharded training frees what it gathers: autograd notices nothing, a kernel would read what is not there."""
+    arguments = map_tensors(next(iter(record.samples().values())), torch.clone)
+    name = next(n for n, t in named_tensors(arguments).items() if t.dtype.is_floating_point)
+    leaves = requiring_grad(arguments, record.differentiable)
+    outputs = record.outputs(record.op(**leaves, backend=backend))
+    ends = [value.sum() for value in outputs.values() if value.requires_grad]
+    sum(ends).backward(retain_graph=True)  # of a scalar loss: gives away what the forward has computed
+    named_tensors(leaves)[name].untyped_storage().resize_(0)
+    with pytest.raises((RuntimeError, TypeError), match=f"{name.partition('[')[0]}.* was freed"):
+        sum(ends).backward()

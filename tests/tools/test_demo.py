@@ -147,7 +147,7 @@ def test_split_is_disjoint_and_stratified():
 
 
 def test_batches_use_every_row_once_per_pass():
-    take = batches(10, 5, np.random.default_rng(0))
+    take = batches(torch.arange(10), 5, np.random.default_rng(0))
     for _ in range(3):
         assert sorted(torch.cat([take(), take()]).tolist()) == list(range(10))
 
