@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..ops.distill_terms import distill_terms
+from ..ops.distill_loss import distill_loss
 from ..ops.feature_loss import feature_loss
 from .shared import check_signature, replaced, require
 
@@ -51,8 +51,9 @@ def _soft_label_loss(self: Any, student_output: Any, teacher_output: Any) -> Ten
     student, teacher = _sides(self, student_output, teacher_output, LOGITS)
     if not plain or student.dim() != 2:
         return _SOFT(self, student_output, teacher_output)  # type: ignore[no-any-return]
-    terms = distill_terms(student, teacher, temperature=self.temperature, scale_by_temperature=False)
-    return (terms.soft + terms.teacher_entropy).mean()
+    return distill_loss(
+        student, teacher, divergence="cross_entropy", temperature=self.temperature, scale_by_temperature=False
+    )
 
 
 def _output_feature_loss(self: Any, student_output: Any, teacher_output: Any) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..ops.distill_loss import distill_loss
-from ..ops.distill_terms import distill_terms
 
 __all__ = ["ForwardKLLoss", "LogitsDistillationLoss"]
 
@@ -43,6 +42,7 @@ class ForwardKLLoss(nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True) -> Tensor:
         mask = labels.reshape(student_logits.shape[:-1]) != self.ignore_index
-        terms = distill_terms(student_logits, teacher_logits.detach(), mask=mask)
-        total = terms.soft.sum() + terms.teacher_entropy.sum()
-        return total / mask.sum().clamp(min=1) if normalize else total
+        reduction = "mean" if normalize else "sum"
+        return distill_loss(
+            student_logits, teacher_logits.detach(), mask=mask, divergence="cross_entropy", reduction=reduction
+        )

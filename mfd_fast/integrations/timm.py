@@ -3,13 +3,17 @@
     task = LogitDistillationTask(student, teacher, task_loss_weight=0.3, temperature=4.0)
 
 Arguments, results and definition are timm's: task weight · criterion + distillation weight · (T²·KL, a mean over rows;
-or the mean squared error of the features). The criterion, which mixup gives soft targets, stays timm's own.
+or the mean squared error of the features). A criterion that is the (smoothed) cross-entropy of classes is computed in
+the same pass, and task_loss and kd_loss are then detached: ``loss`` alone is differentiable. Others, and the soft
+targets of mixup, stay timm's own.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.distill_loss import distill_loss
 from ..ops.feature_loss import feature_loss
@@ -17,6 +21,7 @@ from .shared import check_signature, require
 
 require("timm", "1.0.31", "2")
 
+from timm.loss import LabelSmoothingCrossEntropy  # noqa: E402
 from timm.task import FeatureDistillationTask as TimmFeatureDistillationTask  # noqa: E402
 from timm.task import LogitDistillationTask as TimmLogitDistillationTask  # noqa: E402
 from timm.task.distillation import DistillationTeacher  # noqa: E402
@@ -43,14 +48,38 @@ class _Task:
         return {"loss": loss, "output": output, "task_loss": task_loss, "kd_loss": kd_loss}
 
 
+def _hard_term(criterion: Any) -> dict[str, Any] | None:
+    """The criterion as options of distill_loss, None for one that is not the cross-entropy of classes."""
+    if type(criterion) is LabelSmoothingCrossEntropy:
+        return {"label_smoothing": criterion.smoothing}
+    if type(criterion) is nn.CrossEntropyLoss and criterion.weight is None and criterion.reduction == "mean":
+        return {"label_smoothing": criterion.label_smoothing, "ignore_index": criterion.ignore_index}
+    return None
+
+
 class LogitDistillationTask(_Task, TimmLogitDistillationTask):  # type: ignore[misc]
     """``timm.task.LogitDistillationTask``."""
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002
         student = self.trainable_module(input)
-        task_loss = self.criterion(student, target)
-        kd_loss = distill_loss(student, self._teacher(input, False), temperature=self.temperature)
-        return self._result(student, task_loss, kd_loss)
+        hard = _hard_term(self.criterion)
+        classes = target.dtype == torch.int64 and target.shape == student.shape[:-1]
+        if hard is None or not classes or not (self.task_loss_weight and self.distill_loss_weight):
+            task_loss = self.criterion(student, target)
+            kd_loss = distill_loss(student, self._teacher(input, False), temperature=self.temperature)
+            return self._result(student, task_loss, kd_loss)
+        found: Any = distill_loss(
+            student,
+            self._teacher(input, False),
+            target,
+            temperature=self.temperature,
+            soft_weight=self.distill_loss_weight,
+            hard_weight=self.task_loss_weight,
+            ignored_labels="term",
+            return_parts=True,
+            **hard,
+        )
+        return {"loss": found.loss, "output": student, "task_loss": found.hard, "kd_loss": found.soft}
 
 
 class FeatureDistillationTask(_Task, TimmFeatureDistillationTask):  # type: ignore[misc]

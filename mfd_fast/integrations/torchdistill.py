@@ -6,8 +6,8 @@
 ``MfdKDLoss`` and ``MfdLogitStdKDLoss`` take the arguments of torchdistill's classes without the prefix, and are the
 same functions: α·CE + β·T²·KL with β = 1 − α by default, and KL alone, *without* T² and β, where alpha is None or 0
 or there are no targets. Classes are on dimension 1. "batchmean" divides the KL by the first dimension only, for
-``[N, C, H, W]`` by N; the cross-entropy is a mean over the labelled positions. So the KL is one call here and the
-cross-entropy, which may have class weights or soft targets, stays torch's.
+``[N, C, H, W]`` by N; the cross-entropy is a mean over the labelled positions. Both are one call here; a cross-entropy
+with class weights or soft targets stays torch's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..nn import FeatureLoss
@@ -57,26 +58,37 @@ class _Distillation:
         logits = student_io_dict[self.student_module_path][self.student_module_io]
         student = logits.movedim(1, -1)
         teacher = teacher_io_dict[self.teacher_module_path][self.teacher_module_io].movedim(1, -1)
-        combined = self.alpha and targets is not None
-        soft = self._soft(student, teacher, bool(combined))
-        return self.alpha * self.cross_entropy_loss(logits, targets) + soft if combined else soft  # type: ignore[operator]
+        if not self.alpha or targets is None:
+            return distill_loss(student, teacher, **self._options(student, combined=False))
+        options, hard = self._options(student, combined=True), self.cross_entropy_loss
+        if not self._folds(student, targets):
+            return self.alpha * hard(logits, targets) + distill_loss(student, teacher, **options)
+        options |= {"hard_weight": self.alpha, "label_smoothing": hard.label_smoothing}
+        # The cross-entropy is a mean over the labels, the KL is not.
+        options |= {"ignore_index": hard.ignore_index, "ignored_labels": "term"}
+        return distill_loss(student, teacher, targets, **options)
 
-    def _soft(self, student: Tensor, teacher: Tensor, combined: bool) -> Tensor:
+    def _options(self, student: Tensor, combined: bool) -> dict[str, Any]:
+        """The soft term, of ``[..., C]`` logits."""
         transform = LogitTransform(standardize=self.standardize)
-        divisors = {"batchmean": student.shape[0], "mean": student.numel(), "sum": None}
+        rows = student.shape[:-1].numel()
+        divisors = {"batchmean": student.shape[0], "mean": student.numel(), "sum": 1}
         if self.reduction not in divisors:
             raise ValueError(f"{type(self).__name__}: reduction must be batchmean, mean or sum, got {self.reduction!r}")
-        return distill_loss(
-            student,
-            teacher,
-            temperature=self.temperature,
-            soft_weight=self.beta if combined else 1.0,
-            scale_by_temperature=combined,
-            student_transform=transform,
-            teacher_transform=transform,
-            reduction="sum" if self.reduction == "sum" else "mean",
-            normalizer=divisors[self.reduction],
-        )
+        return {
+            "temperature": self.temperature,
+            "soft_weight": (self.beta if combined else 1.0) * rows / max(divisors[self.reduction], 1),
+            "scale_by_temperature": combined,
+            "student_transform": transform,
+            "teacher_transform": transform,
+        }
+
+    def _folds(self, student: Tensor, targets: Any) -> bool:
+        """Whether the cross-entropy is the hard term of the same logits."""
+        hard = self.cross_entropy_loss
+        plain = type(hard) is nn.CrossEntropyLoss and hard.weight is None and hard.reduction == "mean"
+        classes = isinstance(targets, Tensor) and targets.dtype == torch.int64 and targets.shape == student.shape[:-1]
+        return plain and classes and not self.standardize
 
 
 @register_mid_level_loss
@@ -97,10 +109,10 @@ class MfdLogitStdKDLoss(_Distillation, LogitStdKDLoss):  # type: ignore[misc]
         if self.eps != 1e-7:
             raise ValueError(f"MfdLogitStdKDLoss: eps must be 1e-7, got {self.eps}")
 
-    def _soft(self, student: Tensor, teacher: Tensor, combined: bool) -> Tensor:
+    def _options(self, student: Tensor, combined: bool) -> dict[str, Any]:
         if student.dim() != 2:
             raise ValueError(f"MfdLogitStdKDLoss: logits must be [N, C], got {list(student.shape)}")
-        return super()._soft(student, teacher, combined)
+        return super()._options(student, combined)
 
 
 @register_mid_level_loss

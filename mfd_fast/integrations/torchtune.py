@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.distill_loss import distill_loss
-from ..ops.distill_terms import distill_terms
 from .shared import check_signature, require
 
 require("torchtune", "0.6.1", "0.7")
@@ -72,28 +71,26 @@ class KLLoss(nn.Module):
         if not 0 <= sym_kd_ratio <= 1:
             raise ValueError(f"KLLoss: sym_kd_ratio must be in [0, 1], got {sym_kd_ratio!r}")
         forward = {"forward_kl": 1.0, "reverse_kl": 0.0}.get(divergence, float(sym_kd_ratio))
-        self.weights = {"forward_kl": forward, "reverse_kl": 1 - forward}
+        self.weights = {"cross_entropy": forward, "reverse_kl": 1 - forward}
         self.ignore_index = ignore_index
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True) -> Tensor:
         """Mean over the counted tokens, or their sum without ``normalize``; 0 if there are none."""
         mask = labels.reshape(student_logits.shape[:-1]) != self.ignore_index
-        teacher_logits = teacher_logits.detach()
-        total: Tensor | None = None
-        for name, weight in self.weights.items():
-            if not weight:
-                continue
-            if name == "forward_kl":
-                # Summed per row: torchtune's value needs the teacher's entropy, which this pass has.
-                terms = distill_terms(student_logits, teacher_logits, mask=mask, divergence=name)
-                part = weight * (terms.soft.sum() + terms.teacher_entropy.sum())
-            else:
-                part = distill_loss(
-                    student_logits, teacher_logits, mask=mask, divergence=name, soft_weight=weight, reduction="sum"
-                )
-            total = part if total is None else total + part
-        assert total is not None
-        return total / mask.sum().clamp(min=1) if normalize else total
+        reduction = "mean" if normalize else "sum"
+        parts = [
+            distill_loss(
+                student_logits,
+                teacher_logits.detach(),
+                mask=mask,
+                divergence=name,
+                soft_weight=weight,
+                reduction=reduction,
+            )
+            for name, weight in self.weights.items()
+            if weight
+        ]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 class ChunkedKLLoss(KLLoss):

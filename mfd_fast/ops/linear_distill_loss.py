@@ -24,8 +24,8 @@ from ..backends.class_sharded import ClassSharded
 from ..divergences import Divergence
 from ..problems.checks import by_pytorch, is_recorded, upstream
 from ..problems.linear import HeadProblem, LinearProblem, check_linear_distill_loss, default_chunk_rows
-from ..problems.rows import RowLoss, RowProblem, check_indices, check_labels_in_range
-from ..reference.distill_loss import combine_rows, reduce_rows
+from ..problems.rows import Normalizer, RowLoss, RowProblem, check_indices, check_labels_in_range
+from ..reference.distill_loss import combine_rows, reduce_rows, row_factors
 from ..reference.linear_distill_loss import linear_row_terms
 from ..types import LinearDistillOutput, LogitTransform, TopK
 from .autograd import ready_gradients, reference_gradients, requires_grad, save, saved, scaled
@@ -47,28 +47,11 @@ def _values(rows: RowProblem, loss: RowLoss, heads: HeadProblem, leaves: Sequenc
     return soft, hard
 
 
-def _factors(rows: RowProblem, loss: RowLoss) -> tuple[Tensor | None, Tensor | None]:
-    """What a scalar loss multiplies soft and hard of every row by, ``[N]``."""
-    scalar = loss.replace(reduction="none", normalizer=None)
-    ones = torch.ones(rows.n_rows, dtype=rows.dtype, device=rows.device)
-    row = reduce_rows(ones, rows, scalar).reshape(-1)
-    if loss.reduction == "mean":
-        divisor: Any = loss.normalizer
-        if divisor is None:
-            counted = rows.counted()
-            divisor = max(rows.n_rows, 1) if counted is None else counted.sum().clamp_min(1)
-        row = row / divisor
-    used = ((loss.use_soft, loss.soft_weight), (loss.use_hard, loss.hard_weight))
-    soft, hard = (row * weight if use else None for use, weight in used)
-    return soft, hard
-
-
 def _scalar(
     backend: str, rows: RowProblem, loss: RowLoss, heads: HeadProblem, needs: LinearGradients, sharded: Any = None
 ) -> Terms:
     """The terms, and the gradients of the scalar loss."""
-    soft, hard = _factors(rows, loss)
-    return run(backend, rows, loss, heads, soft, hard, needs, sharded)
+    return run(backend, rows, loss, heads, *row_factors(rows, loss), needs, sharded)
 
 
 class _ScalarLoss(torch.autograd.Function):
@@ -289,11 +272,12 @@ def linear_distill_loss(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
+    ignored_labels: str = "row",
     student_transform: LogitTransform | None = None,
     teacher_transform: LogitTransform | None = None,
     scale_by_temperature: bool = True,
     reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
+    normalizer: Normalizer = None,
     chunk_rows: int | None = None,
     process_group: Any = None,
     backend: str | None = None,
@@ -353,6 +337,7 @@ def linear_distill_loss(
         label_smoothing=label_smoothing,
         mask=mask,
         ignore_index=ignore_index,
+        ignored_labels=ignored_labels,
         student_transform=student_transform,
         teacher_transform=teacher_transform,
         scale_by_temperature=scale_by_temperature,
@@ -373,7 +358,7 @@ def linear_distill_loss(
         loss.reduction == "none"
         # float16 gradients would underflow before a loss scale reaches them.
         or any(leaf is not None and leaf.dtype == torch.float16 for leaf in leaves[:3])
-        or requires_grad(*leaves[3:], loss.weight, loss.soft_weight, loss.hard_weight, loss.normalizer)
+        or requires_grad(*leaves[3:], *loss.tensors())
     )
 
     def terms() -> tuple[Tensor, ...]:
@@ -403,6 +388,8 @@ def linear_distill_loss(
     counted = rows.counted()
     count = torch.full((), rows.n_rows, device=rows.device) if counted is None else counted.sum()
     with torch.no_grad():
-        used = ((soft, loss.use_soft), (hard, loss.use_hard))
-        parts_alone = [reduce_rows(v.detach() if use else torch.zeros_like(v), rows, loss).detach() for v, use in used]
-        return LinearDistillOutput(value, parts_alone[0], parts_alone[1], entropy.detach().sum(), count)
+        soft, hard = (
+            reduce_rows(term.detach() if used else torch.zeros_like(term), rows, loss, hard=of_labels).detach()
+            for term, used, of_labels in ((soft, loss.use_soft, False), (hard, loss.use_hard, True))
+        )
+        return LinearDistillOutput(value, soft, hard, entropy.detach().sum(), count)

@@ -18,7 +18,7 @@ from .checks import (
     value_error,
 )
 from .problem import Problem
-from .rows import RowLoss, RowProblem, Scalar, check_row_loss, check_rows
+from .rows import Normalizer, RowLoss, RowProblem, Scalar, check_row_loss, check_rows
 
 #: Bytes of one side's logits in a chunk, where ``chunk_rows`` is not given: on a CPU what the caches still help with
 #: (1024x(512, 512)x32000 float32: chunks of 1024, 512, 256, 128 rows take 1.27, 1.13, 1.08, 1.14 times the products).
@@ -149,7 +149,7 @@ def check_linear_distill_loss(
     hard_weight: Scalar,
     weight: Tensor | None,
     reduction: str,
-    normalizer: Scalar | None,
+    normalizer: Normalizer,
     chunk_rows: int | None,
     **options: Any,
 ) -> LinearProblem:

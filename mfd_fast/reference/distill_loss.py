@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..divergences import DKD, NKD
-from ..problems.checks import can_read
-from ..problems.rows import RowLoss, RowProblem, check_indices, check_labels_in_range
+from ..problems.checks import can_read, is_used
+from ..problems.rows import RowLoss, RowProblem, Scalar, check_indices, check_labels_in_range
 from ..problems.teachers import TopKRows
 from ..types import DistillOutput, LogitTransform
 from .divergences import decoupled, label_entropy, log_sum_exp, other_entropy, pointwise
@@ -299,28 +299,46 @@ def _by_products(
     return entropy(log_q), entropy(log_p), q_label, p_label, agreement
 
 
+def _weighted(per_row: Tensor, rows: RowProblem, loss: RowLoss) -> Tensor:
+    """Times the rows' weights; whatever stands in that of a row that is not counted must not reach what others share."""
+    weight = where_true(rows.counted(), loss.weight)
+    return per_row if weight is None else per_row * weight
+
+
+def _divisor(rows: RowProblem, loss: RowLoss, hard: bool) -> Scalar:
+    """What "mean" divides the sum of the soft or the hard term by."""
+    normalizer = loss.hard_normalizer if hard and loss.hard_normalizer is not None else loss.normalizer
+    if normalizer is not None:
+        return normalizer
+    exists = rows.labelled() if hard else rows.counted()
+    return max(rows.n_rows, 1) if exists is None else exists.sum().clamp_min(1)
+
+
 def reduce_rows(per_row: Tensor, rows: RowProblem, loss: RowLoss, *, hard: bool = False) -> Tensor:
     """The weights and the reduction of the contract; ``per_row`` [N] is 0 where a row is not counted.
 
     ``hard``: "mean" is that of the hard term, over the rows that have a label.
     """
-    counted, weight, reduction, normalizer = rows.counted(), loss.weight, loss.reduction, loss.normalizer
-    if weight is not None:
-        # Whatever stands in the weight of a row that is not counted must not reach what the others share.
-        per_row = per_row * (weight if counted is None else torch.where(counted, weight, torch.zeros_like(weight)))
-    if reduction == "none":
+    per_row = _weighted(per_row, rows, loss)
+    if loss.reduction == "none":
         return per_row.reshape(rows.student.shape[:-1])
     total = per_row.sum()
-    if reduction == "sum":
+    if loss.reduction == "sum":
         return total
-    if hard:
-        counted = rows.labelled()
-        normalizer = normalizer if loss.hard_normalizer is None else loss.hard_normalizer
-    if normalizer is not None:
-        return total / (normalizer.to(total) if isinstance(normalizer, Tensor) else normalizer)
-    if counted is None:
-        return total / max(rows.n_rows, 1)
-    return total / counted.sum().clamp_min(1)
+    by = _divisor(rows, loss, hard)
+    return total / (by.to(total) if isinstance(by, Tensor) else by)
+
+
+def row_factors(rows: RowProblem, loss: RowLoss) -> tuple[Tensor | None, Tensor | None]:
+    """d loss/d soft and d loss/d hard of every row ``[N]``, of a scalar loss; None for a term that is not used."""
+    row = _weighted(torch.ones(rows.n_rows, dtype=rows.dtype, device=rows.device), rows, loss)
+
+    def of(weight: Scalar, hard: bool) -> Tensor | None:
+        if not is_used(weight):
+            return None
+        return (row / _divisor(rows, loss, hard) if loss.reduction == "mean" else row) * weight
+
+    return of(loss.soft_weight, False), of(loss.hard_weight, True)
 
 
 def combine(rows: RowProblem, loss: RowLoss) -> Tensor:

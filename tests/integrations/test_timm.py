@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import FeatureDistillationTask as TheirFeatureTask
 from timm.task import LogitDistillationTask as TheirLogitTask
 from torch import nn
@@ -64,6 +64,25 @@ def test_timm_steps(ours, theirs, weights):
         assert list(mine) == list(their) == ["loss", "output", "task_loss", "kd_loss"]
         for name in mine:
             torch.testing.assert_close(mine[name], their[name])
+
+
+@pytest.mark.parametrize(
+    ("criterion", "folds"),
+    [
+        (nn.CrossEntropyLoss(label_smoothing=0.2), True),
+        (LabelSmoothingCrossEntropy(0.1), True),
+        (nn.CrossEntropyLoss(weight=torch.linspace(0.5, 1.5, 5, dtype=torch.float64)), False),
+        (nn.MultiMarginLoss(), False),
+    ],
+    ids=["smoothed", "timm's", "weighted", "other"],
+)
+def test_timm_criteria(criterion, folds):
+    options = {"criterion": criterion, "temperature": 2.0, "task_loss_weight": 0.4}
+    (found, values), (expected, theirs) = (compared(k, **options) for k in (LogitDistillationTask, TheirLogitTask))
+    agree(found, expected)
+    for mine, their in zip(values, theirs, strict=True):
+        torch.testing.assert_close(mine, their)
+        assert mine["task_loss"].requires_grad is not folds
 
 
 def test_timm_mixup():

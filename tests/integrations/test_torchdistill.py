@@ -57,12 +57,13 @@ def test_torchdistill_classification(ours, theirs, alpha, beta, reduction, label
 
 
 @pytest.mark.parametrize("alpha", [0, 0.3])
-def test_torchdistill_segmentation(alpha):
+@pytest.mark.parametrize("more", [{"weight": torch.linspace(0.2, 1, 5).double()}, {"label_smoothing": 0.1}], ids=str)
+def test_torchdistill_segmentation(alpha, more):
     """The KL is divided by N, the cross-entropy by the labelled pixels."""
     shape = (2, 5, 4, 3)
     targets = torch.randint(0, 5, (2, 4, 3))
     targets[0, :2] = 255
-    options = PATHS | {"temperature": 2.0, "alpha": alpha, "ignore_index": 255, "weight": torch.rand(5).double()}
+    options = PATHS | {"temperature": 2.0, "alpha": alpha, "ignore_index": 255} | more
     found, expected = (three(kind(**options), shape, targets) for kind in (MfdKDLoss, KDLoss))
     agree(found[0], expected[0])
     assert found[1] == pytest.approx(expected[1], rel=1e-9)

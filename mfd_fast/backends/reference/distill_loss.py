@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ...codes import STATISTICS
 from ...divergences import NKD
-from ...problems.checks import is_used
-from ...problems.rows import RowLoss, RowProblem, Scalar
+from ...problems.rows import RowLoss, RowProblem
 from ...reference.distill_loss import (
     RowTerms,
     Sides,
@@ -27,6 +26,7 @@ from ...reference.distill_loss import (
     log_rest,
     mix,
     raw_logits,
+    row_factors,
     row_terms,
     soften,
     sparse_teacher,
@@ -49,23 +49,7 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) ->
     of_terms = torch.stack(terms) if parts else None
     if not needs_grad:
         return ScalarLoss(value, None, of_terms)
-    ones = torch.ones(rows.n_rows, dtype=rows.dtype, device=rows.device)
-    factor = ones if loss.weight is None else loss.weight
-
-    def share(weight: Scalar, normalizer: Scalar | None, exists: Tensor | None) -> Tensor | None:
-        """d loss/d term of every row."""
-        if not is_used(weight):
-            return None
-        if loss.reduction != "mean":
-            return factor * weight
-        if normalizer is None:
-            normalizer = max(rows.n_rows, 1) if exists is None else exists.sum().clamp_min(1)
-        return factor / normalizer * weight
-
-    of_hard = loss.normalizer if loss.hard_normalizer is None else loss.hard_normalizer
-    soft = share(loss.soft_weight, loss.normalizer, rows.counted())
-    hard = share(loss.hard_weight, of_hard, rows.labelled())
-    return ScalarLoss(value, _gradients(rows, soft, hard).student, of_terms)
+    return ScalarLoss(value, _gradients(rows, *row_factors(rows, loss)).student, of_terms)
 
 
 def per_row(rows: RowProblem, *, terms: bool) -> RowOutputs:
