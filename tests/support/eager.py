@@ -276,17 +276,14 @@ def linear_distill_loss(
 ):
     z = F.linear(student_hidden, student_weight, student_bias)
     t = teacher_hidden if teacher_weight is None else F.linear(teacher_hidden, teacher_weight, teacher_bias)
-    soft, hard, keep, _, log_q, _ = _rows(z, z.detach() if t is None else t, labels, **options)
-
-    def reduced(value):
-        return _reduce(value, keep, weight, reduction, normalizer)
-
+    soft, hard, keep, labelled, log_q, _ = _rows(z, z.detach() if t is None else t, labels, **options)
+    of_soft, of_hard = normalizer if isinstance(normalizer, tuple) else (normalizer, normalizer)
     nothing = torch.zeros_like(soft)
     soft, hard = nothing if t is None else soft, hard if hard_weight else nothing
     return {
-        "loss": reduced(soft_weight * soft + hard_weight * hard),
-        "soft": reduced(soft.detach()),
-        "hard": reduced(hard.detach()),
+        "loss": _both(soft_weight * soft, hard_weight * hard, keep, labelled, weight, reduction, normalizer),
+        "soft": _reduce(soft.detach(), keep, weight, reduction, of_soft),
+        "hard": _reduce(hard.detach(), labelled, weight, reduction, of_hard),
         "student_entropy": torch.where(keep, -(log_q.exp() * log_q).sum(-1), 0).sum().detach(),
         "rows": keep.sum(),
     }

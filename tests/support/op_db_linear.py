@@ -66,6 +66,14 @@ def samples(
             "weight": per_row.flip(0),
             "chunk_rows": 2,
         },
+        "apart": {
+            **both,
+            "labels": labels,
+            "hard_weight": 0.5,
+            "ignored_labels": "term",
+            "mask": mask,
+            "chunk_rows": 4,
+        },
         "per_row": {
             **both,
             "labels": labels,
