@@ -300,7 +300,7 @@ def _by_products(
 
 
 def _weighted(per_row: Tensor, rows: RowProblem, loss: RowLoss) -> Tensor:
-    """Times the rows' weights; whatever stands in that of a row that is not counted must not reach what others share."""
+    """Times the rows' weights. What stands in that of a row that is not counted must not reach what others share."""
     weight = where_true(rows.counted(), loss.weight)
     return per_row if weight is None else per_row * weight
 
