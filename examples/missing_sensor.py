@@ -70,11 +70,18 @@ def distil(name: str, teacher: Fused, x: Tensor, y: Tensor, few: int, epochs: in
 
     def loss_of(batch: Tensor) -> Tensor:
         logits, pooled = student(x[batch])
-        # Of the rows of a batch few have a label: their number must not decide how much a label weighs.
-        hard = nn.functional.cross_entropy(logits, labels[batch], reduction="sum") / len(batch)
         if name in ("few labels alone", "all labels"):
-            return hard
-        loss = 0.9 * mfd.distill_loss(logits, teacher_logits[batch], temperature=2.0) + 0.1 * hard
+            return mfd.distill_loss(logits, None, labels[batch], soft_weight=0.0, hard_weight=1.0)
+        # Few rows have a label; the others keep the teacher's term.
+        loss = mfd.distill_loss(
+            logits,
+            teacher_logits[batch],
+            labels[batch],
+            temperature=2.0,
+            soft_weight=0.9,
+            hard_weight=0.1,
+            ignored_labels="term",
+        )
         if name == "+ its features":
             match = mfd.feature_loss(pooled, teacher_features[batch], kind="cosine", projector=lift.weight)
             loss = loss + 0.1 * match
