@@ -132,6 +132,17 @@ def compare_singles(machine: Machine, decoded: Decoded) -> None:
     set_predicates(machine, decoded, compare(comparison_of(decoded), a, b))
 
 
+@executes("FSET")
+def compare_to_number(machine: Machine, decoded: Decoded) -> None:
+    """1.0 or, without BF, all bits where both the comparison and a predicate hold, else 0."""
+    modifiers = decoded.instruction.modifiers
+    how = next(m for m in modifiers if m not in ("BF", "FTZ", "AND"))
+    a, b = (machine.single(o) for o in decoded.operands[1:3])
+    holds = machine.full(compare(how, a, b)) & machine.full(machine.predicate(decoded.operands[3]))
+    yes = np.uint32(0x3F800000) if "BF" in modifiers else np.uint32(0xFFFFFFFF)
+    machine.write(decoded.operands[0], np.where(holds, yes, np.uint32(0)), decoded.mask)
+
+
 @executes("DSETP")
 def compare_doubles(machine: Machine, decoded: Decoded) -> None:
     a, b = (machine.double(o) for o in decoded.operands[2:4])

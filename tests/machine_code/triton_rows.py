@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import aot  # noqa: E402
 from aot_recorder import replaced  # noqa: E402
 
+import mfd_fast  # noqa: E402
 from machine_code.counting import BYTES_PER_CLOCK, bound, counts, per_element  # noqa: E402
 from machine_code.launches import Launch  # noqa: E402
 from machine_code.machine import Machine  # noqa: E402
@@ -38,7 +39,7 @@ from machine_code.rows import DTYPES, RowCase  # noqa: E402
 from machine_code.sass import Kernel, read  # noqa: E402
 from machine_code.timing import simulate  # noqa: E402
 from mfd_fast.backends.triton import distill_loss, scale  # noqa: E402
-from mfd_fast.problems.rows import RowLoss, check_rows  # noqa: E402
+from mfd_fast.problems.rows import check_row_loss, check_rows  # noqa: E402
 
 SIZES = {"fp64": "d", "fp32": "f", "i32": "i", "i64": "q"}
 CASES = [
@@ -108,12 +109,13 @@ def launches_of(
     case: RowCase, student: Tensor, teacher: Tensor, labels: Tensor | None, most: int | None = None
 ) -> tuple[list[Launch], dict[str, Tensor]]:
     """`run` on given tensors."""
-    problem = check_rows("distill_loss", student, teacher, labels, divergence=case.divergence, temperature=2.0)
+    divergence = mfd_fast.AlphaBeta(0.5, 0.25) if case.divergence == "alpha_beta" else case.divergence
+    problem = check_rows("distill_loss", student, teacher, labels, divergence=divergence, temperature=2.0)
     hard = 0.5 if case.labels else 0.0
-    loss = RowLoss(reduction="mean", weight=None, soft_weight=1.0, hard_weight=hard, normalizer=None)
+    loss = check_row_loss(problem, 1.0, hard, None, "mean", None)
     runner = Runner(most)
     with replaced(runner):
-        value, gradient = distill_loss.scalar(problem, loss, needs_grad=True)
+        value, gradient, _ = distill_loss.scalar(problem, loss, needs_grad=True, parts=False)
     tensors = {"loss": value, "gradient": gradient, "student": student, "teacher": teacher, "labels": labels}
     return runner.launches, tensors
 

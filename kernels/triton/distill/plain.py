@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..rows.arithmetic import (
+    INF,
     LN2,
     LOG2E,
     columns,
@@ -25,7 +26,9 @@ from ..rows.arithmetic import (
 )
 from ..rows.sides import place, row_start, row_temperature
 from ..rows.structs import NUMBERS, LossNumbers, Numbers
+from .divergences import FORWARD, REVERSE
 from .gradients import split_ratio
+from .points import Point, centred_slope, point_slope, point_sums, point_value, slope_unit
 from .scalar import general_rows, row_losses
 
 # What stands for the columns beyond the last one: exponentials of it are 0, differences from it finite.
@@ -53,8 +56,8 @@ class Pair(NamedTuple):
 
 
 class Lanes(NamedTuple):
-    """Maxima and sums relative to them, per lane or per row: ss, st of es, et; cross: of et*gap; s1: of exp(x - max x);
-    spread: of x - shift.
+    """Maxima and sums relative to them, per lane or per row: ss, st of es, et; cross: of et*gap, with REVERSE of
+    es*gap; s1: of exp(x - max x); spread: of x - shift.
     """
 
     ms: tl.tensor
@@ -134,7 +137,7 @@ def plain_power(x, m, c, c_low, EXACT: tl.constexpr):
 
 @triton.jit
 def plain_gap(x, ms, y, mt, k, how):
-    """What et is multiplied with in cross; `gap_unit` makes log p - log q of it, but for what a row has in common."""
+    """log p - log q, but for what a row has in common: times Tt with EXACT, else as a binary logarithm."""
     if how.EXACT:
         return (y - mt) - (x - ms) * wide(k.rho)
     else:
@@ -172,15 +175,22 @@ def move(v, to_ms, to_mt, k, how):
     s1 = v.s1
     if how.HARD:
         s1 = s1 * tl.sum(at_one(ms, x_to, how), 2)
-    ws, wt, shift = tl.sum(es, 2), tl.sum(et, 2), tl.sum(gap, 2)
-    return Lanes(to_ms, to_mt, v.ss * ws, v.st * wt, wt * (v.cross + v.st * shift), s1, v.spread)
+    ws, wt, shift, cross = tl.sum(es, 2), tl.sum(et, 2), tl.sum(gap, 2), v.cross
+    if how.DIVERGENCE == FORWARD:
+        cross = wt * (cross + v.st * shift)
+    elif how.DIVERGENCE == REVERSE:
+        cross = ws * (cross + v.ss * shift)
+    return Lanes(to_ms, to_mt, v.ss * ws, v.st * wt, cross, s1, v.spread)
 
 
 @triton.jit
 def add_tile(v, x, y, es, et, keep, shift, k, how):
     """Lanes with a tile added, whose exponentials are relative to the maxima of ``v``."""
-    cross = v.cross + tl.sum(et * plain_gap(x, v.ms[:, :, None], y, v.mt[:, :, None], k, how), 2)
-    s1, spread = v.s1, v.spread
+    cross, s1, spread = v.cross, v.s1, v.spread
+    if how.DIVERGENCE == FORWARD:
+        cross = cross + tl.sum(et * plain_gap(x, v.ms[:, :, None], y, v.mt[:, :, None], k, how), 2)
+    elif how.DIVERGENCE == REVERSE:
+        cross = cross + tl.sum(es * plain_gap(x, v.ms[:, :, None], y, v.mt[:, :, None], k, how), 2)
     if how.HARD:
         s1 = s1 + tl.sum(at_one(x, v.ms[:, :, None], how), 2)
     if how.SMOOTH:
@@ -260,21 +270,73 @@ def read_label(ptr, start, at):
 
 
 @triton.jit
-def is_plain(v, at):
+def log_quotient(x, y, v, n, k, how):
+    """r of a tile, log2 p - log2 q."""
+    return plain_gap(x, wide(v.ms), y, wide(v.mt), k, how) - wide(n.log_ratio)
+
+
+@triton.jit
+def stream_points(slopes, shifted, values, first, last, v, n, k, at, col, WHOLE: tl.constexpr, how):
+    """The sums of `point_sums` with columns from ``first`` to ``last`` added; WHOLE: no tile of them needs a mask."""
+    for start in range(first, last, how.LANES * how.VEC):
+        here = col + start
+        keep = None
+        if not WHOLE:
+            keep = at.counted[:, None, None] & (here < at.classes)
+        x = read_plain(k.x_ptr, k.x_start, here, keep, "evict_last")
+        y = read_plain(k.y_ptr, k.y_start, here, keep, "evict_last")
+        es, et = exponentials(x, y, wide(v.ms), wide(v.mt), k, how)
+        _g, slope, shift, value = point_sums(es, et, log_quotient(x, y, v, n, k, how), n, how)
+        slopes, shifted, values = slopes + slope, shifted + shift, values + value
+    return slopes, shifted, values
+
+
+@triton.jit
+def look_again(x, y, es, et, v, n, k, at, col, how):
+    """D, mean and shift of `Point` by one more look at the rows, and without LOOP the tile of g."""
+    if how.DIVERGENCE == REVERSE:  # E_q[-r] is known
+        g = es
+        if not how.LOOP:
+            g = -log_quotient(x, y, v, n, k, how)
+        mean = n.log_ratio - divide(v.cross, v.ss)
+        return mean * LN2, mean, n.shift, g
+    else:
+        none = tl.zeros([how.ROWS, how.LANES], tl.float32)
+        g, slopes, shifted, values = es, none, none, none
+        if how.LOOP:
+            BLOCK: tl.constexpr = how.LANES * how.VEC
+            whole = tl.max(tl.where(at.counted, at.classes, 0), 0) // BLOCK * BLOCK
+            slopes, shifted, values = stream_points(none, none, none, 0, whole, v, n, k, at, col, True, how)
+            slopes, shifted, values = stream_points(
+                slopes, shifted, values, whole, at.classes, v, n, k, at, col, False, how
+            )
+        else:
+            g, slopes, shifted, values = point_sums(es, et, log_quotient(x, y, v, n, k, how), n, how)
+        value, mean, shift = point_value(tl.sum(slopes, 1), tl.sum(shifted, 1), tl.sum(values, 1), v.ss, v.st, n, how)
+        return value, mean, shift, g
+
+
+@triton.jit
+def online_value(v, k, how):
+    """KL(p||q) = E_p[v-u] - log st + log ss."""
+    soft = divide(v.cross, v.st)
+    if how.EXACT:
+        return divide(soft, k.Tt) + log_ratio(v.ss, v.st, divide(v.ss, v.st))
+    else:
+        return (soft + fast_log2(divide(v.ss, v.st))) * LN2
+
+
+@triton.jit
+def is_plain(v, soft, at):
     """Whether all of a program's rows are as this road wants them."""
-    fine = (v.ms > 0.1 * LOW) & (v.mt > 0.1 * LOW) & (v.cross - v.cross == 0.0) & (at.bad == 0)
+    fine = (v.ms > LOW * 0.1) & (v.mt > LOW * 0.1) & (soft - soft == 0.0) & (at.bad == 0)
     return tl.min(tl.where(at.counted & (fine == 0), 0, 1), 0) > 0
 
 
 @triton.jit
-def terms(v, k, at, x_label, smoothing, how):
-    """`Terms` of the rows: KL(p||q) = E_p[v-u] - log st + log ss, at least 0, and the cross-entropy of the labels."""
+def terms(v, soft, at, x_label, smoothing, how):
+    """`Terms` of the rows: D, at least 0, and the cross-entropy of the labels."""
     none = tl.zeros_like(v.ms)
-    soft = divide(v.cross, v.st)
-    if how.EXACT:
-        soft = divide(soft, k.Tt) + log_ratio(v.ss, v.st, divide(v.ss, v.st))
-    else:
-        soft = (soft + fast_log2(divide(v.ss, v.st))) * LN2
     hard = none
     if how.HARD:
         log_s1 = tl.log(v.s1) if how.EXACT else fast_log2(v.s1) * LN2
@@ -285,8 +347,10 @@ def terms(v, k, at, x_label, smoothing, how):
 
 
 @triton.jit
-def slopes_of(v, slope, hard_share, smoothing, classes, how):
+def slopes_of(v, n, slope, hard_share, smoothing, classes, how):
     """`Slopes` of the rows."""
+    if how.DIVERGENCE >= REVERSE:
+        slope = slope * slope_unit(n, how)
     ratio, rest = divide(v.ss, v.st), tl.zeros_like(v.ss)
     if how.EXACT:
         ratio, rest = split_ratio(v.ss, v.st)
@@ -300,11 +364,14 @@ def slopes_of(v, slope, hard_share, smoothing, classes, how):
 
 
 @triton.jit
-def gradient(x, es, et, ms, of, how):
-    """That of a tile, but for the label."""
-    grad = fused(-et, wide(of.ratio), es)
-    if how.EXACT:
-        grad = fused(-et, wide(of.rest), grad)
+def gradient(x, es, other, ms, of, n, how):
+    """That of a tile, but for the label; ``other``: et or, of the pointwise divergences, g."""
+    if how.DIVERGENCE >= REVERSE:
+        grad = es * centred_slope(other, n, how)
+    else:
+        grad = fused(-other, wide(of.ratio), es)
+        if how.EXACT:
+            grad = fused(-other, wide(of.rest), grad)
     grad = grad * wide(of.soft)
     if how.HARD:
         grad = fused(at_one(x, wide(ms), how), wide(of.hard), grad)
@@ -314,7 +381,17 @@ def gradient(x, es, et, ms, of, how):
 
 
 @triton.jit
-def stream_gradient(to, first, n_tiles, v, of, k, at, col, width, WHOLE: tl.constexpr, how):
+def gradient_at(x, y, v, of, n, k, how):
+    """That of a tile of logits."""
+    es, et = exponentials(x, y, wide(v.ms), wide(v.mt), k, how)
+    other = et
+    if how.DIVERGENCE >= REVERSE:
+        other = point_slope(es, et, log_quotient(x, y, v, n, k, how), n, how)
+    return gradient(x, es, other, v.ms, of, n, how)
+
+
+@triton.jit
+def stream_gradient(to, first, n_tiles, v, of, n, k, at, col, width, WHOLE: tl.constexpr, how):
     """``n_tiles`` tiles from column ``first`` on, from the last to the first; WHOLE: none of them needs a mask."""
     for tile in range(n_tiles):
         here = col + first + (n_tiles - 1 - tile) * (how.LANES * how.VEC)
@@ -323,8 +400,7 @@ def stream_gradient(to, first, n_tiles, v, of, k, at, col, width, WHOLE: tl.cons
             keep = at.counted[:, None, None] & (here < at.classes)
         x = read_plain(k.x_ptr, k.x_start, here, keep, "evict_first")
         y = read_plain(k.y_ptr, k.y_start, here, keep, "evict_first")
-        es, et = exponentials(x, y, wide(v.ms), wide(v.mt), k, how)
-        grad = gradient(x, es, et, v.ms, of, how)
+        grad = gradient_at(x, y, v, of, n, k, how)
         if WHOLE:
             tl.store(to + here, grad)
         else:
@@ -332,24 +408,23 @@ def stream_gradient(to, first, n_tiles, v, of, k, at, col, width, WHOLE: tl.cons
 
 
 @triton.jit
-def write_rows(grad_ptr, x, es, et, v, of, k, at, col, width, how):
-    """The student's gradient [N, width]; without LOOP x, es, et are tiles of whole rows."""
+def write_rows(grad_ptr, x, es, other, v, of, n, k, at, col, width, how):
+    """The student's gradient [N, width]; without LOOP x, es, other are tiles of whole rows."""
     BLOCK: tl.constexpr = how.LANES * how.VEC
     to = grad_ptr + wide(at.row * width)
     if how.LOOP:
         whole = tl.max(tl.where(at.counted, at.classes, 0), 0) // BLOCK
         n_rest = (width - whole * BLOCK + BLOCK - 1) // BLOCK
-        stream_gradient(to, whole * BLOCK, n_rest, v, of, k, at, col, width, False, how)
-        stream_gradient(to, 0, whole, v, of, k, at, col, width, True, how)
+        stream_gradient(to, whole * BLOCK, n_rest, v, of, n, k, at, col, width, False, how)
+        stream_gradient(to, 0, whole, v, of, n, k, at, col, width, True, how)
     else:
         keep = wide(at.counted) & (col < at.classes)
-        grad = tl.where(keep, gradient(x, es, et, v.ms, of, how), 0.0)
+        grad = tl.where(keep, gradient(x, es, other, v.ms, of, n, how), 0.0)
         tl.store(to + col, grad, mask=wide(at.exists) & (col < width))
     if how.HARD:
         tl.debug_barrier()  # whole vectors first, then the labels among them
         x, y = wide(read_label(k.x_ptr, k.x_start, at)), wide(read_label(k.y_ptr, k.y_start, at))
-        es, et = exponentials(x, y, wide(v.ms), wide(v.mt), k, how)
-        grad = gradient(x, es, et, v.ms, of, how) - wide(of.label)
+        grad = gradient_at(x, y, v, of, n, k, how) - wide(of.label)
         tl.store(to + wide(at.label), grad, mask=wide(at.counted))
 
 
@@ -391,23 +466,34 @@ def plain_scalar(
     x_label = tl.zeros_like(k.Ts)
     if how.HARD:
         x_label = read_label(k.x_ptr, k.x_start, at)
-    x, es, et = wide(x_label), wide(x_label), wide(x_label)
+    shift = tl.where(tl.abs(x_label) < INF, x_label, 0.0)
+    x, y, es, et = wide(x_label), wide(x_label), wide(x_label), wide(x_label)
     if how.LOOP:
-        v = stream_rows(k, at, col, x_label, how)
+        v = stream_rows(k, at, col, shift, how)
     else:
         keep = wide(at.counted) & (col < classes)
         x = read_plain(k.x_ptr, k.x_start, col, keep, "evict_first")
         y = read_plain(k.y_ptr, k.y_start, col, keep, "evict_first")
         ms, mt = tl.max(tl.max(x, 2), 1), tl.max(tl.max(y, 2), 1)
         es, et = exponentials(x, y, wide(ms), wide(mt), k, how)
-        v = held_rows(x, y, ms, mt, es, et, keep, x_label, k, how)
-    if is_plain(v, at):
-        t = terms(v, k, at, x_label, smoothing, how)
+        v = held_rows(x, y, ms, mt, es, et, keep, shift, k, how)
+    ratio = divide(v.ss, v.st)
+    shares = (tl.full([1], a, tl.float32), tl.full([1], b, tl.float32))
+    n = Point(ratio, ratio, *shares, ratio, ratio)
+    other = et
+    if how.DIVERGENCE >= REVERSE:
+        n = Point(ratio, fast_log2(divide(v.st, v.ss)), *shares, ratio, ratio)
+        soft, mean, off, other = look_again(x, y, es, et, v, n, k, at, col, how)
+        n = Point(ratio, n.log_ratio, *shares, mean, off)
+    else:
+        soft = online_value(v, k, how)
+    if is_plain(v, soft, at):
+        t = terms(v, soft, at, x_label, smoothing, how)
         total, slope, hard_share, _at_one = row_losses(t, k.Ts, loss, numbers, at, how)
         tl.store(loss.partial_ptr + pid, tl.sum(total, 0))
         if loss.grad_ptr is not None:
-            of = slopes_of(v, slope, hard_share, smoothing, classes, how)
-            write_rows(loss.grad_ptr, x, es, et, v, of, k, at, col, width, how)
+            of = slopes_of(v, n, slope, hard_share, smoothing, classes, how)
+            write_rows(loss.grad_ptr, x, es, other, v, of, n, k, at, col, width, how)
     else:
         general_rows(
             p, loss, s_numbers, t_numbers, numbers, smoothing, a, b, pid, n_rows, ignore_index, classes, width, careful

@@ -56,16 +56,19 @@ def choose_blocks(columns: int, widest: int, unit: int, heavy: bool = False, hea
     return Blocks(1, 32 * warps * per_thread // vector, vector, True, True, warps)
 
 
-def choose_plain_blocks(columns: int, widest: int, unit: int) -> Blocks:
-    """Blocks of `plain_scalar`: a thread holds `HELD` elements of each side, or a vector of longer rows."""
+def choose_plain_blocks(columns: int, widest: int, unit: int, heavy: bool) -> Blocks:
+    """Blocks of `plain_scalar`: a thread holds `HELD` elements of each side, half of them for a ``heavy``
+    divergence, or a vector of longer rows.
+    """
+    held = HELD // 2 if heavy else HELD
     vector = min(VECTOR_BYTES // widest, unit)
     wide_enough = vector * widest >= 8
     size = power_of_two(columns)
-    if size <= HELD_WARPS // 2 * 32 * HELD:
-        warps = max(size // (32 * HELD), 1)
+    if size <= HELD_WARPS // 2 * 32 * held:
+        warps = max(size // (32 * held), 1)
         vec = min(vector, size) if wide_enough else max(size // (32 * warps), 1)
         lanes = size // vec
-        rows = max(min(32 * HELD // size, 2 * 32 // lanes), 1)
+        rows = max(min(32 * held // size, 2 * 32 // lanes), 1)
         return Blocks(rows, lanes, vec, wide_enough, False, warps)
     warps = 16 if columns > LONG else 8 if columns > SHORT else 4
     return Blocks(1, 32 * warps, VECTOR_BYTES // widest, vector * widest == VECTOR_BYTES, True, warps)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...codes import STATISTICS
-from ...divergences import NKD, ForwardKL
+from ...divergences import JSD, NKD, TVD, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
 from ...problems.rows import RowLoss, RowProblem, Scalar, check_indices, check_labels_in_range
 from ...reference.distill_loss import parts_of
 from .. import allocate
@@ -29,6 +29,8 @@ MAX_COUNTS = 128
 REDUCE_BLOCK = 1024
 # Numbers of the backward pass that the forward pass of topk_rows does not look at.
 UPSTREAM = ("grad_soft_stride", "grad_hard_stride", "s_width")
+# Beside the forward KL, of 16-bit logits.
+POINTWISE = (ReverseKL, JSD, SkewKL, SkewReverseKL, TVD)
 MAX_TEACHERS = 8  # the kernels are unrolled over them
 MAX_COLUMNS = 2**31 - 2**16  # column numbers of a tile are int32
 
@@ -101,11 +103,12 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) ->
 
 def is_plain(rows: RowProblem) -> bool:
     """Whether `plain_scalar` has a hot loop for the soft term of these rows."""
+    sixteen = max(rows.student.element_size(), rows.teacher.element_size()) == 2
     return (
         rows.topk is None
         and rows.ignored_labels == "row"
         and len(rows.teachers) == 1
-        and isinstance(rows.divergence, ForwardKL)
+        and (isinstance(rows.divergence, ForwardKL) or (isinstance(rows.divergence, POINTWISE) and sixteen))
         and rows.student_transform is None
         and rows.teacher_transform is None
         and rows.dtype == torch.float32

@@ -94,7 +94,9 @@ def row_arguments(rows: RowProblem, widths: tuple[int, ...], heavy: bool = False
     aligned_unit = 1 if any(logits.data_ptr() % 16 for logits in every[: 1 if sparse else None]) else unit
     longest = max((rows.classes, *widths))
     if plain:
-        blocks = choose_plain_blocks(longest, max(x.element_size() for x in every), aligned_unit)
+        widest = max(x.element_size() for x in every)
+        heavy = not isinstance(rows.divergence, ForwardKL)
+        blocks = choose_plain_blocks(longest, widest, aligned_unit, heavy)
     else:
         blocks = _blocks(rows, every, longest, aligned_unit, heavy)
     structs = kernels("rows.structs")
