@@ -191,6 +191,22 @@ def choose(
     return name
 
 
+def choose_recorded(op: str, problem: Problem, backend: str | None) -> str:
+    """What a compiler sees: "reference", whose operations it may fuse, where :mod:`.choice` says that an opaque op does
+    not pay and no backend was asked for; else ``backend``, or "" for the registered op, which chooses when it runs.
+    """
+    if backend is not None or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return backend or ""
+    if problem.device.type != "cpu" or _asked_for_now():
+        return ""
+    return "reference" if choice.is_traced(op, problem.elements) else ""
+
+
+@torch.compiler.assume_constant_result
+def _asked_for_now() -> bool:
+    return requested(None, "")[0] is not None
+
+
 def _order(op: str, problem: Problem) -> tuple[tuple[str, ...], str]:
     """The backends of ``op`` that need not be asked for, best first for this call, and the reason for that order."""
     if problem.device.type == "cpu":
@@ -228,7 +244,10 @@ def explain_choice(
                 else choice.why_slower(op, other, chosen)
             )
         rejected[other] = reason
-    said = "" if problem.device.type == "cpu" else f" ({_order(op, problem)[1]})"
+    said = f" ({_order(op, problem)[1]})"
+    if problem.device.type == "cpu":
+        traced = choice.is_traced(op, problem.elements)
+        said = "; torch.compile traces the reference of a call this small and fuses it" if traced else ""
     return Choice(chosen, f"the fastest that can run on {problem.device}{said}", rejected)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..backends import check_not_traced, choose, row_backend
+from ..backends import check_not_traced, choose, choose_recorded, row_backend
 from ..backends.plans import Done, Plans
 from ..backends.protocol import RowGradients, RowNeeds
 from ..codes import STATISTICS
@@ -425,8 +425,10 @@ def distill_loss(  # type: ignore[misc]  # the options are these
     if process_group is not None:
         return class_sharded_loss("distill_loss", problem, process_group)
     recorded = is_recorded()
-    # Under torch.compile the registered op chooses when it runs: no choice is baked into the graph.
-    name = backend or "" if recorded else choose("distill_loss", rows, backend, beside=loss)
+    if recorded:
+        name = choose_recorded("distill_loss", rows, backend)
+    else:
+        name = choose("distill_loss", rows, backend, beside=loss)
     if name == "reference":
         of_reference: Callable[..., Any] = combine_with_parts if return_parts else combine
         return by_pytorch("distill_loss", problem.named_tensors, lambda: of_reference(rows, loss))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import check_not_traced, choose, feature_backend
+from ..backends import check_not_traced, choose, choose_recorded, feature_backend
 from ..backends.plans import Done, Plans
 from ..backends.protocol import FeatureGradients, FeatureNeeds
 from ..problems.checks import by_pytorch, is_recorded, upstream
@@ -249,8 +249,7 @@ def feature_loss(
     check_not_traced("feature_loss", backend)
     problem = _check(arguments)
     recorded = is_recorded()
-    # Under torch.compile the registered op chooses when it runs: no choice is baked into the graph.
-    name = backend or "" if recorded else choose("feature_loss", problem, backend)
+    name = (choose_recorded if recorded else choose)("feature_loss", problem, backend)
     if name == "reference":
 
         def value() -> Tensor:

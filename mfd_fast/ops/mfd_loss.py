@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import check_not_traced, choose, mfd_backend
+from ..backends import check_not_traced, choose, choose_recorded, mfd_backend
 from ..backends.plans import Done, Plans
 from ..backends.protocol import MFDNeeds
 from ..divergences import Divergence
@@ -207,8 +207,7 @@ def mfd_loss(
     check_not_traced("mfd_loss", backend)
     problem = _check(arguments)
     recorded = is_recorded()
-    # Under torch.compile the registered ops choose when they run: no choice is baked into the graph.
-    name = backend or "" if recorded else choose("mfd_loss", problem, backend)
+    name = (choose_recorded if recorded else choose)("mfd_loss", problem, backend)
     if name == "reference":
         return by_pytorch("mfd_loss", problem.named_tensors, lambda: reference_loss(problem))
     chained = recorded or reduction == "none" or not _gradients_fit_one_pass(problem)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import check_not_traced, choose, pool_backend
+from ..backends import check_not_traced, choose, choose_recorded, pool_backend
 from ..backends.plans import Done, Plans
 from ..backends.protocol import PoolGradients, PoolNeeds
 from ..problems.checks import by_pytorch, is_recorded, upstream
@@ -206,8 +206,7 @@ def modal_pool(
 
     check_not_traced("modal_pool", backend)
     problem = _check(arguments)
-    # Under torch.compile the registered op chooses when it runs: no choice is baked into the graph.
-    name = backend or "" if is_recorded() else choose("modal_pool", problem, backend)
+    name = (choose_recorded if is_recorded() else choose)("modal_pool", problem, backend)
     return ModalPool(*pool(problem, name, arguments))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -68,6 +69,13 @@ class FeatureProblem(Problem):
     @property
     def device(self) -> torch.device:
         return self.students[0].device
+
+    @property
+    def elements(self) -> int | None:
+        both = (*self.students, *self.teachers)
+        if any(x.dtype != torch.float32 for x in both) or any(p is not None for p in self.projectors):
+            return None
+        return sum(math.prod(x.shape) for x in both)
 
 
 def distances_of(students: Sequence[Tensor], teachers: Sequence[Tensor], feature_kind: str) -> FeatureProblem:

@@ -81,6 +81,14 @@ class MFDProblem(Problem):
     def device(self) -> torch.device:
         return self.pool.device
 
+    @property
+    def elements(self) -> int | None:
+        pool, rows = self.pool.elements, self.rows.elements
+        if pool is None or rows is None or self.head_weight.dtype != torch.float32:
+            return None
+        classes, width = self.head_weight.shape
+        return pool + classes * width + rows // 2
+
     def named_tensors(self) -> list[tuple[str, Tensor]]:
         own = super().named_tensors()
         first = len(own) - len(self.rows.named_tensors()) - len(self.loss.named_tensors())

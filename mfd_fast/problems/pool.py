@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -69,6 +70,12 @@ class PoolProblem(Problem):
     @property
     def columns(self) -> int:
         return self.width
+
+    @property
+    def elements(self) -> int | None:
+        if any(x.dtype != torch.float32 for x in self.features):
+            return None
+        return math.prod(self.leading) * self.modalities * self.width
 
     @property
     def temperature_tensor(self) -> Tensor | None:

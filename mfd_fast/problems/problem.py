@@ -57,6 +57,11 @@ class Problem:
         """Length of the rows that a kernel walks along, 0 where there are several."""
         return 0
 
+    @property
+    def elements(self) -> int | None:
+        """Elements of the inputs of a plain float32 call, for which tracing was measured; None for any other."""
+        return None
+
     def __init__(self, **values: Any) -> None:
         self.__dict__ = values
 

@@ -133,6 +133,13 @@ class RowProblem(Problem):
     def columns(self) -> int:
         return self.classes
 
+    @property
+    def elements(self) -> int | None:
+        plain = type(self.divergence) is ForwardKL and self.topk is None and len(self.teachers) == 1
+        if not plain or self.student.dtype != torch.float32 or self.teacher.dtype != torch.float32:
+            return None
+        return 2 * self.n_rows * self.classes
+
     def counted(self) -> Tensor | None:
         """Bool ``[N]``, True where a row exists; None when all do."""
         return self.mask if self.ignored_labels == "term" else self.labelled()
