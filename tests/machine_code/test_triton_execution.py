@@ -55,7 +55,7 @@ def loss_and_gradient(case, student, teacher, labels, backend):
 
 
 @pytest.mark.rest
-def test_the_machine_code_obeys_the_tolerance_rule(tmp_path):
+def test_the_machine_code_of_triton_obeys_the_tolerance_rule(tmp_path):
     calls = [
         (case, special, *call(case, special)) for case in CASES for special in {False, case.divergence == "forward_kl"}
     ]
