@@ -65,6 +65,7 @@ def _run(shape: str, dtype_name: str, n: int = 2, **options: Any) -> None:
         "feature_kind": "cosine",
         "teacher_pool_weights": torch.zeros(n, count),
         "pool_weight": 0.2,
+        "absent_pool_weights": "infinite",
         "mask": torch.ones(n + skipped, dtype=torch.bool)[skipped:],
         "weight": torch.ones(n + skipped)[skipped:],
         "label_smoothing": 0.1,
