@@ -6,15 +6,13 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/cuda/number.h"
 #include "cuda/distill/distill.h"
 
 namespace py = pybind11;
 
 namespace mfd {
 namespace {
-
-// (address in device memory or 0, value where that is 0)
-using Number = std::tuple<Address, double>;
 
 cuda::Scalar scalar_of(const Number& number) {
   return {pointer(std::get<0>(number)), std::get<1>(number)};

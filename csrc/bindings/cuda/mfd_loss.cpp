@@ -8,14 +8,13 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/cuda/number.h"
 
 namespace py = pybind11;
 
 namespace mfd {
 namespace {
 
-// (address in device memory or 0, value where that is 0)
-using Number = std::tuple<Address, double>;
 // (address, dtype) of a contiguous tensor
 using Typed = std::tuple<Address, int>;
 
