@@ -397,7 +397,7 @@ def distill_loss(  # type: ignore[misc]  # the options are these
 
     Raises:
         TypeError, ValueError: an argument breaks the contract; raised before any work. Labels out of
-            range raise on a CPU and give NaN for their row on a GPU.
+            range raise on a CPU and give NaN for their row on a GPU and where torch.compile traces a small call.
         BackendError: the backend asked for cannot run.
 
     Formula: Hinton, Vinyals, Dean, arXiv:1503.02531.

@@ -69,3 +69,15 @@ def test_explain_says_so():
     assert said in mfd.explain(mfd.distill_loss, small, small).reason
     for logits, options in ((large, {}), (small, {"divergence": "jsd"}), (small.bfloat16(), {})):
         assert said not in mfd.explain(mfd.distill_loss, logits, logits, **options).reason
+
+
+@pytest.mark.parametrize("label", [-1, 8])
+def test_a_label_out_of_range_is_nan_in_a_traced_call(label):
+    """A graph does not stop for a check; eager raises."""
+    x, y = torch.randn(4, 8), torch.randn(4, 8)
+    labels = torch.tensor([0, 1, label, -100])
+    call = torch.compile(mfd.distill_loss, backend="eager", fullgraph=True, dynamic=False)
+    found = call(x, y, labels, hard_weight=0.5, reduction="none")
+    assert found.isnan().tolist() == [False, False, True, False]
+    with pytest.raises(ValueError, match="label"):
+        mfd.distill_loss(x, y, labels, hard_weight=0.5)
