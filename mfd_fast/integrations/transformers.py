@@ -191,6 +191,8 @@ _OPTIONS = set(inspect.signature(distill_loss).parameters) - {
     "weight",
     "reduction",
     "normalizer",
+    "return_parts",
+    "process_group",
 }
 
 

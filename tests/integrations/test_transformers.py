@@ -356,6 +356,9 @@ def test_hf_trainer_errors():
         trainer(student, teacher, compute_loss_func=lambda *_: None)
     with pytest.raises(ValueError, match="keyword arguments of distill_loss, got heat, reduction"):
         trainer(student, teacher, distill={"heat": 2, "reduction": "sum"})
+    for name in ("return_parts", "process_group"):  # the trainer needs one scalar of whole logits
+        with pytest.raises(ValueError, match=f"keyword arguments of distill_loss, got {name}"):
+            trainer(student, teacher, distill={name: True})
     rows = [{"input_ids": row["input_ids"]} for row in ROWS]
     with pytest.raises(ValueError, match="hard_weight needs labels"):
         trainer(student, teacher, rows).train()
