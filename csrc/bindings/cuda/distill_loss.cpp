@@ -2,21 +2,15 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <tuple>
 #include <vector>
 
-#include "bindings/bindings.h"
-#include "bindings/cuda/number.h"
+#include "bindings/cuda/scalar.h"
 #include "cuda/distill/distill.h"
 
 namespace py = pybind11;
 
 namespace mfd {
 namespace {
-
-cuda::Scalar scalar_of(const Number& number) {
-  return {pointer(std::get<0>(number)), std::get<1>(number)};
-}
 
 // `topk` is null for a teacher of all classes.
 void start_forward(const Forward& f, const TopK* topk, const cuda::ScalarLoss* scalar, Address scratch,
@@ -35,9 +29,9 @@ void start_forward(const Forward& f, const TopK* topk, const cuda::ScalarLoss* s
 // Writes the weighted sum of the row losses to `loss`, and its gradient to `grad` where that is not 0.
 // `rows`: where soft and hard term and both entropies of every row go, 0 for none.
 void scalar(const RowProblem& problem, const TopK* topk, bool use_soft, bool use_hard, Address weight,
-            const Number& soft_weight, const Number& hard_weight, const Number& divisor, bool count_rows,
-            Address workspace, Address loss, Address grad, const std::array<Address, 4>& rows,
-            Address scratch, int device, Address stream) {
+            const ScalarFields& soft_weight, const ScalarFields& hard_weight, const ScalarFields& divisor,
+            bool count_rows, Address workspace, Address loss, Address grad,
+            const std::array<Address, 4>& rows, Address scratch, int device, Address stream) {
   Forward f{};
   f.problem = problem;
   f.soft = pointer(rows[0]);
@@ -57,7 +51,7 @@ void scalar(const RowProblem& problem, const TopK* topk, bool use_soft, bool use
   start_forward(f, topk, &s, scratch, {device, pointer(stream)});
 }
 
-// Per-row values; the last five addresses are all 0 or all but the label probabilities are not.
+// Per-row values. Of the by-products `student_entropy` and `teacher_entropy` are both 0 or neither is.
 void per_row(const RowProblem& problem, const TopK* topk, Address soft, Address hard, Address stats,
              Address student_entropy, Address teacher_entropy, Address student_label_prob,
              Address teacher_label_prob, Address agreement, Address scratch, int device, Address stream) {

@@ -7,8 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "bindings/bindings.h"
-#include "bindings/cuda/number.h"
+#include "bindings/cuda/scalar.h"
 
 namespace py = pybind11;
 
@@ -18,15 +17,15 @@ namespace {
 // (address, dtype) of a contiguous tensor
 using Typed = std::tuple<Address, int>;
 
-RowScalar number(const Number& n) {
-  return {pointer(std::get<0>(n)), 0, std::get<1>(n)};
+RowScalar row_scalar(const ScalarFields& fields) {
+  return {pointer(std::get<0>(fields)), 0, std::get<1>(fields)};
 }
 
-// `numbers`: the weights of the soft, hard, feature and pool terms, and the divisor. `outputs`: weights,
+// `scalars`: the weights of the soft, hard, feature and pool terms, and the divisor. `outputs`: weights,
 // predictions and the four terms. `products`: y and dz, both 0 or neither, and dz's stride. `gradients`: of
 // query, bias and head bias, 0 where they are not wanted.
 void mfd_loss(const RowProblem& problem, const PoolProblem& pool, const std::tuple<int, int, int>& types,
-              bool use_soft, bool use_hard, Address weight, const std::array<Number, 5>& numbers,
+              bool use_soft, bool use_hard, Address weight, const std::array<ScalarFields, 5>& scalars,
               bool count_rows, const MatrixFields& target, int kind, Address pool_target, const Typed& head,
               int64_t head_stride, const Typed& head_bias, const std::array<Address, 2 + kMfdTerms>& outputs,
               bool wants_logits, bool wants_pooled, const std::tuple<Address, Address, int64_t>& products,
@@ -38,11 +37,11 @@ void mfd_loss(const RowProblem& problem, const PoolProblem& pool, const std::tup
   p.forward.use_soft = use_soft;
   p.forward.use_hard = use_hard;
   p.forward.weight = {pointer(weight), 1, 1.0};
-  p.soft_weight = number(numbers[0]);
-  p.hard_weight = number(numbers[1]);
-  p.feature_weight = number(numbers[2]);
-  p.pool_weight = number(numbers[3]);
-  p.divisor = number(numbers[4]);
+  p.soft_weight = row_scalar(scalars[0]);
+  p.hard_weight = row_scalar(scalars[1]);
+  p.feature_weight = row_scalar(scalars[2]);
+  p.pool_weight = row_scalar(scalars[3]);
+  p.divisor = row_scalar(scalars[4]);
   p.count_rows = count_rows;
   p.pool = pool;
   p.types = {static_cast<Dtype>(std::get<0>(types)), static_cast<Dtype>(std::get<1>(types)),

@@ -22,11 +22,11 @@ void start_backward(const Backward& g, int in_block, const Where& where) {
 void backward(const Backward& g, const Where& where) {
   const DeviceGuard guard(where.device);
   if (g.problem.is_double) {
-    start_backward<device::F64, device::Block>(g, 1, where);
+    start_backward<device::F64, device::ThreadBlock>(g, 1, where);
   } else if (g.problem.classes <= kWarpClasses) {
     start_backward<device::F32, device::Warp>(g, kThreads / 32, where);
   } else {
-    start_backward<device::F32, device::Block>(g, 1, where);
+    start_backward<device::F32, device::ThreadBlock>(g, 1, where);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/problems/rows.h"
+#include "cuda/rows/scalar.cuh"
 
 namespace mfd {
 namespace cuda {
@@ -10,12 +11,6 @@ namespace cuda {
 struct Where {
   int device;
   void* stream;
-};
-
-// A number, or where it lies in device memory, in the compute dtype.
-struct Scalar {
-  const void* address;  // null: `value`
-  double value;
 };
 
 // How the threads of the device share rows of one kind.

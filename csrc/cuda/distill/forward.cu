@@ -85,16 +85,17 @@ void forward(const Forward& f, const ScalarLoss* scalar, const Where& where) {
   describe_scalar(launch, scalar, where);
   const Plan plan = plan_of(p, f.use_soft, where.device);
   if (takes_forward_kl(f, scalar, plan)) return forward_kl(launch, plan, where);
-  if (p.is_double) return start_kernel<device::F64, device::Block, false, false>(launch, plan, facts, where);
+  if (p.is_double)
+    return start_kernel<device::F64, device::ThreadBlock, false, false>(launch, plan, facts, where);
   switch (plan.rung) {
     case Rung::kWarp:
       return start_forward<device::Warp, true>(launch, plan, facts, where);
     case Rung::kBlock:
-      return start_forward<device::Block, true>(launch, plan, facts, where);
+      return start_forward<device::ThreadBlock, true>(launch, plan, facts, where);
     case Rung::kCluster:
       return start_forward<device::Cluster, true>(launch, plan, facts, where);
     case Rung::kStream:
-      return start_forward<device::Block, false>(launch, plan, facts, where);
+      return start_forward<device::ThreadBlock, false>(launch, plan, facts, where);
   }
 }
 

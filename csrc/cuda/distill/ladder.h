@@ -8,7 +8,7 @@ namespace mfd {
 namespace cuda {
 
 constexpr int64_t kWarpClasses = 1024;
-constexpr int kThreads = device::Residency<device::Block>::kThreads;
+constexpr int kThreads = device::Residency<device::ThreadBlock>::kThreads;
 constexpr int64_t kOverhead = 1024;  // of each block, kept by the system
 
 inline int64_t round_up(int64_t n, int64_t unit) {

@@ -8,7 +8,7 @@ namespace mfd {
 namespace cuda {
 
 // `p` as the kernels take it, the mixture in place of its first teacher; and its teachers.
-inline RowProblem mixed_problem(const RowProblem& p, device::Teachers& teachers) {
+inline RowProblem mixed_problem(const RowProblem& p, device::DeviceMixture& teachers) {
   const Mixture& m = *p.mixture;
   static_assert(kMaxTeachers == device::kMaxTeachers, "one bound");
   if (m.count > kMaxTeachers) throw std::invalid_argument("mfd_fast: too many teachers");

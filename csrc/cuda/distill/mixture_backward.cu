@@ -18,8 +18,9 @@ BackwardPlan backward_plan(const RowProblem& p, const DeviceFacts& facts) {
   plan.by_warp = !p.is_double && p.classes <= kWarpClasses;
   plan.threads = plan.by_warp ? 128 : 256;
   const int groups = plan.by_warp ? plan.threads / 32 : 1;
-  plan.mixed_at = round_up(plan.by_warp ? sizeof(device::Warp::Shared) : sizeof(device::Block::Shared), 16) +
-                  states_bytes(p, groups);
+  plan.mixed_at =
+      round_up(plan.by_warp ? sizeof(device::Warp::Shared) : sizeof(device::ThreadBlock::Shared), 16) +
+      states_bytes(p, groups);
   const int64_t rows = groups * 2 * row_bytes(p);
   plan.in_shared = plan.mixed_at + rows <= facts.shared_per_block;
   plan.shared = plan.mixed_at + (plan.in_shared ? rows : 0);
@@ -66,11 +67,11 @@ void mixture_backward(const Backward& rows, void* scratch, const Where& where) {
   g.scratch = plan.in_shared ? nullptr : static_cast<unsigned char*>(scratch);
   g.row_bytes = row_bytes(p);
   if (p.is_double) {
-    start_backward<device::F64, device::Block>(g, plan, where);
+    start_backward<device::F64, device::ThreadBlock>(g, plan, where);
   } else if (plan.by_warp) {
     start_backward<device::F32, device::Warp>(g, plan, where);
   } else {
-    start_backward<device::F32, device::Block>(g, plan, where);
+    start_backward<device::F32, device::ThreadBlock>(g, plan, where);
   }
 }
 

@@ -22,7 +22,7 @@ int64_t forward_parking_at(const RowProblem& p, int groups) {
 // Rows of the mixture that a forward launch keeps in device memory.
 int64_t streamed_rows(const RowProblem& p, const Plan& plan, const DeviceFacts& facts) {
   if (plan.rung != Rung::kStream) return 0;
-  return blocks_of(plan, facts, p.n_rows, 1, forward_parking_at<device::Block>(p, 1), false);
+  return blocks_of(plan, facts, p.n_rows, 1, forward_parking_at<device::ThreadBlock>(p, 1), false);
 }
 
 template <class S, class Group>

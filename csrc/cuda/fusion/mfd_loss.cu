@@ -7,13 +7,13 @@ namespace mfd {
 namespace cuda {
 namespace {
 
-struct Layout {
+struct SinglePassLayout {
   int y_stride, z_stride;
   int64_t z_at, shared_at, bytes;
 };
 
-Layout layout_of(int64_t width, int64_t classes) {
-  Layout l{};
+SinglePassLayout layout_of(int64_t width, int64_t classes) {
+  SinglePassLayout l{};
   l.y_stride = device::parked_stride(width);
   l.z_stride = device::parked_stride(classes);
   l.z_at = int64_t{kMfdRows} * l.y_stride * 4;
@@ -22,7 +22,7 @@ Layout layout_of(int64_t width, int64_t classes) {
   return l;
 }
 
-device::Number number(const RowScalar& value) {
+Scalar scalar_of(const RowScalar& value) {
   return {value.rows, value.value};
 }
 
@@ -35,7 +35,7 @@ bool mfd_fits(int64_t width, int64_t classes, int device) {
 void mfd_loss(const MfdPass& pass, const Where& where) {
   const DeviceGuard guard(where.device);
   const RowProblem& problem = pass.forward.problem;
-  const Layout l = layout_of(pass.pool.width, problem.classes);
+  const SinglePassLayout l = layout_of(pass.pool.width, problem.classes);
   device::MfdLaunch launch{};
   launch.pass = pass;
   launch.y_stride = l.y_stride;
@@ -49,9 +49,9 @@ void mfd_loss(const MfdPass& pass, const Where& where) {
   logits.forward = pass.forward;
   logits.forward.problem.student = {
       nullptr, Dtype::kFloat32, problem.n_rows, 0, l.z_stride, l.z_stride, 1.0, 0.0, false};
-  logits.soft_weight = number(pass.soft_weight);
-  logits.hard_weight = number(pass.hard_weight);
-  logits.divisor = number(pass.divisor);
+  logits.soft_weight = scalar_of(pass.soft_weight);
+  logits.hard_weight = scalar_of(pass.hard_weight);
+  logits.divisor = scalar_of(pass.divisor);
   logits.count_rows = pass.count_rows;
   launch.lean = pass.forward.use_soft && problem.divergence == Divergence::kForwardKL;
   start(where, {(problem.n_rows + kMfdRows - 1) / kMfdRows, device::kMfdThreads, l.bytes},

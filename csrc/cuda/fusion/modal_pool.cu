@@ -20,14 +20,14 @@ bool is_narrow(Dtype dtype) {
   return dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16;
 }
 
-struct Layout {
+struct PoolLayout {
   int64_t pitch, scratch, parking, sum, group;  // bytes; of a group: its scratch, where the parts begin, all
 };
 
-Layout layout_of(const PoolProblem& p, bool backward, Dtype d_pooled) {
+PoolLayout layout_of(const PoolProblem& p, bool backward, Dtype d_pooled) {
   bool narrow = !backward || is_narrow(d_pooled);
   for (int m = 0; m < p.modalities; ++m) narrow = narrow && is_narrow(p.features[m].dtype);
-  Layout l{};
+  PoolLayout l{};
   l.pitch = device::parked_row_bytes(p.width, narrow ? 2 : 4);
   l.scratch = p.is_double ? sizeof(device::PoolScratch<double>) : sizeof(device::PoolScratch<float>);
   l.parking = l.scratch;
@@ -40,13 +40,13 @@ int64_t team_bytes() {
   return round_up(sizeof(device::Team::Shared), 16);
 }
 
-int64_t shared_bytes(const PoolPlan& plan, const Layout& l) {
+int64_t shared_bytes(const PoolPlan& plan, const PoolLayout& l) {
   const int64_t groups = plan.whole ? 1 : plan.threads / 32;
   return team_bytes() + groups * (plan.parked ? l.group : l.scratch);
 }
 
 device::PoolLaunch common_of(const PoolProblem& pool, const PoolTypes& types, const PoolPlan& plan,
-                             const Layout& l) {
+                             const PoolLayout& l) {
   device::PoolLaunch c{};
   c.pool = pool;
   c.pool.rows = nullptr;
@@ -66,7 +66,7 @@ device::PoolLaunch common_of(const PoolProblem& pool, const PoolTypes& types, co
 
 PoolPlan pool_plan(const PoolProblem& p, bool backward, Dtype d_pooled, int device) {
   const DeviceFacts facts = facts_of(device);
-  const Layout l = layout_of(p, backward, d_pooled);
+  const PoolLayout l = layout_of(p, backward, d_pooled);
   PoolPlan plan{};
   plan.parked = !p.is_double && team_bytes() + l.group <= facts.shared_per_processor / 2 - kOverhead &&
                 team_bytes() + l.group <= facts.shared_per_block;
@@ -91,7 +91,7 @@ void pool_forward(const PoolForward& f, const PoolTypes& types, const Where& whe
   const DeviceGuard guard(where.device);
   const PoolProblem& p = *f.pool;
   const PoolPlan plan = pool_plan(p, false, f.pooled_dtype, where.device);
-  const Layout l = layout_of(p, false, f.pooled_dtype);
+  const PoolLayout l = layout_of(p, false, f.pooled_dtype);
   device::PoolForwardLaunch launch{};
   launch.common = common_of(p, types, plan, l);
   launch.pooled = f.pooled;
@@ -109,7 +109,7 @@ void pool_backward(const PoolBackward& g, const PoolTypes& types, const PoolPart
   const PoolProblem& p = *g.pool;
   const Dtype d_pooled = g.d_pooled.data ? g.d_pooled.dtype : p.features[0].dtype;
   const PoolPlan plan = pool_plan(p, true, d_pooled, where.device);
-  const Layout l = layout_of(p, true, d_pooled);
+  const PoolLayout l = layout_of(p, true, d_pooled);
   device::PoolBackwardLaunch launch{};
   launch.common = common_of(p, types, plan, l);
   launch.weights = g.weights;

@@ -9,7 +9,8 @@
 namespace mfd {
 namespace device {
 
-enum class Sweep { kMeans, kDots, kGradients };
+// What a pass over a row is for: E_q[g] and E_p[h], sum gradient*z of standardised logits z, the gradients.
+enum class GradientPass { kMeans, kDots, kGradients };
 
 template <class S, class Group, class Teacher = OneTeacher<S>>
 struct BackwardRow : Teacher {
@@ -83,9 +84,9 @@ struct BackwardRow : Teacher {
                         gradient);
   }
 
-  // Adds this thread's part of the sums that the sweep is for, or writes the gradients.
-  MFD_DEVICE void sweep(Sweep kind, const SlopeSums& dots, SlopeSums& sums) const {
-    const bool pointwise = is_pointwise(p.divergence), last = kind == Sweep::kGradients;
+  // Adds this thread's part of the sums that the pass is for, or writes the gradients.
+  MFD_DEVICE void pass(GradientPass kind, const SlopeSums& dots, SlopeSums& sums) const {
+    const bool pointwise = is_pointwise(p.divergence), last = kind == GradientPass::kGradients;
     const bool near = row.ts == row.tt && fabs(row.max_t - row.max_s) <= 8.0;
     const T max_s = static_cast<T>(row.max_s), max_t = static_cast<T>(row.max_t), gap = max_t - max_s;
     const T q_scale = static_cast<T>(inverse_mass(row.lse_s)),
@@ -102,11 +103,11 @@ struct BackwardRow : Teacher {
     const T h_scale = static_cast<T>(p.labels ? inverse_mass(row.lse_h) : 0.0);
     const bool unit = p.divergence == Divergence::kNKD;
     const T u_scale = static_cast<T>(unit ? inverse_mass(row.lse_u) : 0.0);
-    unsigned char* d_student = kind == Sweep::kMeans ? nullptr : output(g.d_student, p.student);
+    unsigned char* d_student = kind == GradientPass::kMeans ? nullptr : output(g.d_student, p.student);
     unsigned char* d_teacher =
-        kind == Sweep::kMeans || Teacher::kMixed ? nullptr : output(g.d_teacher, p.teacher);
-    if (kind == Sweep::kDots && !p.student.standardize) d_student = nullptr;
-    if (kind == Sweep::kDots && !p.teacher.standardize) d_teacher = nullptr;
+        kind == GradientPass::kMeans || Teacher::kMixed ? nullptr : output(g.d_teacher, p.teacher);
+    if (kind == GradientPass::kDots && !p.student.standardize) d_student = nullptr;
+    if (kind == GradientPass::kDots && !p.teacher.standardize) d_teacher = nullptr;
     over_vectors<S>(group, span, [&](int64_t start) {
       T a[N], b[N], q[N], w[N], to_u[N], to_v[N];
       load_logits<S, false>(x, start, p.classes, a);
@@ -143,7 +144,7 @@ struct BackwardRow : Teacher {
       if constexpr (Teacher::kMixed) {
         if (last) this->keep_slopes(start, row.decoupled ? row.label : -1, row.slopes.rest_shift, to_v);
       }
-      if (kind != Sweep::kDots) {
+      if (kind != GradientPass::kDots) {
 #pragma unroll
         for (int k = 0; k < N; ++k) {
           if (start + k >= p.classes) continue;
@@ -189,15 +190,15 @@ struct BackwardRow : Teacher {
     const bool dotted = (g.d_student && p.student.standardize) || (g.d_teacher && p.teacher.standardize);
     SlopeSums sums{};
     for (int k = 0; k < 3; ++k) {
-      const Sweep kind = static_cast<Sweep>(k);
-      if ((kind == Sweep::kMeans && !means) || (kind == Sweep::kDots && !dotted)) continue;
+      const GradientPass kind = static_cast<GradientPass>(k);
+      if ((kind == GradientPass::kMeans && !means) || (kind == GradientPass::kDots && !dotted)) continue;
       const SlopeSums dots = sums;
       sums = {};
-      sweep(kind, dots, sums);
+      pass(kind, dots, sums);
       double v[7] = {sums.to_u, sums.to_v, sums.u_x, sums.v_y, sums.mean_x, sums.x_dot, sums.y_dot};
       group.template reduce<Sum>(v);
       sums = {v[0], v[1], v[2], v[3], v[4], v[5], v[6]};
-      if (kind == Sweep::kMeans) settle_means(row, p, sums);
+      if (kind == GradientPass::kMeans) settle_means(row, p, sums);
     }
     const int64_t first = (p.classes + N - 1) / N * N;
     write_zeros(output(g.d_student, p.student), p.student, first);

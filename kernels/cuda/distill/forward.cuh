@@ -15,8 +15,35 @@ struct RowState {
   Slopes slopes;
 };
 
-// What a pass over the row after the first one is for.
-enum class Pass { kInfiniteCross, kArgmax, kPoints, kDots, kGradient };
+// What the passes after the first one take of a row's sums, in the compute dtype.
+template <class S>
+struct Softened {
+  typedef typename S::T T;
+  bool pointwise, far;
+  bool near;  // maxima this close leave y - x with no larger error than the differences from the maxima have
+  T max_s, max_t, gap, q_scale, p_scale, inverse_s, inverse_t, lse_s, lse_t;
+  T moved;  // log p - log q of two logits at their maxima
+
+  MFD_DEVICE Softened(const RowProblem& p, bool of_points, double ts, double tt, const RowSums& r)
+      : pointwise(of_points),
+        far(of_points && is_far(p, r)),
+        near(ts == tt && fabs(r.max_t - r.max_s) <= 8.0),
+        max_s(static_cast<T>(r.max_s)),
+        max_t(static_cast<T>(r.max_t)),
+        gap(max_t - max_s),
+        q_scale(static_cast<T>(1.0 / r.sum_s)),
+        p_scale(static_cast<T>(1.0 / r.sum_t)),
+        inverse_s(static_cast<T>(1.0 / ts)),
+        inverse_t(static_cast<T>(1.0 / tt)) {
+    const double of_s = pointwise ? log(r.sum_s) : 0.0, of_t = pointwise ? log(r.sum_t) : 0.0;
+    lse_s = static_cast<T>(of_s);
+    lse_t = static_cast<T>(of_t);
+    double difference = of_s - of_t;
+    if (sizeof(T) == 4 && pointwise && is_of_mean(p.divergence))
+      difference += rounding<T>(1.0 / r.sum_t) - rounding<T>(1.0 / r.sum_s);
+    moved = static_cast<T>(difference);
+  }
+};
 
 // One teacher, whose row is parked beside the student's. mixture.cuh has that of several.
 template <class S>
@@ -107,116 +134,50 @@ struct ForwardRow : Teacher {
     return merge_threads<S, kLean>(group, own, exponents, ts, tt, p.classes);
   }
 
-  // A further pass over the row. Adds to v, of this thread:
-  //   kInfiniteCross: E_p[v - u] where a student logit is -inf; terms whose p underflows in the compute dtype
-  //   are 0; kArgmax: the largest of -(columns of the maxima), and whether there is a NaN; kPoints: f, g and
-  //   h of a pointwise divergence;  kDots: sum gradient*z of standardised logits z.
-  // kGradient writes d loss/d student.
-  MFD_DEVICE void pass(Pass kind, const RowSums& r, const Slopes& slopes, double label_x, double dot,
-                       double (&v)[3]) const {
-    const bool pointwise = is_pointwise_term(), far = pointwise && is_far(p, r);
-    // Maxima this close leave y - x with no larger error than the differences from the maxima have.
-    const bool near = ts == tt && fabs(r.max_t - r.max_s) <= 8.0;
-    const T max_s = static_cast<T>(r.max_s), max_t = static_cast<T>(r.max_t), gap = max_t - max_s;
-    const T q_scale = static_cast<T>(1.0 / r.sum_s), p_scale = static_cast<T>(1.0 / r.sum_t);
-    const T inverse_s = static_cast<T>(1.0 / ts), inverse_t = static_cast<T>(1.0 / tt);
-    const double of_s = pointwise ? log(r.sum_s) : 0.0, of_t = pointwise ? log(r.sum_t) : 0.0;
-    const T lse_s = static_cast<T>(of_s), lse_t = static_cast<T>(of_t);
-    double difference = of_s - of_t;
-    if (sizeof(T) == 4 && pointwise && is_of_mean(p.divergence))
-      difference += rounding<T>(1.0 / r.sum_t) - rounding<T>(1.0 / r.sum_s);
-    const T moved = static_cast<T>(difference);
-    const T student = static_cast<T>(slopes.student), teacher = static_cast<T>(slopes.teacher);
-    const double drifted = !kLean && kind == Pass::kGradient ? drift_gradient<S>(x, dot) : 0.0;
-    const T hard = static_cast<T>(slopes.hard), shift = static_cast<T>(slopes.shift + drifted);
-    const T label_shift = static_cast<T>(slopes.label_shift + drifted);
-    const int64_t own = f.use_hard || wanted.decoupled ? label : -1, width = p.student.width;
-    unsigned char* out = static_cast<unsigned char*>(f.grad) + row * width * size_of(p.student.dtype);
-    const bool wide = sizeof(T) == 4 && is_aligned(out);
-    T value = 0, g_sum = 0, h_sum = 0;
+  MFD_DEVICE Softened<S> softened(const RowSums& r) const { return {p, is_pointwise_term(), ts, tt, r}; }
+
+  // act(start, x, y) for the vectors of this thread; y is 0 without a soft term.
+  template <class Act>
+  MFD_DEVICE void over_pairs(const Act& act) const {
     over_vectors<S>(group, span, [&](int64_t start) {
-      T a[N], b[N] = {}, es[N], second[N] = {};
+      T a[N], b[N] = {};
       load_logits<S, kParked, kLean>(x, start, p.classes, a);
       if (soft_term()) load_logits<S, kParked, kLean>(y, start, p.classes, b);
-      if (kind == Pass::kArgmax) {
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-          const double column = static_cast<double>(start + k);
-          if (a[k] == max_s && -column > v[0]) v[0] = -column;
-          if (b[k] == max_t && -column > v[1]) v[1] = -column;
-          if (a[k] != a[k] || b[k] != b[k]) v[2] = 1;
-        }
-        return;
-      }
-      if (soft_term()) {
-#pragma unroll
-        for (int k = 0; k < N; ++k) second[k] = exponents.teacher(b[k] - max_t);
-      }
-      if (kind == Pass::kInfiniteCross) {
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-          const T probability = second[k] * p_scale;
-          const T u = (a[k] - max_s) * inverse_s,
-                  w = wanted.cross_entropy ? T(0) : (b[k] - max_t) * inverse_t;
-          if (probability != T(0)) v[0] += static_cast<double>(probability * (w - u));
-        }
-        return;
-      }
-#pragma unroll
-      for (int k = 0; k < N; ++k) es[k] = exponents.student(a[k] - max_s);
-      if (pointwise) {
-        with_divergence<S>(p, far, [&](const auto& divergence) {
-#pragma unroll
-          for (int k = 0; k < N; ++k) {
-            const T tx = a[k] - max_s, ty = b[k] - max_t;
-            const T d = near ? b[k] - a[k] - gap : S::fma(ty, exponents.ratio, -tx);
-            const bool logs = divergence.kTakesLogs;
-            const Point<S> point = divergence(
-                es[k] * q_scale, second[k] * p_scale, S::fma(d, inverse_s, moved),
-                logs ? S::fma(tx, inverse_s, -lse_s) : T(0), logs ? S::fma(ty, inverse_t, -lse_t) : T(0));
-            second[k] = point.g;
-            if (start + k < p.classes) {
-              value = value + point.value;
-              g_sum = g_sum + point.g;
-              h_sum = h_sum + point.h;
-            }
-          }
-        });
-        if (kind == Pass::kPoints) return;
-      }
+      act(start, a, b);
+    });
+  }
+
+  // E_p[v - u] where a student logit is -inf: terms whose p underflows in the compute dtype are 0.
+  MFD_DEVICE double infinite_cross(const RowSums& r) const {
+    const Softened<S> of = softened(r);
+    double cross[1] = {0};
+    over_pairs([&](int64_t, const T(&a)[N], const T(&b)[N]) {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        // Both products are rounded, so that equal distributions give exactly 0.
-        T gradient = soft_term() ? es[k] * student - second[k] * teacher : T(0);
-        if (wanted.hard) gradient = S::fma(exponents.hard(es[k], a[k] - max_s), hard, gradient);
-        gradient = gradient - (start + k == own ? label_shift : shift);
-        if (wanted.decoupled && start + k == label) a[k] = static_cast<T>(label_x);
-        if (kind == Pass::kDots) {
-          if (start + k < p.classes && gradient != T(0)) v[0] += static_cast<double>(gradient * a[k]);
-          continue;
-        }
-        if (!kLean && changes_gradient(p.student)) gradient = raw_gradient<S, true>(x, gradient, a[k], dot);
-        second[k] = start + k < p.classes ? gradient : T(0);
+        const T probability = exponents.teacher(b[k] - of.max_t) * of.p_scale;
+        const T u = (a[k] - of.max_s) * of.inverse_s,
+                w = wanted.cross_entropy ? T(0) : (b[k] - of.max_t) * of.inverse_t;
+        if (probability != T(0)) cross[0] += static_cast<double>(probability * (w - u));
       }
-      if (kind == Pass::kGradient) store_gradient<S>(out, p.student.dtype, start, width, wide, second);
     });
-    if (kind == Pass::kPoints) {
-      v[0] = static_cast<double>(value);
-      v[1] = static_cast<double>(g_sum);
-      v[2] = static_cast<double>(h_sum);
-    }
+    group.template reduce<Sum>(cross);
+    return cross[0];
   }
 
-  // Columns [first, width) of a gradient row, by the group's first block.
-  MFD_DEVICE void write_zeros(unsigned char* out, int64_t first, int64_t width) const {
-    if (group.part() != 0) return;
-    for (int64_t k = first + group.rank(); k < width; k += group.threads())
-      store_one<T>(out + k * size_of(p.student.dtype), p.student.dtype, T(0));
-  }
-
-  // Whether both first columns of the maxima, as of torch.argmax, are one; v as kArgmax leaves it, over the
-  // group.
-  MFD_DEVICE bool agrees(double (&v)[3], double label_s, double label_t) const {
+  // Whether both first columns of the maxima, as of torch.argmax, are one.
+  MFD_DEVICE bool agreement(const RowSums& r, double label_s, double label_t) const {
+    const T max_s = static_cast<T>(r.max_s), max_t = static_cast<T>(r.max_t);
+    double v[3] = {-kInf, -kInf, 0};  // the largest of -(columns of the maxima); whether there is a NaN
+    over_pairs([&](int64_t start, const T(&a)[N], const T(&b)[N]) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        const double column = static_cast<double>(start + k);
+        if (a[k] == max_s && -column > v[0]) v[0] = -column;
+        if (b[k] == max_t && -column > v[1]) v[1] = -column;
+        if (a[k] != a[k] || b[k] != b[k]) v[2] = 1;
+      }
+    });
+    group.template reduce<Max>(v);
     const double column = -static_cast<double>(label);
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
@@ -229,13 +190,122 @@ struct ForwardRow : Teacher {
     return v[0] == v[1] && v[2] == 0 && !bad;
   }
 
+  // act(k, point) of a vector's columns, for the exponentials es and et of student and teacher.
+  template <class Act>
+  MFD_DEVICE void over_points(const Softened<S>& of, const T (&a)[N], const T (&b)[N], const T (&es)[N],
+                              const T (&et)[N], const Act& act) const {
+    with_divergence<S>(p, of.far, [&](const auto& divergence) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        const T tx = a[k] - of.max_s, ty = b[k] - of.max_t;
+        const T d = of.near ? b[k] - a[k] - of.gap : S::fma(ty, exponents.ratio, -tx);
+        const bool logs = divergence.kTakesLogs;
+        act(k, divergence(es[k] * of.q_scale, et[k] * of.p_scale, S::fma(d, of.inverse_s, of.moved),
+                          logs ? S::fma(tx, of.inverse_s, -of.lse_s) : T(0),
+                          logs ? S::fma(ty, of.inverse_t, -of.lse_t) : T(0)));
+      }
+    });
+  }
+
+  // Sum f, E_q[g] and E_p[h] of a pointwise divergence.
+  MFD_DEVICE void find_points(RowSums& r) const {
+    const Softened<S> of = softened(r);
+    T value = 0, g = 0, h = 0;
+    over_pairs([&](int64_t start, const T(&a)[N], const T(&b)[N]) {
+      T es[N], et[N];
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        et[k] = exponents.teacher(b[k] - of.max_t);
+        es[k] = exponents.student(a[k] - of.max_s);
+      }
+      over_points(of, a, b, es, et, [&](int k, const Point<S>& point) {
+        if (start + k >= p.classes) return;
+        value = value + point.value;
+        g = g + point.g;
+        h = h + point.h;
+      });
+    });
+    double v[3] = {static_cast<double>(value), static_cast<double>(g), static_cast<double>(h)};
+    group.template reduce<Sum>(v);
+    r.value = v[0] < 0 ? 0.0 : v[0];
+    r.g = v[1];
+    r.h = v[2];
+    if (r.value != r.value) r.g = r.h = kNan;
+  }
+
+  // Writes d loss/d student; or, with `dots`, returns this thread's part of sum gradient*z of the
+  // standardised logits z, of which `dot` is the whole.
+  MFD_DEVICE double gradient_pass(bool dots, const RowSums& r, double label_x, double dot) const {
+    const Slopes& slopes = state->slopes;
+    const Softened<S> of = softened(r);
+    const T student = static_cast<T>(slopes.student), teacher = static_cast<T>(slopes.teacher);
+    const double drifted = kLean || dots ? 0.0 : drift_gradient<S>(x, dot);
+    const T hard = static_cast<T>(slopes.hard), shift = static_cast<T>(slopes.shift + drifted);
+    const T label_shift = static_cast<T>(slopes.label_shift + drifted);
+    const int64_t own = f.use_hard || wanted.decoupled ? label : -1, width = p.student.width;
+    unsigned char* out = gradient_row();
+    const bool wide = sizeof(T) == 4 && is_aligned(out);
+    double sum = 0;
+    over_pairs([&](int64_t start, T(&a)[N], const T(&b)[N]) {
+      T es[N], second[N] = {};  // the second side of the slope: q*df/dq or the teacher's exponential
+      if (soft_term()) {
+#pragma unroll
+        for (int k = 0; k < N; ++k) second[k] = exponents.teacher(b[k] - of.max_t);
+      }
+#pragma unroll
+      for (int k = 0; k < N; ++k) es[k] = exponents.student(a[k] - of.max_s);
+      if (of.pointwise)
+        over_points(of, a, b, es, second, [&](int k, const Point<S>& point) { second[k] = point.g; });
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        // Both products are rounded, so that equal distributions give exactly 0.
+        T gradient = soft_term() ? es[k] * student - second[k] * teacher : T(0);
+        if (wanted.hard) gradient = S::fma(exponents.hard(es[k], a[k] - of.max_s), hard, gradient);
+        gradient = gradient - (start + k == own ? label_shift : shift);
+        if (wanted.decoupled && start + k == label) a[k] = static_cast<T>(label_x);
+        if (dots) {
+          if (start + k < p.classes && gradient != T(0)) sum += static_cast<double>(gradient * a[k]);
+          continue;
+        }
+        if (!kLean && changes_gradient(p.student)) gradient = raw_gradient<S, true>(x, gradient, a[k], dot);
+        second[k] = start + k < p.classes ? gradient : T(0);
+      }
+      if (!dots) store_gradient<S>(out, p.student.dtype, start, width, wide, second);
+    });
+    return sum;
+  }
+
+  MFD_DEVICE void write_gradient(const RowSums& r, double label_x) const {
+    double dot[1] = {0};
+    // Standardised logits take their dot product first; one loop, so that there is one copy of the pass.
+#pragma unroll 1
+    for (int dots = !kLean && p.student.standardize ? 1 : 0; dots >= 0; --dots) {
+      const double sum = gradient_pass(dots != 0, r, label_x, dot[0]);
+      if (dots == 0) break;
+      dot[0] = sum;
+      group.template reduce<Sum>(dot);
+    }
+    write_zeros((p.classes + N - 1) / N * N);
+  }
+
+  MFD_DEVICE unsigned char* gradient_row() const {
+    return static_cast<unsigned char*>(f.grad) + row * p.student.width * size_of(p.student.dtype);
+  }
+
+  // Columns from `first` on of the gradient, by the group's first block.
+  MFD_DEVICE void write_zeros(int64_t first) const {
+    if (group.part() != 0) return;
+    for (int64_t k = first + group.rank(); k < p.student.width; k += group.threads())
+      store_one<T>(gradient_row() + k * size_of(p.student.dtype), p.student.dtype, T(0));
+  }
+
   template <class V>
   MFD_DEVICE void put(void* out, V value) const {
     if (out) static_cast<T*>(out)[row] = static_cast<T>(value);
   }
 
   // Terms, statistics and by-products, by one thread. Returns the row's part of the loss.
-  MFD_DEVICE double write_values(const RowResult& r, double label_t, bool agreement, double soft,
+  MFD_DEVICE double write_values(const RowResult& r, double label_t, bool agrees, double soft,
                                  double hard) const {
     put(f.soft, r.soft);
     put(f.hard, r.hard);
@@ -247,7 +317,7 @@ struct ForwardRow : Teacher {
       const Entropies e = row_entropies(r, wanted);
       put(f.student_entropy, e.student);
       put(f.teacher_entropy, e.teacher);
-      if (f.agreement) f.agreement[row] = agreement;
+      if (f.agreement) f.agreement[row] = agrees;
     }
     if (!kLean && f.student_label_prob && label < 0) {
       put(f.student_label_prob, 0.0);
@@ -260,11 +330,7 @@ struct ForwardRow : Teacher {
   }
 
   MFD_DEVICE void skip() const {
-    if (f.grad) {
-      unsigned char* out =
-          static_cast<unsigned char*>(f.grad) + row * p.student.width * size_of(p.student.dtype);
-      write_zeros(out, 0, p.student.width);
-    }
+    if (f.grad) write_zeros(0);
     if (group.rank() != 0 || group.part() != 0) return;
     void* const outputs[] = {
         f.soft, f.hard, f.student_entropy, f.teacher_entropy, f.student_label_prob, f.teacher_label_prob};
@@ -280,52 +346,20 @@ struct ForwardRow : Teacher {
     if (kParked) park_pair(parking, teacher_at);
     find_centres();
     RowSums r = sums();
-    const bool labelled = label >= 0, pointwise = is_pointwise_term();
+    const bool labelled = label >= 0;
     const double label_x = labelled ? logit_at<S>(x, x_global, label) : 0.0, label_s = label_x - r.max_s;
     const double label_t = labelled && soft_term() ? this->teacher_logit(y, y_global, label) - r.max_t : 0.0;
     if (wanted.decoupled && f.use_hard && p.smoothing != 0)
       r.mean_x += label_s / static_cast<double>(p.classes);
-    bool agreement = false;
-    double loss = 0, dot = 0;
-    // Whatever needs another look at the row before its gradient.
-    for (int k = 0; k < 5; ++k) {
-      const Pass kind = static_cast<Pass>(k);
-      double v[3] = {0, 0, 0};
-      if (kind == Pass::kInfiniteCross) {
-        if (r.cross != kInf) continue;
-      } else if (kind == Pass::kArgmax) {
-        if (kLean || !f.agreement) continue;
-        v[0] = v[1] = -kInf;
-      } else if (kind == Pass::kPoints) {
-        if (bad) r.sum_s = r.sum_t = r.sum_h = kNan;
-        reject_empty(r, wanted);
-        if (!pointwise) continue;
-      } else if (kind == Pass::kDots) {
-        loss = finish_values(r, factors, label_x, label_t, agreement);
-        if (!f.grad) break;
-        group.sync();
-        if (kLean || !p.student.standardize) continue;
-      }
-      pass(kind, r, state->slopes, label_x, dot, v);
-      if (kind == Pass::kGradient) continue;
-      if (kind == Pass::kArgmax) {
-        group.template reduce<Max>(v);
-        agreement = agrees(v, label_s, label_t);
-        continue;
-      }
-      group.template reduce<Sum>(v);
-      if (kind == Pass::kInfiniteCross) r.cross = v[0];
-      if (kind == Pass::kDots) dot = v[0];
-      if (kind != Pass::kPoints) continue;
-      r.value = v[0] < 0 ? 0.0 : v[0];
-      r.g = v[1];
-      r.h = v[2];
-      if (r.value != r.value) r.g = r.h = kNan;
-    }
+    if (r.cross == kInf) r.cross = infinite_cross(r);
+    const bool agrees = !kLean && f.agreement && agreement(r, label_s, label_t);
+    if (bad) r.sum_s = r.sum_t = r.sum_h = kNan;
+    reject_empty(r, wanted);
+    if (is_pointwise_term()) find_points(r);
+    const double loss = finish_values(r, factors, label_s, label_t, agrees);
     if (f.grad) {
-      const int64_t width = p.student.width;
-      write_zeros(static_cast<unsigned char*>(f.grad) + row * width * size_of(p.student.dtype),
-                  (p.classes + N - 1) / N * N, width);
+      group.sync();  // the slopes
+      write_gradient(r, label_x);
     }
     // The next row takes the place of this one.
     group.sync();
@@ -333,15 +367,15 @@ struct ForwardRow : Teacher {
   }
 
   // The row's values and slopes, by one thread; its part of the loss.
-  MFD_DEVICE double finish_values(const RowSums& r, const Factors& factors, double label_x, double label_t,
-                                  bool agreement) const {
+  MFD_DEVICE double finish_values(const RowSums& r, const Factors& factors, double label_s, double label_t,
+                                  bool agrees) const {
     if (group.rank() != 0) return 0.0;
-    RowResult result = row_result(f, wanted, ts, tt, r, label_x - r.max_s, label_t, this->odds_at_one());
+    RowResult result = row_result(f, wanted, ts, tt, r, label_s, label_t, this->odds_at_one());
     if (label < 0) result.hard = 0;
     const double weight = at<T>(f.weight, row);
     const double soft = weight * factors.soft, hard = label < 0 ? 0.0 : weight * factors.hard;
     state->slopes = row_slopes(f, wanted, soft, hard, ts, result);
-    return group.part() == 0 ? write_values(result, label_t, agreement, soft, hard) : 0.0;
+    return group.part() == 0 ? write_values(result, label_t, agrees, soft, hard) : 0.0;
   }
 };
 

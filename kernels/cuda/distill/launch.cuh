@@ -4,6 +4,7 @@
 
 #include "common/rows/row_math.h"
 #include "cuda/rows/group.cuh"
+#include "cuda/rows/scalar.cuh"
 
 namespace mfd {
 namespace device {
@@ -19,19 +20,13 @@ struct Residency<Warp> {
   static constexpr int kThreads = 128, kLeanBlocks = 3;
 };
 
-// A number, or where it lies in device memory, in the compute dtype.
-struct Number {
-  const void* address;  // null: `value`
-  double value;
-};
-
 struct ForwardLaunch {
   Forward forward;  // its factors and row_loss are not used
-  Number soft_weight, hard_weight;
+  Scalar soft_weight, hard_weight;
   // loss = sum of the rows / divisor; with `count_rows` the number of counted rows, at least 1, from `counts`
   // or, where that is null, counted by each block for itself. Where ignored rows count the hard term has its
   // own count, of the labels.
-  Number divisor;
+  Scalar divisor;
   bool count_rows;
   const int64_t* counts;
   int n_counts;
@@ -48,8 +43,8 @@ struct Factors {
 };
 
 template <class T>
-MFD_DEVICE double value_of(const Number& number) {
-  return number.address ? static_cast<double>(*static_cast<const T*>(number.address)) : number.value;
+MFD_DEVICE double value_of(const Scalar& scalar) {
+  return scalar.address ? static_cast<double>(*static_cast<const T*>(scalar.address)) : scalar.value;
 }
 
 // Sum over the block, in a fixed order; needs no shared memory of its own that outlives the call.

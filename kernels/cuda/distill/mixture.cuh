@@ -12,7 +12,7 @@ namespace device {
 constexpr int kMaxTeachers = 32;  // kernels take them by value
 
 // Mixture and its temperature, by value.
-struct Teachers {
+struct DeviceMixture {
   Side sides[kMaxTeachers];
   int count;
   const void* weights;
@@ -91,7 +91,7 @@ MFD_INLINE LogSumExp row_lse(const Group& group, const View& view, const Span& s
 
 // Reads every teacher's row once, and again what standardises it and NKD's sum at temperature 1.
 template <class S, class Group>
-MFD_INLINE void measure_teachers(const Group& group, const Teachers& m, const RowProblem& p, int64_t row,
+MFD_INLINE void measure_teachers(const Group& group, const DeviceMixture& m, const RowProblem& p, int64_t row,
                                  int64_t label, const Span& span, TeacherState* states) {
   typedef typename S::T T;
   const double temperature = at<T>(m.temperature, row);
@@ -150,7 +150,7 @@ MFD_INLINE typename S::T log_share(const TeacherState& t, typename S::T inverse,
 
 // Writes this group's part of log p to `mixed`, where column 0 would lie; what MixedTeacher knows of it.
 template <class S, class Group>
-MFD_INLINE MixedTeacher<S> mix_teachers(const Group& group, const Teachers& m, const RowProblem& p,
+MFD_INLINE MixedTeacher<S> mix_teachers(const Group& group, const DeviceMixture& m, const RowProblem& p,
                                         int64_t row, int64_t label, const Span& span, TeacherState* states,
                                         unsigned char* mixed) {
   typedef typename S::T T;

@@ -14,7 +14,7 @@ namespace device {
 // The problem's teacher is the mixture: float32 or float64, at temperature 1.
 struct MixtureBackward {
   Backward rows;  // without the teacher's gradients
-  Teachers teachers;
+  DeviceMixture teachers;
   void* d_teachers[kMaxTeachers];  // each, and all, may be null
   void *d_weights, *d_temperature;
   bool mixes;              // whether any of these is there
@@ -28,7 +28,7 @@ template <class S, class Group>
 struct TeacherGradients {
   typedef typename S::T T;
   static constexpr int N = VectorOf<S>::kColumns;
-  enum class Pass { kShare, kDot, kGradient };
+  enum class TeacherPass { kShare, kDot, kGradient };
 
   const MixtureBackward& g;
   const RowProblem& p;
@@ -69,13 +69,14 @@ struct TeacherGradients {
     return sum[0];
   }
 
-  // One pass over the row of one teacher. v: the sum of its shares; or sum gradient*y of a standardised one;
-  // or sum dD/dv_k*(y - max).
-  MFD_DEVICE void sweep(Pass pass, int k, const TeacherState& t, double share, double dot,
-                        double (&v)[1]) const {
+  // One pass over the row of one teacher, and what it adds up: its shares; or gradient*y of a standardised
+  // one; or dD/dv_k*(y - max).
+  MFD_DEVICE double pass(TeacherPass kind, int k, const TeacherState& t, double share, double dot) const {
+    double v[1] = {0.0};
     const Side& side = g.teachers.sides[k];
     const View view = teacher_view(side, t);
-    const bool unit = p.divergence == Divergence::kNKD, writes = pass == Pass::kGradient && g.d_teachers[k];
+    const bool unit = p.divergence == Divergence::kNKD,
+               writes = kind == TeacherPass::kGradient && g.d_teachers[k];
     const T max = static_cast<T>(t.max), by_t = static_cast<T>(inverse), lse = static_cast<T>(t.lse);
     const T weight = static_cast<T>(t.weight), total = static_cast<T>(share);
     const T soft = static_cast<T>(row.grad_soft * row.soft_scale * inverse);
@@ -96,7 +97,7 @@ struct TeacherGradients {
         const bool inside = start + i < p.classes;
         const T log_pk = S::fma(y[i] - max, by_t, -lse);
         const T part = inside ? share_of<S>(log_pk, log_p[i], b[i]) : T(0);
-        if (pass == Pass::kShare) {
+        if (kind == TeacherPass::kShare) {
           v[0] += static_cast<double>(part);
           continue;
         }
@@ -105,7 +106,7 @@ struct TeacherGradients {
         if (unit)
           gradient =
               start + i == row.label ? gradient + at_label : gradient - drive_scale * at_one(y[i] - unit_max);
-        if (pass == Pass::kDot) {
+        if (kind == TeacherPass::kDot) {
           if (inside && gradient != T(0)) v[0] += static_cast<double>(gradient * y[i]);
           continue;
         }
@@ -115,6 +116,8 @@ struct TeacherGradients {
       }
       if (writes) store_gradient<S>(out, side.dtype, start, side.width, wide, b);
     });
+    group.template reduce<Sum>(v);
+    return v[0];
   }
 
   MFD_DEVICE void run(const TeacherState* states) const {
@@ -124,21 +127,11 @@ struct TeacherGradients {
       const double unit =
           p.divergence == Divergence::kNKD ? times(t.unit_label, -row.target.hard_student.log_label) : 0.0;
       double share = 0, dot = 0;
-      for (int j = 0; j < 3; ++j) {
-        const Pass pass = static_cast<Pass>(j);
-        if (pass == Pass::kShare && t.weight == 0) {
-          if (g.d_weights) share = unheard(k, t);
-          continue;
-        }
-        if (pass == Pass::kDot && !(g.d_teachers[k] && g.teachers.sides[k].standardize)) continue;
-        if (pass == Pass::kGradient && !g.d_teachers[k] && !g.d_temperature) continue;
-        double v[1] = {0.0};
-        sweep(pass, k, t, share, dot, v);
-        group.template reduce<Sum>(v);
-        if (pass == Pass::kShare) share = v[0];
-        if (pass == Pass::kDot) dot = v[0];
-        if (pass == Pass::kGradient) of_temperature += v[0];
-      }
+      if (t.weight != 0) share = pass(TeacherPass::kShare, k, t, 0.0, 0.0);
+      if (t.weight == 0 && g.d_weights) share = unheard(k, t);
+      if (g.d_teachers[k] && g.teachers.sides[k].standardize) dot = pass(TeacherPass::kDot, k, t, share, 0.0);
+      if (g.d_teachers[k] || g.d_temperature)
+        of_temperature += pass(TeacherPass::kGradient, k, t, share, dot);
       write_zeros(g, group, k, index, (p.classes + N - 1) / N * N);
       if (group.rank() == 0 && g.d_weights)
         static_cast<T*>(g.d_weights)[index * g.teachers.count + k] =

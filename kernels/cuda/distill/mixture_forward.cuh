@@ -9,7 +9,7 @@ namespace device {
 
 // The problem's teacher is the mixture: float32 or float64, at temperature 1.
 struct MixtureLaunch : ForwardLaunch {
-  Teachers teachers;
+  DeviceMixture teachers;
   bool parked;             // whether rows lie in shared memory
   int teachers_at;         // the groups' TeacherState in shared memory
   unsigned char* scratch;  // rows of log p, one per group, where shared memory holds none

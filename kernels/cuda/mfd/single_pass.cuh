@@ -56,11 +56,11 @@ struct MfdLaunch {
 };
 
 // A block's partial sums, and where they begin in it.
-struct MfdSums {
+struct MfdPartials {
   int64_t query, bias, head_bias, length;
 };
-MFD_HOST_DEVICE inline MfdSums mfd_sums(const MfdPass& p) {
-  MfdSums s;
+MFD_HOST_DEVICE inline MfdPartials mfd_partials(const MfdPass& p) {
+  MfdPartials s;
   s.query = kMfdTerms;
   s.bias = s.query + (p.d_query ? p.pool.width : 0);
   s.head_bias = s.bias + (p.d_bias ? p.pool.modalities : 0);
@@ -307,7 +307,7 @@ struct MfdBlock {
 
   // Gradients to the features and the head's bias, from the rows' slopes.
   MFD_DEVICE void find_gradients(double* partial) const {
-    const MfdSums at_sums = mfd_sums(p);
+    const MfdPartials at_sums = mfd_partials(p);
     const int thread = static_cast<int>(threadIdx.x);
     if (p.d_head_bias) {
       for (int64_t c = thread; c < problem.classes; c += kMfdThreads)
@@ -375,7 +375,7 @@ MFD_INLINE void add_partials(const double* partial, int64_t step, int count, int
 // The last block of every group of blocks adds up the group's partial sums in their order, and the last of
 // those what they come to.
 MFD_DEVICE void finish_sums(const MfdPass& p, unsigned* flag) {
-  const MfdSums at = mfd_sums(p);
+  const MfdPartials at = mfd_partials(p);
   const int64_t blocks = gridDim.x, group = blockIdx.x / kMfdGroup, begin = group * kMfdGroup;
   const int64_t groups = (blocks + kMfdGroup - 1) / kMfdGroup;
   const int members = static_cast<int>(blocks - begin < kMfdGroup ? blocks - begin : kMfdGroup);
@@ -414,7 +414,7 @@ __global__ void __launch_bounds__(kMfdThreads, 1) mfd_single_pass(const __grid_c
 #pragma unroll 1
   for (int k = warp_of(); k < kMfdRows; k += kMfdWarps) logit_row_of(launch, k);
   __syncthreads();
-  double* partial = p.partial + static_cast<int64_t>(blockIdx.x) * mfd_sums(p).length;
+  double* partial = p.partial + static_cast<int64_t>(blockIdx.x) * mfd_partials(p).length;
   if (threadIdx.x < kMfdTerms) {
     double total = 0;
     for (int k = 0; k < block.members; ++k) total += block.shared.rows[k].terms[threadIdx.x];

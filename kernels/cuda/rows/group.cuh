@@ -58,7 +58,7 @@ struct Warp {
   }
 };
 
-struct Block {
+struct ThreadBlock {
   struct Shared {
     double of_warp[kMaxReduced][32];
     double total[2][kMaxReduced];
@@ -66,7 +66,7 @@ struct Block {
   static constexpr bool kSplitsRows = false;
   Shared* shared;
 
-  MFD_DEVICE explicit Block(Shared* s) : shared(s) {}
+  MFD_DEVICE explicit ThreadBlock(Shared* s) : shared(s) {}
   static MFD_DEVICE int rank() { return static_cast<int>(threadIdx.x); }
   static MFD_DEVICE int threads() { return static_cast<int>(blockDim.x); }
   static MFD_DEVICE void sync() { __syncthreads(); }
@@ -102,12 +102,12 @@ struct Block {
   }
 };
 
-struct Cluster : Block {
+struct Cluster : ThreadBlock {
   static constexpr bool kSplitsRows = true;
   // Blocks may still read one `total` while the next is written.
   mutable int turn = 0;
 
-  MFD_DEVICE explicit Cluster(Shared* s) : Block(s) {}
+  MFD_DEVICE explicit Cluster(Shared* s) : ThreadBlock(s) {}
   static MFD_DEVICE unsigned part() { return cluster_rank(); }
   static MFD_DEVICE unsigned parts() { return cluster_size(); }
   // No block may leave while others read its shared memory.
@@ -142,7 +142,7 @@ struct Blocks : Cluster {
     if (parts() > 1) {
       Cluster::reduce<Op>(values);
     } else {
-      Block::reduce<Op>(values);
+      ThreadBlock::reduce<Op>(values);
     }
   }
 };

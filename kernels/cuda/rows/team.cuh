@@ -8,18 +8,18 @@ namespace mfd {
 namespace device {
 
 struct Team {
-  typedef Block::Shared Shared;
+  typedef ThreadBlock::Shared Shared;
   Shared* shared;
   bool whole;  // the block
 
   MFD_DEVICE Team(Shared* s, bool whole_block) : shared(s), whole(whole_block) {}
-  MFD_DEVICE int rank() const { return whole ? Block::rank() : Warp::rank(); }
-  MFD_DEVICE int threads() const { return whole ? Block::threads() : Warp::threads(); }
+  MFD_DEVICE int rank() const { return whole ? ThreadBlock::rank() : Warp::rank(); }
+  MFD_DEVICE int threads() const { return whole ? ThreadBlock::threads() : Warp::threads(); }
   MFD_DEVICE int in_block() const { return whole ? 1 : Warp::in_block(); }
   MFD_DEVICE int index_in_block() const { return whole ? 0 : Warp::index_in_block(); }
   MFD_DEVICE void sync() const {
     if (whole) {
-      Block::sync();
+      ThreadBlock::sync();
     } else {
       Warp::sync();
     }
@@ -28,7 +28,7 @@ struct Team {
   template <class Op, int K>
   MFD_DEVICE void reduce(double (&values)[K]) const {
     if (whole) {
-      Block(shared).template reduce<Op>(values);
+      ThreadBlock(shared).template reduce<Op>(values);
     } else {
       Warp(nullptr).template reduce<Op>(values);
     }

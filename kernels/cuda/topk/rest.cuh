@@ -119,5 +119,49 @@ MFD_INLINE RestSums rest_part(const RestThread<S>& own, double max, double over_
   return part;
 }
 
+// The gradient of the classes that are not listed: this thread's part of its sum with standardised logits, or
+// into memory.
+template <class S, class Row>
+MFD_INLINE double unlisted_gradient(const Row& row, bool writes, double dot) {
+  typedef typename S::T T;
+  constexpr int N = VectorOf<S>::kColumns;
+  const RowProblem& p = row.p;
+  const AllClasses& all = row.state->all;
+  const TopKSlopes& slopes = row.state->slopes;
+  const bool at_one = row.has_exponentials_at_one();
+  const double below = all.rest.max - all.max;
+  const T max = static_cast<T>(all.rest.max), soft = static_cast<T>(slopes.rest);
+  const bool powers = row.has_powers();
+  const T power = static_cast<T>(powers ? -slopes.powers * exp(below * row.degree / row.ts) : 0.0);
+  const T h = static_cast<T>(at_one ? slopes.at_one * row.state->h_scale * exp(below) : 0.0);
+  const T shift = static_cast<T>(slopes.shift), share = static_cast<T>(row.state->share);
+  const int64_t own = row.use_hard && !row.is_decoupling() ? row.label : -1, width = p.student.width;
+  unsigned char* out = row.student_gradient();
+  const bool wide = sizeof(T) == 4 && is_aligned(out);
+  double sum = 0;
+  over_vectors<S>(row.group, row.span, [&](int64_t start) {
+    T a[N], gradient[N] = {};
+    if (row.reads_row()) {
+      load_logits<S, false>(row.x, start, p.classes, a);
+      const uint32_t marked = listed_bits<S>(row.bits, start - row.first);
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        const bool counts = start + k < p.classes && !(marked >> k & 1u);
+        const T t = counts ? a[k] - max : static_cast<T>(-kInf), e = row.by_ts(t);
+        if (!row.is_renormalized()) gradient[k] = e * soft;
+        if (powers) gradient[k] = gradient[k] + row.by_power(t) * power;
+        if (at_one) gradient[k] = S::fma(row.hard(e, t), h, gradient[k]);
+        gradient[k] = gradient[k] - (start + k == own ? share : shift);
+        if (!counts) gradient[k] = T(0);
+        if (!writes && gradient[k] != T(0)) sum += static_cast<double>(gradient[k] * a[k]);
+        if (counts && changes_gradient(p.student))
+          gradient[k] = raw_gradient<S>(row.x, gradient[k], a[k], dot);
+      }
+    }
+    if (writes) store_gradient<S>(out, p.student.dtype, start, width, wide, gradient);
+  });
+  return sum;
+}
+
 }  // namespace device
 }  // namespace mfd
