@@ -134,7 +134,7 @@ void per_row_backward(const RowProblem& problem, const TopK* topk, Address stats
 }
 
 // distill_loss of one teacher as a scalar, with numbers for all that may be a number.
-class DistillPlan final : public Plan {
+class DistillPlan final : public CallPlan {
  public:
   // `problem` for all that is the same in the calls of this plan; `least` and `most` of a temperature.
   DistillPlan(const RowProblem& problem, bool use_soft, bool use_hard, bool mean, double least, double most,
@@ -210,7 +210,7 @@ class DistillPlan final : public Plan {
 void bind_distill_loss(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.attr("statistics") = kStats;
-  py::class_<DistillPlan, Plan>(m, "DistillPlan")
+  py::class_<DistillPlan, CallPlan>(m, "DistillPlan")
       .def(py::init<const RowProblem&, bool, bool, bool, double, double, const Places&, const Places&>());
   m.def("count_rows", &count_rows);
   m.def("count_labelled", &count_labelled);

@@ -21,7 +21,7 @@ void match_taps(std::vector<Tap> taps, int kind, bool is_double, bool mean, Addr
 }
 
 // feature_loss as a scalar, without projectors.
-class FeaturePlan final : public Plan {
+class FeaturePlan final : public CallPlan {
  public:
   // `taps` for all that is the same in the calls of this plan; of each tap the places of its tensors and of
   // its weight, -1 for none.
@@ -79,7 +79,7 @@ class FeaturePlan final : public Plan {
 
 void bind_feature_loss(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
-  py::class_<FeaturePlan, Plan>(m, "FeaturePlan")
+  py::class_<FeaturePlan, CallPlan>(m, "FeaturePlan")
       .def(py::init<std::vector<Tap>, int, bool, bool, std::vector<int>, std::vector<int>, std::vector<int>,
                     std::vector<int>>());
   m.def("tap_rows", &match_taps, release());

@@ -133,7 +133,7 @@ void backward_mfd(const Mfd& m, Address weights, Address pooled, const MatrixFie
 }
 
 // mfd_loss where head and arithmetic are float32 and small enough for the native product.
-class MFDPlan final : public Plan {
+class MFDPlan final : public CallPlan {
  public:
   // `mfd` for all that is the same in the calls of this plan; `least` and `most` of the temperatures.
   MFDPlan(const Mfd& mfd, bool stacked, bool mean, bool in_place, double least, double most,
@@ -272,7 +272,7 @@ class MFDPlan final : public Plan {
 void bind_mfd_loss(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
   py::class_<Mfd>(m, "Mfd").def(py::init(&make_mfd));
-  py::class_<MFDPlan, Plan>(m, "MFDPlan")
+  py::class_<MFDPlan, CallPlan>(m, "MFDPlan")
       .def(py::init<const Mfd&, bool, bool, bool, double, double, const Places&, const Places&>());
   m.def("mfd_pool", &pool_of_mfd, release());
   m.def("mfd_rows", &rows_of_mfd, release());

@@ -43,12 +43,12 @@ void backward_pool(const PoolProblem& pool, Address weights, const MatrixFields&
 }
 
 // modal_pool where query, scores and bias have the dtype of the arithmetic and the temperature is a number.
-class PoolPlan final : public Plan {
+class ModalPoolPlan final : public CallPlan {
  public:
   // `pool` for all that is the same in the calls of this plan, which are like that of `given`; `least` and
   // `most` of the temperature, which is the argument number `temperature_argument`.
-  PoolPlan(const PoolProblem& pool, Dtype pooled_dtype, bool stacked, double least, double most,
-           int temperature_argument, const Places& tensors, const Places& numbers, const py::list& given)
+  ModalPoolPlan(const PoolProblem& pool, Dtype pooled_dtype, bool stacked, double least, double most,
+                int temperature_argument, const Places& tensors, const Places& numbers, const py::list& given)
       : pool_(pool),
         pooled_dtype_(pooled_dtype),
         places_(pool, stacked, tensors),
@@ -167,14 +167,14 @@ class PoolPlan final : public Plan {
 
 void bind_modal_pool(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
-  py::class_<PoolPlan, Plan>(m, "PoolPlan")
+  py::class_<ModalPoolPlan, CallPlan>(m, "PoolPlan")
       .def(py::init([](const PoolProblem& pool, int pooled_dtype, bool stacked, double least, double most,
                        int temperature_argument, const Places& tensors, const Places& numbers,
                        const py::list& given) {
-        return new PoolPlan(pool, static_cast<Dtype>(pooled_dtype), stacked, least, most,
-                            temperature_argument, tensors, numbers, given);
+        return new ModalPoolPlan(pool, static_cast<Dtype>(pooled_dtype), stacked, least, most,
+                                 temperature_argument, tensors, numbers, given);
       }))
-      .def("backward", &PoolPlan::backward);
+      .def("backward", &ModalPoolPlan::backward);
   m.def("pool_forward", &forward_pool, release());
   m.def("pool_backward", &backward_pool, release());
 }

@@ -248,7 +248,7 @@ class Plans {
     }
     const py::object plan = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(kept, 0));
     const py::object backend = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(kept, 1));
-    py::object results = plan.cast<const Plan&>().run(reader.call());
+    py::object results = plan.cast<const CallPlan&>().run(reader.call());
     if (results.is_none()) return results;
     ++hits_;
     if (!reader.call().needs_grad) return py::make_tuple(results, backend, py::none(), py::none(), plan);
@@ -260,7 +260,7 @@ class Plans {
   // Keeps `plan` for calls like this one, of which kMost are remembered.
   void learn(const py::tuple& arguments, const py::object& plan, const py::str& backend) {
     check(arguments);
-    if (!py::isinstance<Plan>(plan)) throw py::type_error("a plan is made by the native module");
+    if (!py::isinstance<CallPlan>(plan)) throw py::type_error("a plan is made by the native module");
     Reader reader(numbers_, options_);
     if (!reader.read(arguments, context_)) return;
     if (size() >= kMost) clear();
@@ -399,7 +399,7 @@ bool is_plain_one(const py::object& factor) {
 
 void bind_plans(py::module_& m) {
   m.def("is_plain_one", &is_plain_one);
-  py::class_<Plan>(m, "Plan");
+  py::class_<CallPlan>(m, "Plan");
   py::class_<Plans>(m, "Plans")
       .def(py::init<std::vector<bool>, py::object, py::set, py::object>())
       .def("run", &Plans::run)

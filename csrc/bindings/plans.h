@@ -104,9 +104,9 @@ struct PoolPlaces {
 };
 
 // What one op does with a call. A plan holds no tensor.
-class Plan {
+class CallPlan {
  public:
-  virtual ~Plan() = default;
+  virtual ~CallPlan() = default;
   // The op's results, or None where a value is out of its range: then the full checks say so.
   virtual pybind11::object run(const Call& call) const = 0;
 };
