@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -95,7 +96,7 @@ def _loaded_at(module: Path) -> int:
 class Recorder:
     """Takes the launches of ``module``, the emulator's Python module.
 
-    ``sources`` maps a part of a kernel's name to the file it is compiled from. ``clusters``: which clusters of a grid
+    ``sources`` maps a pattern of a kernel's name to its file. ``clusters``: which clusters of a grid
     are executed, all where it is None.
     """
 
@@ -107,7 +108,7 @@ class Recorder:
 
     def kernel(self, address: int) -> Kernel:
         name = self._symbols[address - self._base]
-        return kernel_of(name, next(path for part, path in self._sources.items() if part in name))
+        return kernel_of(name, next(path for pattern, path in self._sources.items() if re.search(pattern, name)))
 
     def _take(self, address: int, grid: int, threads: int, cluster: int, shared: int, parameters: bytes) -> None:
         launch = Launch(self.kernel(address), grid, threads, cluster, shared)

@@ -17,7 +17,7 @@ from .counting import BYTES_PER_CLOCK, bound, counts, per_element
 from .launches import ROOT, Launch, Recorder
 from .timing import simulate
 
-#: Kernels, by a part of their name, and where they are compiled.
+#: Kernels, by a pattern of their name, and where they are compiled.
 SOURCES = {
     "mixture_forward": "distill/mixture_forward.cu",
     "mixture_backward": "distill/mixture_backward.cu",
@@ -27,7 +27,9 @@ SOURCES = {
     "scale_all": "fusion/feature_loss.cu",
     "mfd_single_pass": "fusion/mfd_loss.cu",
     "pool_": "fusion/modal_pool.cu",
-    "forward_kl": "distill/forward_kl.cu",
+    r"lean_\w+DivergenceE0E": "distill/lean_forward_kl.cu",
+    r"lean_\w+DivergenceE[15]E": "distill/lean_pointwise.cu",
+    r"lean_\w+DivergenceE": "distill/lean_of_mean.cu",
     "distill_forward": "distill/forward.cu",
     "count_rows": "distill/forward.cu",
     "scale_in_place": "distill/forward.cu",
@@ -44,7 +46,7 @@ class RowCase:
     dtype: str = "bfloat16"
     labels: bool = False
     divergence: str = "forward_kl"
-    kernels: tuple[str, ...] = ("forward_kl", "distill_forward")
+    kernels: tuple[str, ...] = ("lean", "distill_forward")
 
     @property
     def name(self) -> str:
@@ -92,7 +94,7 @@ def _launch(case: RowCase, launches: list[Launch]) -> Launch:
 
 def _groups_in_block(launch: Launch) -> int:
     """Rows that a block handles at a time."""
-    return launch.threads // 32 if re.search("forward_kl_warp|4Warp", launch.kernel.name) else 1
+    return launch.threads // 32 if re.search("lean_warp|4Warp", launch.kernel.name) else 1
 
 
 def measure(case: RowCase) -> dict[str, Any]:
@@ -140,6 +142,12 @@ CASES = [
     RowCase(128256, "float32"),
     RowCase(1000, "float16"),
     RowCase(50257),
+    *(
+        RowCase(classes, labels=labels, divergence=name)
+        for name in ("reverse_kl", "tvd", "jsd", "skew_kl")
+        for classes, labels in ((1000, False), (32000, True), (128256, False))
+    ),
+    *(RowCase(32000, "float32", divergence=name) for name in ("reverse_kl", "tvd")),
     *(
         RowCase(32000, divergence=name)
         for name in ("reverse_kl", "tvd", "jsd", "skew_kl", "skew_reverse_kl", "alpha_beta", "dkd", "nkd")

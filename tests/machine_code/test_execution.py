@@ -3,10 +3,10 @@
 import shutil
 import subprocess
 
+import eager
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from machine_code import counting, sass
 from machine_code.machine import Machine
@@ -41,17 +41,28 @@ def test_a_copy_counts_exactly(tmp_path):
     assert counted["bytes loaded"] == counted["bytes stored"] == 640 * 16
 
 
-def kl_and_gradient(student: Tensor, teacher: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(case: RowCase, student: Tensor, teacher: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """Plain PyTorch in the dtype of its arguments."""
     student = student.detach().clone().requires_grad_()
-    log_q, log_p = (torch.log_softmax(x / 2.0, -1) for x in (student, teacher))
-    loss = 4.0 * functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-    if labels is not None:
-        loss = loss + 0.5 * functional.cross_entropy(student, labels)
+    hard_weight = 0.5 if case.labels else 0.0
+    loss = eager.distill_loss(
+        student, teacher, labels, divergence=case.divergence, temperature=2.0, hard_weight=hard_weight
+    )
     return loss.detach(), torch.autograd.grad(loss, student)[0]
 
 
-CASES = [RowCase(112, "bfloat16", True), RowCase(257, "float32", True), RowCase(1100, "bfloat16")]
+CASES = [
+    RowCase(112, "bfloat16", True),
+    RowCase(257, "float32", True),
+    RowCase(1100, "bfloat16"),
+    # Unaligned rows of each lean divergence, in registers and in shared memory.
+    *(
+        pytest.param(RowCase(classes, "bfloat16", labels, divergence), marks=pytest.mark.rest)
+        for divergence in ("reverse_kl", "tvd", "jsd", "skew_kl", "skew_reverse_kl")
+        for classes, labels in ((257, True), (1100, False))
+    ),
+    *(pytest.param(RowCase(1100, "float32", True, name), marks=pytest.mark.rest) for name in ("reverse_kl", "tvd")),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -59,7 +70,7 @@ def test_the_machine_code_obeys_the_tolerance_rule(case: RowCase):
     launches, (loss, student, teacher, labels) = run(case, 6, 1, None)
     assert len(launches) == 1
     (gradient,) = torch.autograd.grad(loss, student)
-    exact = kl_and_gradient(student.double(), teacher.double(), labels)
-    eager = kl_and_gradient(student, teacher, labels)
+    exact = loss_and_gradient(case, student.double(), teacher.double(), labels)
+    plain = loss_and_gradient(case, student, teacher, labels)
     for k, found in enumerate((loss.detach(), gradient)):
-        assert_close_to_float64(found, exact[k], eager[k], f"{case.name}: {('loss', 'gradient')[k]}")
+        assert_close_to_float64(found, exact[k], plain[k], f"{case.name}: {('loss', 'gradient')[k]}")

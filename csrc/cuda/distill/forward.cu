@@ -1,5 +1,5 @@
 // Forward pass of the row losses: which threads share a row, and the launch.
-#include "cuda/distill/forward_kl.h"
+#include "cuda/distill/lean.h"
 #include "cuda/rows/scale.cuh"
 
 namespace mfd {
@@ -84,7 +84,7 @@ void forward(const Forward& f, const ScalarLoss* scalar, const Where& where) {
   launch.forward = f;
   describe_scalar(launch, scalar, where);
   const Plan plan = plan_of(p, f.use_soft, where.device);
-  if (takes_forward_kl(f, scalar, plan)) return forward_kl(launch, plan, where);
+  if (takes_lean(f, scalar, plan)) return lean_forward(launch, plan, where);
   if (p.is_double)
     return start_kernel<device::F64, device::ThreadBlock, false, false>(launch, plan, facts, where);
   switch (plan.rung) {

@@ -15,6 +15,9 @@ MFD_DEVICE float log2_fast(float x) {
 MFD_DEVICE float divide_fast(float a, float b) {
   return a / b;
 }
+MFD_DEVICE float reciprocal_fast(float x) {
+  return 1.0f / x;
+}
 
 MFD_DEVICE uint32_t pack_bfloats(float low, float high) {
   return float_to_bfloat(low) | static_cast<uint32_t>(float_to_bfloat(high)) << 16;
@@ -60,6 +63,12 @@ MFD_DEVICE float log2_fast(float x) {
 // 2 ulp.
 MFD_DEVICE float divide_fast(float a, float b) {
   return __fdividef(a, b);
+}
+// 1 ulp, of a normal number.
+MFD_DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 MFD_DEVICE uint32_t pack_bfloats(float low, float high) {

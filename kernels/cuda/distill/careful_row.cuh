@@ -1,5 +1,5 @@
-// Forward KL of a row that holds an infinity or a NaN, or has a label out of range: column by column, with
-// every rule of the table of special values. Rare: no line of it is in the loops of the other rows.
+// A row of the lean kernels that holds an infinity or a NaN, or has a label out of range: column by column,
+// with every rule of the table of special values. Rare: no line of it is in the loops of the other rows.
 #pragma once
 
 #include "common/rows/row_terms.h"
@@ -16,6 +16,30 @@ namespace device {
 #define MFD_APART static __device__ __noinline__
 #endif
 
+// The functor of a pointwise divergence. common/vector/divergences.h
+template <Divergence kDivergence>
+struct PointwiseOf;
+template <>
+struct PointwiseOf<Divergence::kReverseKL> {
+  typedef ReverseKL<F32> Type;
+};
+template <>
+struct PointwiseOf<Divergence::kTVD> {
+  typedef TVD<F32> Type;
+};
+template <>
+struct PointwiseOf<Divergence::kJSD> {
+  typedef JSD<F32> Type;
+};
+template <>
+struct PointwiseOf<Divergence::kSkewKL> {
+  typedef SkewKL<F32> Type;
+};
+template <>
+struct PointwiseOf<Divergence::kSkewReverseKL> {
+  typedef SkewReverseKL<F32> Type;
+};
+
 // The columns of a row, every threads()-th of them to this thread.
 template <class Group, class Act>
 MFD_INLINE void over_columns(const Group& group, int classes, const Act& act) {
@@ -26,7 +50,7 @@ MFD_INLINE void over_columns(const Group& group, int classes, const Act& act) {
 
 // The row's part of the loss; writes the gradient. Apart, and what it gets lies in shared memory: the
 // other rows shall not pay for it with registers or a stack.
-template <Dtype kDtype, class Group>
+template <Dtype kDtype, Divergence kDivergence, class Group>
 MFD_APART double careful_row(const Forward& f, const Factors& factors, int64_t row) {
   const Group group(reinterpret_cast<typename Group::Shared*>(dynamic_shared()));
   sync_parts(group);
@@ -36,6 +60,7 @@ MFD_APART double careful_row(const Forward& f, const Factors& factors, int64_t r
   const Exponents<F32> exponents(ts, tt, false, kDtype != Dtype::kFloat32);
   const Wanted wanted{true, f.use_hard, false, false, false, false, false};
   const auto x_at = [&](int k) { return load_one<float>(of.student + int64_t{k} * of.kBytes, kDtype); };
+  constexpr bool kPointwise = kDivergence != Divergence::kForwardKL;
   const auto y_at = [&](int k) { return load_one<float>(of.teacher + int64_t{k} * of.kBytes, kDtype); };
 
   double maxima[2] = {F32::kLowest, F32::kLowest};
@@ -85,6 +110,34 @@ MFD_APART double careful_row(const Forward& f, const Factors& factors, int64_t r
   }
   reject_empty(sums, wanted);
 
+  // act(k, point) of this thread's columns.
+  const auto over_points = [&](const auto& act) {
+    if constexpr (kPointwise) {
+      const bool far = is_far(p, sums);
+      const typename PointwiseOf<kDivergence>::Type divergence(p.first, can_be_far(p) ? far : p.second);
+      const float inverse_s = static_cast<float>(1.0 / ts), q_scale = static_cast<float>(1.0 / sums.sum_s),
+                  p_scale = static_cast<float>(1.0 / sums.sum_t);
+      double moved = log(sums.sum_s) - log(sums.sum_t);
+      if (is_of_mean(kDivergence))
+        moved += rounding<float>(1.0 / sums.sum_t) - rounding<float>(1.0 / sums.sum_s);
+      over_columns(group, of.classes, [&](int k) {
+        const float tx = x_at(k) - max_s, ty = y_at(k) - max_t;
+        const float r = fmaf(fmaf(ty, exponents.ratio, -tx), inverse_s, static_cast<float>(moved));
+        act(k, divergence(exponents.student(tx) * q_scale, exponents.teacher(ty) * p_scale, r, 0.0f, 0.0f));
+      });
+    }
+  };
+  if constexpr (kPointwise) {
+    double points[2] = {};
+    over_points([&](int, const Point<F32>& point) {
+      points[0] += static_cast<double>(point.value);
+      points[1] += static_cast<double>(point.g);
+    });
+    group.template reduce<Sum>(points);
+    sums.value = points[0] < 0 ? 0.0 : points[0];
+    sums.g = sums.value != sums.value ? kNan : points[1];
+  }
+
   const double label_s = static_cast<double>(x_at(static_cast<int>(label))) - sums.max_s;
   const RowResult result = row_result(f, wanted, ts, tt, sums, label_s, 0.0);
   const double weight = at<float>(f.weight, row);
@@ -94,12 +147,18 @@ MFD_APART double careful_row(const Forward& f, const Factors& factors, int64_t r
     const float student = static_cast<float>(slopes.student), teacher = static_cast<float>(slopes.teacher);
     const float of_hard = static_cast<float>(slopes.hard), shift = static_cast<float>(slopes.shift);
     const float label_shift = static_cast<float>(slopes.label_shift);
-    over_columns(group, of.classes, [&](int k) {
+    // `second`: what the teacher's slope multiplies.
+    const auto write = [&](int k, float second) {
       const float tx = x_at(k) - max_s, e = exponents.student(tx);
-      float g = e * student - exponents.teacher(y_at(k) - max_t) * teacher;
+      float g = e * student - second * teacher;
       if (f.use_hard) g = fmaf(exponents.hard(e, tx), of_hard, g) - (k == label ? label_shift : shift);
       store_one<float>(of.grad + int64_t{k} * of.kBytes, kDtype, g);
-    });
+    };
+    if constexpr (kPointwise) {
+      over_points([&](int k, const Point<F32>& point) { write(k, point.g); });
+    } else {
+      over_columns(group, of.classes, [&](int k) { write(k, exponents.teacher(y_at(k) - max_t)); });
+    }
   }
   sync_parts(group);
   return soft * result.soft + (f.use_hard ? hard * result.hard : 0.0);

@@ -1,0 +1,191 @@
+// What the rows of a launch of the lean kernels share, and the softened logits of one row.
+#pragma once
+
+#include "cuda/distill/launch.cuh"
+#include "cuda/rows/softmax.cuh"
+
+namespace mfd {
+namespace device {
+
+// Shared memory of find_factors and finish_loss, at `states_at`.
+constexpr int kScratchBytes = 34 * sizeof(double);
+
+// As find_factors; the loads that count rows are in flight together.
+MFD_INLINE Factors find_factors_in_batches(const ForwardLaunch& launch) {
+  const RowProblem& p = launch.forward.problem;
+  if (!launch.count_rows || launch.counts) return find_factors<float>(launch);
+  constexpr int kBatch = 8;
+  const int64_t step = blockDim.x;
+  int counted = 0;
+  for (int64_t row = threadIdx.x; row < p.n_rows; row += kBatch * step) {
+    int64_t labels[kBatch];
+    bool on[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int64_t at = row + k * step;
+      on[k] = at < p.n_rows && (!p.mask || p.mask[at]);
+      labels[k] = p.labels && at < p.n_rows ? p.labels[at] : p.ignore_index + 1;
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) counted += on[k] && labels[k] != p.ignore_index;
+  }
+  double* scratch = reinterpret_cast<double*>(dynamic_shared() + launch.states_at);
+  const double total = over_block<Sum>(static_cast<double>(counted), scratch),
+               divisor = total < 1 ? 1.0 : total;
+  return {value_of<float>(launch.soft_weight) / divisor, value_of<float>(launch.hard_weight) / divisor};
+}
+
+// What one pass over a row sums up: kStudent, kTeacher; kCross, E_p[v - u] or E_q[u - v]; kHard, kShifted
+// with labels.
+template <Divergence kDivergence, bool kLabels>
+struct LeanSums {
+  static constexpr bool kOfStudent = kDivergence == Divergence::kReverseKL;
+  // Skew KL asks it whether p is far from q.
+  static constexpr bool kOfTeacher =
+      kDivergence == Divergence::kForwardKL || kDivergence == Divergence::kSkewKL;
+  static constexpr bool kHasCross = kOfStudent || kOfTeacher;
+  static constexpr int kStudent = 0, kTeacher = 1, kCross = 2, kHard = kHasCross ? 3 : 2,
+                       kShifted = kHard + 1;
+  static constexpr int kCount = kHard + (kLabels ? 2 : 0);
+};
+
+// In shared memory, so that it takes no registers.
+template <Dtype kDtype, bool kLabels>
+struct LeanTerms {
+  typedef Softmax<kDtype> S;
+  typedef typename S::Total Total;
+
+  Factors factors;
+  S student, teacher, unit;  // unit: the student at temperature 1
+  float ts, ratio;           // Ts, Ts/Tt
+  int squarings;             // exp(x) is exp(x/Ts) squared so often; -1: Ts is not 1, 2 or 4
+  Total soft, hard;          // weights of the two values
+  float soft_slope, share, smooth, smoothing;  // share: of the label in its smoothed distribution
+  float teacher_share;                         // of the teacher in a mean of p and q
+
+  MFD_DEVICE LeanTerms(const Forward& f, const Factors& of)
+      : factors(of),
+        student(at<float>(f.problem.student_temperature, 0)),
+        teacher(at<float>(f.problem.teacher_temperature, 0)),
+        unit(1.0) {
+    const RowProblem& p = f.problem;
+    const double t = at<float>(p.student_temperature, 0);
+    ts = static_cast<float>(t);
+    ratio = static_cast<float>(t / at<float>(p.teacher_temperature, 0));
+    squarings = t == 1.0 ? 0 : t == 2.0 ? 1 : t == 4.0 ? 2 : -1;
+    soft = static_cast<Total>(factors.soft * (p.scale_by_temperature ? t * t : 1.0));
+    soft_slope = static_cast<float>(factors.soft * (p.scale_by_temperature ? t : 1.0 / t));
+    hard = static_cast<Total>(factors.hard);
+    share = static_cast<float>(label_share(p));
+    smoothing = static_cast<float>(p.smoothing);
+    smooth = static_cast<float>(p.smoothing / static_cast<double>(p.classes));
+    teacher_share = static_cast<float>(p.divergence == Divergence::kSkewReverseKL ? 1 - p.first : p.first);
+  }
+
+  // Computed by one thread of the block, behind the scratch of find_factors and finish_loss.
+  static MFD_DEVICE const LeanTerms& shared(const ForwardLaunch& launch) {
+    const Factors factors = find_factors_in_batches(launch);
+    LeanTerms* const terms =
+        reinterpret_cast<LeanTerms*>(dynamic_shared() + launch.states_at + kScratchBytes);
+    if (threadIdx.x == 0) *terms = LeanTerms(launch.forward, factors);
+    __syncthreads();
+    return *terms;
+  }
+};
+
+// The softened logits of one row, with its maxima.
+template <Dtype kDtype, Divergence kDivergence, bool kLabels>
+struct LeanSides {
+  typedef LeanTerms<kDtype, kLabels> Terms;
+  typedef LeanSums<kDivergence, kLabels> Sums;
+  typedef typename Terms::S S;
+  typedef Packed<kDtype> Pack;
+  S student, teacher, unit;
+  float ts, ratio;
+  int squarings;
+  bool smooths;
+
+  MFD_DEVICE LeanSides(const Terms& terms, float max_s, float max_t)
+      : student(terms.student),
+        teacher(terms.teacher),
+        unit(terms.unit),
+        ts(terms.ts),
+        ratio(terms.ratio),
+        squarings(terms.squarings),
+        smooths(terms.smoothing != 0.0f) {
+    student.set_max(max_s);
+    teacher.set_max(max_t);
+    unit.set_max(max_s);
+  }
+
+  // Exponentials at temperature 1 of eight columns, of which `e` has those at Ts.
+  MFD_DEVICE void hard_exponentials(const float (&e)[8], const Pack& x, float (&h)[8]) const {
+    if (squarings == 1) {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) h[k] = e[k] * e[k];
+    } else if (squarings < 0) {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) h[k] = unit.exponential(unit.distance(x.value(k)));
+    } else {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) h[k] = squarings == 0 ? e[k] : (e[k] * e[k]) * (e[k] * e[k]);
+    }
+  }
+  // Of one logit from the maximum, as hard_exponentials counts them.
+  MFD_DEVICE float hard_distance(float x) const {
+    if (squarings < 0 || kDtype == Dtype::kFloat32) return unit.distance(x);
+    return student.distance(x) * ts;
+  }
+
+  // Distances u and w of column `k`; kEdge: it may be beyond the row, which begins at -`first`.
+  template <bool kEdge>
+  MFD_DEVICE void distances(const PackedRow<kDtype>& row, int first, const Pack& x, const Pack& y, int k,
+                            float& u, float& w) const {
+    u = student.distance(x.value(k));
+    w = teacher.distance(y.value(k));
+    if (kEdge && !row.holds(first + k)) {
+      u = student.nothing();
+      w = teacher.nothing();
+    }
+  }
+
+  // Exponentials e, f of student and teacher, and their part in the sums. kEdge: some columns are beyond the
+  // row.
+  template <bool kEdge>
+  MFD_DEVICE void add(const PackedRow<kDtype>& row, int first, const Pack& x, const Pack& y, float (&e)[8],
+                      float (&f)[8], float (&sums)[Sums::kCount]) const {
+    // An infinity or a NaN among float32 logits shows in the distances alone.
+    constexpr bool kShows = kDivergence == Divergence::kTVD && kDtype == Dtype::kFloat32;
+    float s = 0, t = 0, cross = 0, shown = 0;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      float u, w;
+      distances<kEdge>(row, first, x, y, k, u, w);
+      e[k] = student.exponential(u);
+      f[k] = teacher.exponential(w);
+      s += e[k];
+      t += f[k];
+      if constexpr (kShows) shown += u + w;
+      if constexpr (Sums::kOfTeacher) cross = fmaf(f[k], S::difference(w, u, ratio), cross);
+      if constexpr (Sums::kOfStudent) cross = fmaf(e[k], -S::difference(w, u, ratio), cross);
+    }
+    sums[Sums::kStudent] += kShows ? fmaf(shown, 0.0f, s) : s;
+    sums[Sums::kTeacher] += t;
+    if constexpr (Sums::kHasCross) sums[Sums::kCross] += cross;
+    if constexpr (kLabels) {
+      float h[8], of_h = 0;
+      hard_exponentials(e, x, h);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) of_h += h[k];
+      sums[Sums::kHard] += of_h;
+      if (smooths) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k)
+          if (!kEdge || row.holds(first + k)) sums[Sums::kShifted] += student.distance(x.value(k));
+      }
+    }
+  }
+};
+
+}  // namespace device
+}  // namespace mfd
