@@ -162,7 +162,7 @@ def _scalar(rows: Any, weight: torch.Tensor) -> Any:
 
 def _run_everything(rows: Any, weight: torch.Tensor) -> None:
     """Both terms and, in backward, every gradient: the launches that need most registers."""
-    _, gradient = _scalar(rows, weight)
+    gradient = _scalar(rows, weight).student
     stats = distill_loss.per_row(rows, terms=True)[2]
     several = len(rows.teachers) > 1
     needs = RowNeeds(True, True, True, several, [True] * len(rows.teachers))
