@@ -10,6 +10,8 @@ from on_device import here
 from op_db import RECORDS, samples_on
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mfd_fast.backends import choice
+
 UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 LOSS = RECORDS["distill_loss"]
 #: Ops with a scalar pass of their own, which has no backward.
@@ -41,8 +43,9 @@ def on_backend(func, args, backend):
 
 @contextlib.contextmanager
 def compiling():
-    """Public functions take the registered road, eagerly."""
+    """Public functions take the registered road, eagerly, small calls too (test_traced_reference has those)."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "TRACED_ELEMENTS", {})
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         yield
 
