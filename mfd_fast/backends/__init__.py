@@ -247,7 +247,7 @@ def explain_choice(
     said = f" ({_order(op, problem)[1]})"
     if problem.device.type == "cpu":
         traced = choice.is_traced(op, problem.elements)
-        said = "; torch.compile traces the reference of a call this small and fuses it" if traced else ""
+        said = "; inside torch.compile a call this small is traced as the reference instead" if traced else ""
     return Choice(chosen, f"the fastest that can run on {problem.device}{said}", rejected)
 
 

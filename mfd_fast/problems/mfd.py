@@ -163,7 +163,8 @@ def check_mfd_loss(
     if teacher_features is not None:
         teacher_features = check_floating(op, "teacher_features", teacher_features)
         if teacher_features.shape != (*leading, width):
-            raise value_error(op, "teacher_features", teacher_features, f"of shape {[*leading, width]}")
+            wanted = f"of shape {[*leading, width]} (feature_loss has a projector for other widths)"
+            raise value_error(op, "teacher_features", teacher_features, wanted)
         check_device(op, "teacher_features", teacher_features, device)
     if is_used(pool_weight) and teacher_pool_weights is None:
         raise value_error(op, "teacher_pool_weights", None, "given when pool_weight is not 0")

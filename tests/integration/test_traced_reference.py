@@ -65,7 +65,7 @@ def test_large_dynamic_and_chosen_calls_stay_opaque(op, monkeypatch):
 
 def test_explain_says_so():
     small, large = torch.zeros(4, 5), torch.zeros(512, 1000)
-    said = "torch.compile traces the reference"
+    said = "inside torch.compile a call this small is traced as the reference"
     assert said in mfd.explain(mfd.distill_loss, small, small).reason
     for logits, options in ((large, {}), (small, {"divergence": "jsd"}), (small.bfloat16(), {})):
         assert said not in mfd.explain(mfd.distill_loss, logits, logits, **options).reason

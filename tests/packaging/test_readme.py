@@ -20,7 +20,8 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize(("page", "block"), EXAMPLES, ids=[f"{page}-{i}" for i, (page, _) in enumerate(EXAMPLES)])
-def test_examples_run(page, block, capsys):
+def test_examples_run(page, block, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a block may save a file
     exec(compile(block, page, "exec"), {})
     assert capsys.readouterr().out
 
