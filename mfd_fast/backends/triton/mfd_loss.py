@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...codes import FEATURE_KINDS
+from ...divergences import AlphaBeta
 from ...problems.checks import is_used
 from ...problems.mfd import MFDProblem
 from ...problems.rows import Scalar, check_labels_in_range
@@ -236,6 +237,8 @@ def _how(p: MFDProblem, row_problem: Any) -> Any:
     soft, hard = p.loss.use_soft, rows.labels is not None and p.loss.use_hard
     size = 1 << (rows.classes - 1).bit_length()
     vec = min(16 // row_problem.teacher.ptr.dtype.itemsize, size)
+    if soft and isinstance(rows.divergence, AlphaBeta):  # which takes the most registers
+        vec = min(vec, 4)
     fields = {
         "DIVERGENCE": kind_of(rows.divergence if soft else None),
         "HARD": hard,

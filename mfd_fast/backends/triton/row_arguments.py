@@ -201,8 +201,8 @@ def _blocks(rows: RowProblem, logits: list[Tensor], columns: int, unit: int, hea
     pointwise = kind_of(rows.divergence) >= constant("distill.divergences", "REVERSE")
     pair = isinstance(rows.divergence, (DKD, NKD))
     standardized = any(map(is_standardized, (rows.student_transform, rows.teacher_transform)))
-    heaviest = isinstance(rows.divergence, AlphaBeta)
-    heavy |= heaviest or len(logits) > 2
+    heaviest = isinstance(rows.divergence, AlphaBeta) or len(logits) > 2
+    heavy |= heaviest
     heavy |= rows.classes > LONG and (pair or pointwise or standardized)
     widest = max(x.element_size() for x in logits)
     # JSD of 16-bit logits, twice as many to a vector, does not fit into the registers of 16 warps on sm_100.
