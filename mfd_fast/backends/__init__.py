@@ -202,9 +202,12 @@ def choose_recorded(op: str, problem: Problem, backend: str | None) -> str:
     return "reference" if choice.is_traced(op, problem.elements) else ""
 
 
-@torch.compiler.assume_constant_result
 def _asked_for_now() -> bool:
     return requested(None, "")[0] is not None
+
+
+#: What torch.compiler.assume_constant_result sets, which would import all of torch._dynamo.
+_asked_for_now._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _order(op: str, problem: Problem) -> tuple[tuple[str, ...], str]:

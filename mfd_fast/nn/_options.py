@@ -104,6 +104,12 @@ def _ignored_labels(op: str, name: str, value: Any) -> None:
     contract.check_choice(op, name, value, IGNORED_LABELS)
 
 
+def _process_group(op: str, name: str, value: Any) -> None:
+    known = torch.distributed.is_available() and isinstance(value, torch.distributed.ProcessGroup)
+    if value is not None and not known:
+        raise contract.type_error(op, name, value, "a group of torch.distributed or None")
+
+
 def _absent_pool_weights(op: str, name: str, value: Any) -> None:
     contract.check_choice(op, name, value, ABSENT_POOL_WEIGHTS)
 
@@ -123,6 +129,7 @@ _CHECKS: dict[str, Check] = {
     "pool_scale": _scale,
     "pool_temperature": check_temperature,
     "pool_weight": contract.check_scalar,
+    "process_group": _process_group,
     "return_parts": contract.check_bool,
     "scale": _scale,
     "scale_by_temperature": contract.check_bool,
