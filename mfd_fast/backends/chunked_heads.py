@@ -32,6 +32,7 @@ class LinearGradients(NamedTuple):
 
 NOTHING = LinearGradients()
 HEADS = HeadProblem.TENSORS
+MATRICES = tuple(name for name in HEADS if not name.endswith("bias"))
 
 
 def leaves_of(rows: RowProblem, heads: HeadProblem) -> LinearGradients:
@@ -79,12 +80,10 @@ def run(
     # Logits that were given are the caller's.
     in_place = not of_teacher or heads.teacher_weight is not None
     zero = torch.zeros((), dtype=dtype, device=rows.device)
-    # Flattened once: what has no view as [N, H] is copied once.
+    # What has no view as [N, H], or lies as no product reads it, is copied once, not by each product of each chunk.
     rows = rows.replace(teachers=[_flat(rows.teacher)])
-    heads = heads.replace(
-        student_hidden=_flat(heads.student_hidden),
-        teacher_hidden=None if heads.teacher_hidden is None else _flat(heads.teacher_hidden),
-    )
+    matrices = {name: matrix for name in MATRICES if (matrix := getattr(heads, name)) is not None}
+    heads = heads.replace(**{name: products.readable(_flat(matrix)) for name, matrix in matrices.items()})
 
     def values_of(part: Any, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """One chunk's soft, hard and entropy; its gradients go to ``total``."""

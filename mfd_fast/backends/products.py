@@ -13,6 +13,13 @@ WIDENED_BYTES = 32 << 20
 WIDENED_BYTES_OFF_CPU = 256 << 20
 
 
+def readable(matrix: Tensor) -> Tensor:
+    """``matrix``, or a dense copy where a library would make one for each product."""
+    # It reads lines of stride 1 that do not overlap.
+    (rows, columns), (down, along) = matrix.shape, matrix.stride()
+    return matrix if (along == 1 and down >= columns) or (down == 1 and along >= rows) else matrix.contiguous()
+
+
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
     """``[N, C]`` ``hidden · weightᵀ + bias`` of ``hidden [N, H]``, ``weight [C, H]``, summed in ``dtype``."""
     n, classes = hidden.shape[0], weight.shape[0]

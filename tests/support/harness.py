@@ -207,13 +207,10 @@ def assert_obeys_rule(actual: Result, exact: Result, eager: Result, context: str
 
 def assert_same(actual: Result, expected: Result, context: str, *, rtol: float = 0.0, atol: float = 0.0) -> None:
     """Equal up to rounding, for two runs of one backend whose arithmetic may be ordered differently."""
-    # A 0-d gradient is the sum of what each row has of it, and these may cancel: ``atol`` is for one row.
-    rows = max((t.numel() for t in actual.outputs.values()), default=1)
     for (name, a), (other, b) in zip(actual.items(), expected.items(), strict=True):
         assert name == other
-        least = atol * rows if name.startswith("d ") and a.dim() == 0 else atol
         torch.testing.assert_close(
-            a, b, rtol=rtol, atol=least, equal_nan=True, msg=lambda m, n=name: f"{context}: {n}: {m}"
+            a, b, rtol=rtol, atol=atol, equal_nan=True, msg=lambda m, n=name: f"{context}: {n}: {m}"
         )
 
 
