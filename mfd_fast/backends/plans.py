@@ -25,7 +25,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,13 +35,16 @@ from ..problems.problem import SAVED, Problem
 from ..types import LogitTransform
 from . import environment
 
-Check = Callable[[tuple[Any, ...]], Problem]
+P = TypeVar("P", bound=Problem)
 
 #: Types of the arguments that are values: frozen, hashable, equal where they mean the same.
 OPTIONS = {LogitTransform, *(type(divergence) for divergence in DIVERGENCES.values())}
 
+#: Parameters that say where a call runs, not what it computes.
+NO_OPTIONS = ("process_group", "backend")
+
 _enabled = environment.plans()
-_all: list[Plans] = []
+_all: list[Plans[Any]] = []
 _module: ModuleType | None = None  # the native one, once a call has left a plan
 
 
@@ -116,17 +119,22 @@ class Done(NamedTuple):
     plan: Any = None
 
 
-class Plans:
+class Plans(Generic[P]):
     """The plans of the public function ``op``; its arguments come as one tuple in the order of its parameters.
 
-    ``check`` makes its problem of that tuple. ``numbers``: the parameters whose numbers are read in each call.
+    ``problem_of(name, **options)`` checks them; ``numbers``: the parameters whose numbers are read in each call.
     """
 
-    def __init__(self, op: Callable[..., Any], check: Check, numbers: Sequence[str]) -> None:
-        self.op, self.check, self.numbers = op.__name__, check, frozenset(numbers)
+    def __init__(self, op: Callable[..., Any], problem_of: Callable[..., P], numbers: Sequence[str]) -> None:
+        self.op, self.problem_of, self.numbers = op.__name__, problem_of, frozenset(numbers)
         self.names = tuple(inspect.signature(op).parameters)
         self._native: Any = None
         _all.append(self)
+
+    def check(self, arguments: tuple[Any, ...]) -> P:
+        """The problem of such a call, or the error that its arguments deserve."""
+        options = {k: v for k, v in zip(self.names, arguments, strict=True) if k not in NO_OPTIONS}
+        return self.problem_of(self.op, **options)
 
     def run(self, arguments: tuple[Any, ...]) -> Any:
         """What the plan of such a call gives, see :class:`Done`; None: there is none, or the call needs its checks."""

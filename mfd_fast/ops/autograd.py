@@ -87,6 +87,11 @@ def untouched_gradients(ctx: Any, grad_loss: Tensor, tensors: int) -> Sequence[T
     return None if hasattr(ctx, "given") or not is_plain_one(grad_loss) else _given_away(ctx, tensors)
 
 
+def apply_of_plans(node: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``node.apply`` without its look for tensors of torch.func, of which no plan has any."""
+    return super(torch.autograd.Function, node).apply  # type: ignore[misc]
+
+
 def _given_away(ctx: Any, tensors: int) -> Sequence[Tensor | None]:
     ctx.given = True
     # Aliases with a version of their own: what is done to them is no change of a saved tensor.

@@ -10,7 +10,6 @@ teacher, write the gradient). Everything else keeps O(N) statistics and recomput
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
@@ -28,6 +27,7 @@ from ..reference.distill_loss import combine, combine_rows, combine_with_parts, 
 from ..reference.distill_loss import row_terms as reference_terms
 from ..types import DistillOutput, LogitTransform, TopK
 from .autograd import (
+    apply_of_plans,
     needs_reference,
     ready_gradients,
     reference_gradients,
@@ -418,7 +418,7 @@ def distill_loss(  # type: ignore[misc]  # the options are these
         return done[0][0] if done[2] is None else _apply(student, done)
 
     check_not_traced("distill_loss", backend)
-    problem = _check(arguments)
+    problem = _PLANS.check(arguments)
     rows, loss = problem.rows, problem.loss
     if process_group is not None and return_parts:
         raise ValueError("distill_loss: return_parts must be False with process_group, got True")
@@ -465,17 +465,7 @@ def distill_loss(  # type: ignore[misc]  # the options are these
     return DistillOutput(value, *parts) if return_parts else value
 
 
-def _check(arguments: Sequence[Any]) -> DistillProblem:
-    """The problem of distill_loss's arguments, in the order of its parameters."""
-    options = dict(zip(_PARAMETERS, arguments, strict=True))
-    for elsewhere in ("process_group", "backend"):
-        del options[elsewhere]
-    return check_loss("distill_loss", **options)
-
-
-#: ``_ScalarLoss.apply`` without its look for tensors of torch.func: a plan has none.
-_apply = super(torch.autograd.Function, _ScalarLoss).apply
-_PARAMETERS = tuple(inspect.signature(distill_loss).parameters)
+_apply = apply_of_plans(_ScalarLoss)
 _PLANS = Plans(
-    distill_loss, _check, numbers=("temperature", "teacher_temperature", "soft_weight", "hard_weight", "normalizer")
+    distill_loss, check_loss, numbers=("temperature", "teacher_temperature", "soft_weight", "hard_weight", "normalizer")
 )

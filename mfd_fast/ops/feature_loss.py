@@ -6,7 +6,6 @@ Romero et al., FitNets, arXiv:1412.6550 (mse with a projector).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..problems.checks import by_pytorch, is_recorded, upstream
 from ..problems.features import FeatureProblem, check_feature_loss
 from ..reference.feature_loss import reduce_tap, tap_rows
 from .autograd import (
+    apply_of_plans,
     needs_reference,
     ready_gradients,
     reference_gradients,
@@ -247,7 +247,7 @@ def feature_loss(
         return _apply(done, *student) if isinstance(student, (list, tuple)) else _apply(done, student)
 
     check_not_traced("feature_loss", backend)
-    problem = _check(arguments)
+    problem = _PLANS.check(arguments)
     recorded = is_recorded()
     name = (choose_recorded if recorded else choose)("feature_loss", problem, backend)
     if name == "reference":
@@ -267,14 +267,5 @@ def feature_loss(
     return _ScalarLoss.apply(done, *problem.students) if any(needs) else results[0]
 
 
-def _check(arguments: tuple[Any, ...]) -> FeatureProblem:
-    """The problem of feature_loss's arguments, in the order of its parameters."""
-    options = dict(zip(_PARAMETERS, arguments, strict=True))
-    del options["backend"]
-    return check_feature_loss("feature_loss", **options)
-
-
-#: ``_ScalarLoss.apply`` without its look for tensors of torch.func: a plan has none.
-_apply = super(torch.autograd.Function, _ScalarLoss).apply
-_PARAMETERS = tuple(inspect.signature(feature_loss).parameters)
-_PLANS = Plans(feature_loss, _check, numbers=("weight",))
+_apply = apply_of_plans(_ScalarLoss)
+_PLANS = Plans(feature_loss, check_feature_loss, numbers=("weight",))

@@ -8,7 +8,6 @@ features, pool = KL(teacher_pool_weights ‖ weights).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +24,14 @@ from ..problems.mfd import MFDProblem, check_mfd_loss
 from ..problems.rows import Normalizer, RowProblem
 from ..reference.mfd_loss import mfd_loss as reference_loss
 from ..types import MFDOutput
-from .autograd import needs_reference, ready_gradients, reference_gradients, requires_grad, untouched_gradients
+from .autograd import (
+    apply_of_plans,
+    needs_reference,
+    ready_gradients,
+    reference_gradients,
+    requires_grad,
+    untouched_gradients,
+)
 from .distill_loss import row_terms
 from .feature_loss import distances
 from .modal_pool import pool
@@ -205,7 +211,7 @@ def mfd_loss(
         return MFDOutput(_apply(done, query, bias, head_weight, head_bias, *each), *outputs[1:])
 
     check_not_traced("mfd_loss", backend)
-    problem = _check(arguments)
+    problem = _PLANS.check(arguments)
     recorded = is_recorded()
     name = (choose_recorded if recorded else choose)("mfd_loss", problem, backend)
     if name == "reference":
@@ -223,19 +229,10 @@ def mfd_loss(
     return MFDOutput(_ScalarLoss.apply(done, *leaves), *outputs[1:]) if any(needs) else outputs
 
 
-def _check(arguments: tuple[Any, ...]) -> MFDProblem:
-    """The problem of mfd_loss's arguments, in the order of its parameters."""
-    options = dict(zip(_PARAMETERS, arguments, strict=True))
-    del options["backend"]
-    return check_mfd_loss("mfd_loss", **options)
-
-
-#: ``_ScalarLoss.apply`` without its look for tensors of torch.func: a plan has none.
-_apply = super(torch.autograd.Function, _ScalarLoss).apply
-_PARAMETERS = tuple(inspect.signature(mfd_loss).parameters)
+_apply = apply_of_plans(_ScalarLoss)
 _PLANS = Plans(
     mfd_loss,
-    _check,
+    check_mfd_loss,
     numbers=(
         *("temperature", "pool_temperature", "soft_weight", "hard_weight", "feature_weight", "pool_weight"),
         "normalizer",

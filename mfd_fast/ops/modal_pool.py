@@ -8,7 +8,6 @@ ds_m·scale·query. Attention pooling: Ilse, Tomczak, Welling, arXiv:1802.04712.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..problems.checks import by_pytorch, is_recorded, upstream
 from ..problems.pool import PoolProblem, check_pool
 from ..reference.modal_pool import modal_pool as reference_pool
 from ..types import ModalPool
-from .autograd import needs_reference, reference_gradients, requires_grad
+from .autograd import apply_of_plans, needs_reference, reference_gradients, requires_grad
 from .registration import define, define_backward, differentiate, flatten, unflatten
 
 # ------------------------------------------------------------------------------------------------- autograd
@@ -205,19 +204,10 @@ def modal_pool(
         return ModalPool(*_apply(done, query, scores, bias, None, *each))
 
     check_not_traced("modal_pool", backend)
-    problem = _check(arguments)
+    problem = _PLANS.check(arguments)
     name = (choose_recorded if is_recorded() else choose)("modal_pool", problem, backend)
     return ModalPool(*pool(problem, name, arguments))
 
 
-def _check(arguments: tuple[Any, ...]) -> PoolProblem:
-    """The problem of modal_pool's arguments, in the order of its parameters."""
-    options = dict(zip(_PARAMETERS, arguments, strict=True))
-    del options["backend"]
-    return check_pool("modal_pool", **options)
-
-
-#: ``_Pool.apply`` without its look for tensors of torch.func: a plan has none.
-_apply = super(torch.autograd.Function, _Pool).apply
-_PARAMETERS = tuple(inspect.signature(modal_pool).parameters)
-_PLANS = Plans(modal_pool, _check, numbers=("temperature",))
+_apply = apply_of_plans(_Pool)
+_PLANS = Plans(modal_pool, check_pool, numbers=("temperature",))
