@@ -95,7 +95,7 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) ->
         kernel = kernels("distill.plain").plain_scalar
         arguments["careful"] = careful(arguments["how"], common.blocks.warps)
         widest = max(rows.student.element_size(), rows.teacher.element_size())
-        more = {"maxnreg": plain_registers(common.blocks, widest)}
+        more = {"maxnreg": plain_registers(rows, common.blocks, widest)}
     launch(kernel, programs, rows.device, common.blocks.warps, taken(kernel, arguments), **more)
     _reduce(terms, numbers["normalizer"], programs, n_counts, value)
     return ScalarLoss(value, None if grad is None or written is None else finish(written, grad), of_terms)

@@ -164,12 +164,14 @@ def row_arguments(rows: RowProblem, widths: tuple[int, ...], heavy: bool = False
     return RowArguments(problem, _listed(rows, rows.topk, tile), numbers, options, blocks, unit)
 
 
-def plain_registers(blocks: Blocks, widest: int) -> int:
+def plain_registers(rows: RowProblem, blocks: Blocks, widest: int) -> int:
     """Of a thread of `plain_scalar`: so that 24 warps are resident where rows stream past (of the longest 16), 16 or 12
     where they are held, by the bytes of a logit.
     """
     if blocks.loop:
-        return 80 if blocks.warps <= 8 else 128
+        # The skewed divergences beside smoothed labels spill into 80 on sm_100.
+        most = isinstance(rows.divergence, (SkewKL, SkewReverseKL)) and rows.label_smoothing != 0
+        return 80 if blocks.warps <= 8 and not most else 128
     return 128 if widest == 2 else 168
 
 
