@@ -2,6 +2,7 @@
 emulated, on CPU tensors; with MFD_FAST_TEST_DEVICE=cuda both run on the GPU (see on_device).
 """
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -43,6 +44,12 @@ def pytest_configure(config):
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session):
+    """What was collected and imported is never garbage: a collection in a test looks at what that test left."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(config, items):
     tiers.keep(config, items, config.getoption("--tier"))
 

@@ -7,7 +7,9 @@ from harness import evaluate, map_tensors, on
 from op_db import RECORDS, SAMPLE_CASES, SAMPLE_IDS
 from torch._dynamo.testing import CompileCounterWithBackend
 
-# Triton interpreted is not for tracing; Inductor meets the opaque op of the others.
+# Triton interpreted is not for tracing; Inductor meets the opaque op of the others. To trace plain PyTorch takes many
+# times as long: the quick tier does it in test_traced_reference and, here, where every sample does.
+REFERENCE = pytest.param("reference", marks=pytest.mark.rest)
 # An opaque op is quick to trace, so the row losses show every sample; plain PyTorch shows its richest one.
 RICHEST = {"distill_loss": "labels", "distill_terms": "per_row", "feature_loss": "taps"}
 COMPILED = [
@@ -37,18 +39,15 @@ def assert_agrees(record, backend, call, arguments, names=None):
         torch.testing.assert_close(a, b, **CLOSE, msg=key)
 
 
-@pytest.mark.quick("record", "backend")
+@pytest.mark.quick("record")
 @pytest.mark.parametrize(("record", "backend", "name"), [c for c, _ in COMPILED], ids=[i for _, i in COMPILED])
 def test_whole_graph_forward_and_backward(record, backend, name):
     call = compiled(record, backend, "aot_eager")
     assert_agrees(record, backend, call, record.samples()[name], record.differentiable)
 
 
-@pytest.mark.quick("op")
-@pytest.mark.parametrize(
-    ("op", "backend"),
-    [("distill_loss", "cpu"), ("distill_loss", "reference"), ("mfd_loss", "reference"), ("mfd_loss", "cpu")],
-)
+@pytest.mark.parametrize("backend", ["cpu", REFERENCE])
+@pytest.mark.parametrize("op", ["distill_loss", pytest.param("mfd_loss", marks=pytest.mark.rest)])
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_inductor(op, backend):
     record = RECORDS[op]
@@ -63,6 +62,7 @@ def test_choice_of_backend_is_made_when_the_graph_runs():
     assert_agrees(record, "cpu", call, record.samples()["labels"], ("student",))
 
 
+@pytest.mark.quick("wrt")
 @pytest.mark.parametrize("wrt", ["one", "all"])
 @pytest.mark.parametrize("name", op_db_divergences.samples(torch.float32, "far", 0, 6, 11))
 def test_every_divergence_and_teacher_without_a_backend_named(name, wrt):
@@ -83,8 +83,8 @@ def changed(arguments, factor):
     ("backend", "name", "wrt"),
     [
         *(("cpu", n, w) for n in ("per_row", "shared_temperature", "transforms", "labels") for w in ("one", "all")),
-        ("reference", "per_row", "all"),
-        ("reference", "shared_temperature", "one"),
+        pytest.param("reference", "per_row", "all", marks=pytest.mark.rest),
+        pytest.param("reference", "shared_temperature", "one", marks=pytest.mark.rest),
     ],
 )
 def test_tensor_temperatures_and_weights_never_recompile(backend, name, wrt):
@@ -100,7 +100,7 @@ def test_tensor_temperatures_and_weights_never_recompile(backend, name, wrt):
     assert counter.frame_count == compiled_once > 0
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", REFERENCE])
 def test_number_of_rows_and_classes_never_recompiles(backend):
     record = RECORDS["distill_loss"]
     counter = CompileCounterWithBackend("aot_eager")
@@ -113,7 +113,7 @@ def test_number_of_rows_and_classes_never_recompiles(backend):
     assert counts[0] == counts[1] == counts[2]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", REFERENCE])
 def test_schedule_in_python_numbers_never_recompiles(backend):
     record = RECORDS["distill_loss"]
     counter = CompileCounterWithBackend("aot_eager")
@@ -128,7 +128,7 @@ def test_schedule_in_python_numbers_never_recompiles(backend):
     assert counts[0] == counts[-1]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", REFERENCE])
 def test_inside_a_model(backend):
     """A training step compiled as a whole, twice, learns as the eager one does."""
     record = RECORDS["distill_loss"]

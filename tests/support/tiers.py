@@ -7,7 +7,7 @@ parameter is there with each value of ``backend`` and of ``record``, where the t
     @pytest.mark.quick("backend", "name")     every combination of the values of these parameters
     @pytest.mark.rest                         no case
 
-That of a function counts before that of its file (``pytestmark``).
+That of a function counts before that of its file (``pytestmark``). `rest` on one `pytest.param` leaves out its cases.
 """
 
 from __future__ import annotations
@@ -66,8 +66,16 @@ def covering(cases: list[Case], product: tuple[str, ...] = ()) -> list[int]:
     return sorted(chosen)
 
 
+def marks_of_parameters(item: pytest.Item) -> Iterable[pytest.Mark]:
+    """What its `pytest.param` are marked with."""
+    return item.callspec.marks if hasattr(item, "callspec") else ()
+
+
 def quick_of_a_test(items: list[pytest.Item]) -> list[pytest.Item]:
     """Those of the cases of one test function that are quick."""
+    items = [item for item in items if all(mark.name != "rest" for mark in marks_of_parameters(item))]
+    if not items:
+        return []
     mark = next((mark for mark in items[0].iter_markers() if mark.name in ("quick", "rest")), None)
     if mark is not None and mark.name == "rest":
         return []

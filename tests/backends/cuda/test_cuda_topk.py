@@ -5,7 +5,7 @@ import torch
 from test_cpu_divergences import assert_agree
 from test_cpu_topk import every_kind, in_float64, per_row, refused, sample, scalar
 from test_cuda_rungs import A100, H100, emulate  # noqa: F401
-from test_triton_topk import OPTIONS, bad_lists, every_divergence, special_rows
+from test_triton_topk import OPTIONS, bad_lists, every_divergence, every_pair, special_rows
 
 import mfd_fast as mfd
 from mfd_fast.backends.cuda import distill_loss
@@ -106,9 +106,9 @@ def test_topk_terms_and_by_products_on_cuda(divergence, values_are):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("tail", TAILS)
-def test_topk_special_rows_on_cuda(tail):
-    special_rows("cuda", tail)
+@every_pair
+def test_topk_special_rows_on_cuda(tail, divergence):
+    special_rows("cuda", tail, divergence)
 
 
 @pytest.mark.parametrize("tail", TAILS)

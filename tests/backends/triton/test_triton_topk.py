@@ -69,7 +69,7 @@ def test_topk_a_tiny_rest_keeps_its_digits_on_triton(divergence, gap):
         torch.testing.assert_close(gradient.double(), truth, rtol=2e-5, atol=1e-6 * float(truth.abs().max()))
 
 
-def special_rows(kernels, tail):
+def special_rows(kernels, tail, divergence):
     """-inf listed or not, on one side or both, everything listed, extreme logits, NaN, +inf."""
     inf, nan = torch.inf, torch.nan
     student = torch.tensor(
@@ -80,21 +80,18 @@ def special_rows(kernels, tail):
         [[-0.5, -1.5], [-0.7, -inf], [-0.7, -1.2], [-0.1, -3.0], [-0.3, -1.5], [-0.5, -1.5], [-0.5, -1.5],
          [-0.5, -1.5], [-0.5, -1.5], [nan, -1.5], [-0.5, inf]])  # fmt: skip
     indices, labels = torch.tensor([[0, 1]]).expand(11, 2), torch.zeros(11, dtype=torch.int64)
-    for divergence in DIVERGENCES:
-        if refused(divergence, tail, "logprobs", 2, 5):
-            continue
-        found = []
-        for backend, dtype in ((kernels, torch.float32), ("reference", torch.float64)):
-            x = student.to(dtype).requires_grad_()
-            teacher = mfd.TopK(values.to(dtype), indices, tail=tail)
-            options = {"divergence": divergence, "temperature": 1.5, "reduction": "none", "backend": backend}
-            loss = mfd.distill_loss(x, teacher, labels, **options)
-            found.append((loss.detach(), torch.autograd.grad(loss.sum(), x)[0]))
-        (loss, gradient), (exact, truth) = found[0], (t.float() for t in found[1])
-        near = {"rtol": 1e-4, "atol": 2e-5}
-        torch.testing.assert_close(loss, exact, **near, equal_nan=True, msg=lambda m, d=divergence: f"{d}: {m}")
-        finite = exact.isfinite()
-        torch.testing.assert_close(gradient[finite], truth[finite], **near)
+    found = []
+    for backend, dtype in ((kernels, torch.float32), ("reference", torch.float64)):
+        x = student.to(dtype).requires_grad_()
+        teacher = mfd.TopK(values.to(dtype), indices, tail=tail)
+        options = {"divergence": divergence, "temperature": 1.5, "reduction": "none", "backend": backend}
+        loss = mfd.distill_loss(x, teacher, labels, **options)
+        found.append((loss.detach(), torch.autograd.grad(loss.sum(), x)[0]))
+    (loss, gradient), (exact, truth) = found[0], (t.float() for t in found[1])
+    near = {"rtol": 1e-4, "atol": 2e-5}
+    torch.testing.assert_close(loss, exact, **near, equal_nan=True)
+    finite = exact.isfinite()
+    torch.testing.assert_close(gradient[finite], truth[finite], **near)
 
 
 @every_divergence
@@ -112,9 +109,16 @@ def test_topk_terms_and_by_products_on_triton(divergence, values_are):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("tail", ["bucket", "renormalize", "zero"])
-def test_topk_special_rows_on_triton(tail):
-    special_rows("triton", tail)
+every_pair = pytest.mark.parametrize(
+    ("tail", "divergence"),
+    [(t, d) for t in ("bucket", "renormalize", "zero") for d in DIVERGENCES if not refused(d, t, "logprobs", 2, 5)],
+    ids=str,
+)
+
+
+@every_pair
+def test_topk_special_rows_on_triton(tail, divergence):
+    special_rows("triton", tail, divergence)
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "zero"])
