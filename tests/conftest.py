@@ -43,13 +43,13 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "rest: not in the quick tier")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session):
     """What was collected and imported is never garbage: a collection in a test looks at what that test left."""
     gc.collect()
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     tiers.keep(config, items, config.getoption("--tier"))
 
