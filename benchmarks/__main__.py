@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 REPORT = ROOT / "docs" / "performance.md"
 PICTURES = ROOT / "docs" / "performance"
+PAGE = "cpu"  # the suite that the report begins with
 
 
 def parser() -> argparse.ArgumentParser:
@@ -165,7 +166,7 @@ def _measured(arguments: argparse.Namespace, console: Any) -> dict[str, Any] | N
 
 def write(found: dict[str, Any], arguments: argparse.Namespace) -> list[Path]:
     """Every file that was asked for; returns their paths."""
-    from mfd_fast.bench import machine, results
+    from mfd_fast.bench import results
 
     written: list[Path] = []
     if arguments.json:
@@ -190,16 +191,42 @@ def write(found: dict[str, Any], arguments: argparse.Namespace) -> list[Path]:
         (folder / "performance.md").write_text(report.render(found, "results.json", names), encoding="utf-8")
         written.append(folder / "performance.md")
     if arguments.publish:
-        raw = RESULTS / f"{machine.slug(found['machine'])}.json"
+        raw = RESULTS / f"{results_name(found)}.json"
         if arguments.source and arguments.source.resolve().parent == RESULTS:
             raw = arguments.source.resolve()
         else:
             results.save(found, raw)
-        pictures = plots.draw(found, PICTURES)
-        text = report.render(found, f"../{raw.relative_to(ROOT).as_posix()}", published(pictures))
-        REPORT.write_text(text, encoding="utf-8")
+        (main, whole), *more = published_files()
+        pictures = plots.draw(report.combined(whole, more), PICTURES)
+        REPORT.write_text(report.render(whole, main, published(pictures), more), encoding="utf-8")
         written += [raw, REPORT]
     return written
+
+
+def results_name(found: dict[str, Any]) -> str:
+    """Of a result file: machine, date and commit, and of another suite than the page's its name and instruction set."""
+    from mfd_fast.bench import machine
+
+    own = [] if found["suite"] == PAGE else [found["suite"], found["machine"]["isa"]]
+    return "-".join([machine.slug(found["machine"]), *own])
+
+
+def published_files() -> list[tuple[str, dict[str, Any]]]:
+    """The newest result file of the page's suite, then those of other suites for the same device: the newest of each
+    suite and instruction set.
+    """
+    from mfd_fast.bench import results
+
+    newest: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
+    for path in RESULTS.glob("*.json"):
+        found = results.load(path)
+        key = found["suite"], "" if found["suite"] == PAGE else found["machine"]["isa"]
+        if key not in newest or newest[key][1]["machine"]["date"] < found["machine"]["date"]:
+            newest[key] = path, found
+    device = newest[PAGE, ""][1]["machine"]["device"]
+    order = [(PAGE, ""), *sorted(key for key in newest if key[0] != PAGE)]
+    files = [newest[key] for key in order if newest[key][1]["machine"]["device"] == device]
+    return [(f"../{path.relative_to(ROOT).as_posix()}", found) for path, found in files]
 
 
 def published(pictures: list[Path]) -> list[str]:

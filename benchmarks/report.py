@@ -13,11 +13,38 @@ from .growth import judgement, range_of
 
 COMMAND = "python -m benchmarks --suite {suite} --growth --publish"
 
+Files = list[tuple[str, dict[str, Any]]]  # paths, seen from the document, and contents
 
-def render(found: dict[str, Any], raw: str, pictures: list[str]) -> str:
-    """Markdown; ``raw`` is the path of the result file and ``pictures`` those of the SVGs, seen from the document."""
+
+def combined(found: dict[str, Any], more: Files) -> dict[str, Any]:
+    """``found`` with the results of ``more`` in place of its own of the same ops.
+
+    A result that another instruction set gave says so in its name.
+    """
+    ops = {result["workload"]["op"] for _, other in more for result in other["results"]}
+    kept = [result for result in found["results"] if result["workload"]["op"] not in ops]
+    left_out = [left for left in found["left_out"] if left["name"].split()[0] not in ops]
+    missing = dict(found["missing"])
+    for _, other in more:
+        isa = other["machine"]["isa"]
+        mark = "" if isa == found["machine"]["isa"] else f" ({isa})"
+        for result in other["results"]:
+            workload = {**result["workload"], "name": result["workload"]["name"] + mark}
+            kept.append({**result, "workload": workload})
+        left_out += [{**left, "name": left["name"] + mark} for left in other["left_out"]]
+        missing |= other["missing"]
+    return {**found, "results": kept, "left_out": left_out, "missing": missing}
+
+
+def render(found: dict[str, Any], raw: str, pictures: list[str], more: Files | None = None) -> str:
+    """Markdown; ``raw`` is the path of the result file and ``pictures`` those of the SVGs, seen from the document;
+    ``more``: result files of other suites.
+    """
+    own, more = found, more or []
+    found = combined(found, more)
     parts = [
-        _head(found, raw),
+        _head(own, raw),
+        _further(more),
         _slower(found["results"]),
         _red(found["results"]),
         _missed(found["results"]),
@@ -75,6 +102,29 @@ def _head(found: dict[str, Any], raw: str) -> str:
         f"At your own shape: `mfd-fast bench distill_loss --rows 8192 --classes 32000 --dtype bfloat16`.\n\n"
         + _table(("measured on", ""), facts, left=2)
     )
+
+
+def _further(more: Files) -> str:
+    if not more:
+        return ""
+    rows = []
+    for raw, found in more:
+        machine, share = found["machine"], found["machine"]["neighbours"]
+        ops = dict.fromkeys(result["workload"]["op"] for result in found["results"])
+        rows.append(
+            [
+                ", ".join(f"`{op}`" for op in ops),
+                f"[{Path(raw).name}]({raw})",
+                machine["date"],
+                f"`{machine['commit']}`",
+                f"{machine['isa']}, {machine['threads']} threads",
+                "unknown" if share is None else f"{100 * share:.0f} %",
+                f"{found['ceilings']['gemm_gflop_s']:.4g} GFLOP/s",
+                f"`python -m benchmarks --suite {found['suite']} --publish`",
+            ]
+        )
+    head = ("ops", "file", "date", "commit", "instruction set", "taken by others", "GEMM, float32", "command")
+    return "These results come from files of their own:\n\n" + _table(head, rows, left=len(head))
 
 
 def _clock(machine: dict[str, Any]) -> str:

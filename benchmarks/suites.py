@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from mfd_fast.backends import cpu
+from mfd_fast.backends.products import WIDENED_BYTES
 from mfd_fast.bench.workloads import Targets, Workload
+from mfd_fast.problems.linear import default_chunk_rows
 
 BASELINES = ("eager", "compile")
 LOGITS_RIVALS = ("eager", "compile", "liger", "torchdistill")
@@ -65,6 +70,16 @@ def linear(rows: int, hidden: int, teacher: int, classes: int, dtype: str = "flo
     return Workload("linear_distill", sizes, dtype, **more)
 
 
+def head_memory(rows: int, hidden: int, teacher: int, classes: int, dtype: str = "float32") -> int:
+    """Bytes that linear_distill_loss may hold on a CPU: float32 gradients, two chunks of logits, of a 16-bit head the
+    widened part of a weight; statistics, terms and labels of each row, and a few matrices [chunk, width].
+    """
+    chunk = default_chunk_rows(classes, torch.float32, torch.device("cpu"))
+    widened = 0 if dtype == "float32" else WIDENED_BYTES
+    small = 160 * rows + 3 * 4 * chunk * max(hidden, teacher)
+    return 4 * (rows + classes) * hidden + 2 * 4 * chunk * classes + widened + small
+
+
 def step(batch: int, modalities: int, width: int, classes: int, inputs: int, dtype: str = "float32") -> Workload:
     sizes = {"batch": batch, "modalities": modalities, "width": width, "classes": classes, "inputs": inputs}
     return Workload("student_step", sizes, dtype)
@@ -93,24 +108,6 @@ _CPU_TABLE = [
     *both(head(256, 3, 512, 100, targets=Targets(eager=3, compile=2))),
     *both(head(1024, 3, 768, 1000, targets=Targets(floor=1.1, compile=1))),
     *both(features(2048, 4, 768)),
-]
-_CHUNKED = {"liger": 2.5, "liger-eager": 2.5, "trl": 2.5}
-_CPU_HEADS = [
-    Entry(linear(512, 512, 1024, 32000, targets=Targets(floor=1.15, rivals=_CHUNKED)), HEAD_RIVALS),
-    Entry(linear(1024, 512, 512, 32000, targets=Targets(floor=1.15, rivals=_CHUNKED)), HEAD_RIVALS),
-    Entry(linear(1024, 512, 512, 32000, "bfloat16"), HEAD_RIVALS),
-    Entry(linear(1024, 512, 512, 128256), ("eager",)),
-    Entry(
-        linear(
-            1024,
-            512,
-            512,
-            32000,
-            options={"soft_weight": 0.0, "hard_weight": 1.0},
-            targets=Targets(rivals={"cce": 1.0}),
-        ),
-        ("eager", "cce"),
-    ),
 ]
 _AS_KL = Targets(plain=1.6)
 _PLAIN_KL = {"divergence": "forward_kl"}
@@ -167,7 +164,44 @@ _CPU_FORWARD = [
     Entry(head(256, 3, 512, 100, phase="forward")),
 ]
 
-CPU = Suite("cpu", "cpu", (*_CPU_TABLE, *_CPU_HEADS, *_CPU_VARIANTS, *_CPU_SHAPES, *_CPU_FORWARD), 3.0, 5, 14.0, 420.0)
+CPU = Suite("cpu", "cpu", (*_CPU_TABLE, *_CPU_VARIANTS, *_CPU_SHAPES, *_CPU_FORWARD), 3.0, 5, 14.0, 420.0)
+
+_CHUNKED = {"liger": 2.5, "liger-eager": 2.5, "trl": 2.5}
+_SHORT, _WIDE, _LABELS = (512, 512, 1024, 32000), (1024, 512, 512, 32000), (1024, 512, 0, 32000)
+_LARGE = (1024, 512, 512, 128256)
+
+
+def _head_targets(sizes: tuple[int, int, int, int], dtype: str = "float32", **more: Any) -> Targets:
+    return Targets(floor=1.15, extra=head_memory(*sizes, dtype), **more)
+
+
+def _narrow_head(sizes: tuple[int, int, int, int]) -> Workload:
+    """bfloat16 beside float32: no slower where the processor multiplies pairs of bfloat16, 1.15 times elsewhere."""
+    native = cpu.available() is None and cpu.native().has_pair_product()
+    targets = Targets(plain=1.0 if native else 1.15, extra=head_memory(*sizes, "bfloat16"))
+    return linear(*sizes, "bfloat16", targets=targets, plain={"dtype": "float32"})
+
+
+def _heads() -> tuple[Entry, ...]:
+    return (
+        Entry(linear(*_SHORT, targets=_head_targets(_SHORT, rivals=_CHUNKED)), HEAD_RIVALS),
+        Entry(linear(*_WIDE, targets=_head_targets(_WIDE, rivals=_CHUNKED)), HEAD_RIVALS),
+        Entry(
+            linear(
+                *_LABELS,
+                options={"soft_weight": 0.0, "hard_weight": 1.0},
+                targets=_head_targets(_LABELS, rivals={"cce": 1.0}),
+            ),
+            ("eager", "compile", "cce"),
+        ),
+        Entry(_narrow_head(_SHORT), ("eager",)),
+        Entry(_narrow_head(_WIDE), ("eager", "liger-eager", "trl")),
+        Entry(linear(*_LARGE, targets=_head_targets(_LARGE)), ("eager",)),
+    )
+
+
+#: From hidden states: seconds a call.
+HEADS = Suite("heads", "cpu", _heads(), 3.0, 5, 14.0, 420.0)
 
 QUICK = Suite(
     "cpu-quick",
@@ -221,7 +255,7 @@ GPU = Suite(
         ),
         Entry(linear(8192, 4096, 4096, 128256, "bfloat16", targets=Targets(floor=1 / 0.85)), _GPU_HEAD),
         Entry(
-            linear(8192, 4096, 4096, 128256, "bfloat16", options={"soft_weight": 0.0, "hard_weight": 1.0}),
+            linear(8192, 4096, 0, 128256, "bfloat16", options={"soft_weight": 0.0, "hard_weight": 1.0}),
             ("eager", "compile", "cce"),
         ),
         Entry(step(1024, 3, 768, 1000, 1024, "bfloat16"), GPU_COMPILED),
@@ -254,4 +288,4 @@ GPU_FIRST = Suite(
     100.0,
 )
 
-SUITES = {suite.name: suite for suite in (CPU, QUICK, GPU, GPU_FIRST)}
+SUITES = {suite.name: suite for suite in (CPU, QUICK, HEADS, GPU, GPU_FIRST)}

@@ -84,6 +84,9 @@ def run(
     rows = rows.replace(teachers=[_flat(rows.teacher)])
     matrices = {name: matrix for name in MATRICES if (matrix := getattr(heads, name)) is not None}
     heads = heads.replace(**{name: products.readable(_flat(matrix)) for name, matrix in matrices.items()})
+    narrow = products.gradient_dtype(heads.student_hidden, heads.student_weight, dtype, backend)
+    # On a GPU both products take the narrow gradient; a CPU adds to the weight's from float32 operands.
+    student_dtype = narrow if products.has_wide_sums(rows.device) else dtype
 
     def values_of(part: Any, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """One chunk's soft, hard and entropy; its gradients go to ``total``."""
@@ -91,10 +94,13 @@ def run(
         soft, hard, statistics, by_products = kernels.per_row(chunk, terms=True)
         if any(needs):
             soft_up, hard_up = (zero.expand(count) if g is None else g[part] for g in (grad_soft, grad_hard))
-            found = kernels.per_row_backward(chunk, statistics, soft_up, hard_up, wanted, in_place=in_place)
-            _add_head(total[:3], found.student, heads.student_hidden, heads.student_weight, part)
+            found = kernels.per_row_backward(
+                chunk, statistics, soft_up, hard_up, wanted, in_place=in_place, student_dtype=student_dtype
+            )
+            del chunk  # its memory serves what follows
+            _add_head(total[:3], found.student, heads.student_hidden, heads.student_weight, part, narrow)
             if heads.teacher_weight is not None:
-                _add_head(total[3:6], found.teachers[0], heads.teacher_hidden, heads.teacher_weight, part)
+                _add_head(total[3:6], found.teachers[0], heads.teacher_hidden, heads.teacher_weight, part, dtype)
             else:
                 _add(total.teacher, found.teachers[0], part)
             _add(total.temperature, found.temperature, part)
@@ -154,21 +160,26 @@ def _start(leaf: Tensor | None, need: Any, rows: RowProblem) -> Tensor | None:
     return allocate.empty_large(shape, rows.dtype, rows.device).zero_() if need else None
 
 
-def _add_head(total: Sequence[Any], d_logits: Tensor | None, hidden: Any, weight: Tensor, part: Any) -> None:
-    """Adds a chunk's gradients to those of ``(hidden, weight, bias)``."""
+def _add_head(
+    total: Sequence[Any], d_logits: Tensor | None, hidden: Any, weight: Tensor, part: Any, narrow: torch.dtype
+) -> None:
+    """Adds a chunk's gradients to those of ``(hidden, weight, bias)``; ``narrow``: see products.gradient_dtype."""
     if d_logits is None:
         return
     d_hidden, d_weight, d_bias = total
     classes = d_logits.shape[1]
-    if d_hidden is not None:
-        if isinstance(part, slice):
-            products.hidden_gradient(d_logits, weight[:classes], _flat(d_hidden)[part])
-        else:
-            _flat(d_hidden)[part] = products.hidden_gradient(d_logits, weight[:classes])
     if d_weight is not None:
         products.add_weight_gradient(d_weight[:classes], d_logits, hidden[part])
     if d_bias is not None:
-        d_bias[:classes] += d_logits.sum(0)
+        d_bias[:classes] += d_logits.sum(0, dtype=d_bias.dtype)
+    if d_hidden is not None:
+        if d_logits.dtype != narrow:
+            d_logits = allocate.empty_large(d_logits.shape, narrow, d_logits.device).copy_(d_logits)
+        operands = d_logits, weight[:classes], d_hidden.dtype
+        if isinstance(part, slice):
+            products.hidden_gradient(*operands, _flat(d_hidden)[part])
+        else:
+            _flat(d_hidden)[part] = products.hidden_gradient(*operands)
 
 
 def _add(total: Tensor | None, found: Tensor | None, part: Any) -> None:

@@ -122,6 +122,7 @@ class ClassSharded:
         needs: RowNeeds,
         *,
         in_place: bool = False,  # noqa: ARG002
+        student_dtype: torch.dtype | None = None,
     ) -> RowGradients:
         """The gradient of this rank's columns of the student."""
         if not needs.student:
@@ -137,7 +138,8 @@ class ClassSharded:
             hard = (x - of_x - log_x).exp() - e / self.classes
             hard.scatter_add_(-1, column, (e - 1) * here[:, None].to(hard.dtype))
             d = d + grad_hard[:, None] * torch.where(self._has_label(rows)[:, None], hard, torch.nan)
-        return RowGradients(d if slope is None else d * slope, None, None, None, [None])
+        d = d if slope is None else d * slope
+        return RowGradients(d.to(student_dtype or d.dtype), None, None, None, [None])
 
 
 def _softened(rows: RowProblem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:

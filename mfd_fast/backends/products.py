@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -42,12 +43,32 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dty
     return out if bias is None else out.add_(bias)
 
 
-def hidden_gradient(d_logits: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """``d_logits · weight``: ``[N, C] · [C, H]`` in the dtype of ``d_logits``, in ``out`` if there is one."""
-    if weight.dtype == d_logits.dtype:
-        return torch.mm(d_logits, weight, out=out)
-    if out is None:
-        out = d_logits.new_empty((d_logits.shape[0], weight.shape[1]))
+def gradient_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype, backend: str) -> torch.dtype:
+    """Of the logits' gradient in :func:`hidden_gradient`, which rounds its result to the operands' dtype once.
+
+    bfloat16 where the device multiplies bfloat16 heads with sums in ``dtype``: what eager PyTorch's backward pass
+    takes, after logits that are float32 here. Never float16, in which small gradients are 0.
+    """
+    if not (hidden.dtype == weight.dtype == torch.bfloat16 and dtype == torch.float32):
+        return dtype
+    if backend == "cpu":
+        from .cpu import gemm
+
+        return torch.bfloat16 if gemm.has_pair_product(hidden, weight) else dtype
+    return torch.bfloat16 if has_wide_sums(hidden.device) else dtype
+
+
+def hidden_gradient(d_logits: Tensor, weight: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """``d_logits · weight``: ``[N, C] · [C, H]`` in ``dtype``, in ``out`` if there is one."""
+    shape = d_logits.shape[0], weight.shape[1]
+    if d_logits.dtype == weight.dtype:
+        if d_logits.dtype == dtype:
+            return torch.mm(d_logits, weight, out=out)
+        out = d_logits.new_empty(shape, dtype=dtype) if out is None else out
+        if _sums_wider(d_logits, weight, dtype):
+            return torch.mm(d_logits, weight, out_dtype=dtype, out=out)
+        return out.copy_(torch.mm(d_logits, weight))  # its sums are wider, its result is what will be rounded anyway
+    out = d_logits.new_empty(shape) if out is None else out
     for first, wide in widened(weight, d_logits.dtype):
         torch.addmm(out, d_logits[:, first : first + wide.shape[0]], wide, beta=1 if first else 0, out=out)
     return out
@@ -55,18 +76,41 @@ def hidden_gradient(d_logits: Tensor, weight: Tensor, out: Tensor | None = None)
 
 def add_weight_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
     """``total += d_logitsᵀ · hidden``: ``[C, N] · [N, H]`` into ``[C, H]``."""
-    total.addmm_(d_logits.t(), hidden.to(d_logits.dtype))
+    if d_logits.dtype == total.dtype:
+        total.addmm_(d_logits.t(), hidden.to(total.dtype))
+    elif _adds_wider(hidden.device.type):
+        torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, out=total)
+    else:
+        total += torch.mm(d_logits.t(), hidden, out_dtype=total.dtype)
+
+
+@functools.cache
+def _adds_wider(device: str) -> bool:
+    """Whether this PyTorch adds a product of bfloat16 operands to a float32 matrix; its first version did not."""
+    total, one = torch.zeros((8, 8), device=device), torch.eye(8, dtype=torch.bfloat16, device=device)
+    try:
+        torch.addmm(total, one, one, out_dtype=total.dtype, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 def widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """The rows of ``weight`` in ``dtype``, some at a time, each with the number of its first row."""
+    """The rows of ``weight`` in ``dtype``, some at a time in the same memory, each with the number of its first row."""
     budget = WIDENED_BYTES if weight.device.type == "cpu" else WIDENED_BYTES_OFF_CPU
-    step = max(budget // max(weight.shape[1] * dtype.itemsize, 1), 1)
+    step = min(max(budget // max(weight.shape[1] * dtype.itemsize, 1), 1), weight.shape[0])
+    memory = weight.new_empty((step, weight.shape[1]), dtype=dtype)
     for first in range(0, weight.shape[0], step):
-        yield first, weight[first : first + step].to(dtype)
+        part = weight[first : first + step]
+        yield first, memory[: part.shape[0]].copy_(part)
 
 
 def _sums_wider(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether the device's library multiplies these 16-bit operands into float32."""
     narrow = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
-    return narrow and dtype == torch.float32 and hidden.device.type == "cuda"
+    return narrow and dtype == torch.float32 and has_wide_sums(hidden.device)
+
+
+def has_wide_sums(device: torch.device) -> bool:
+    """Whether the device's library multiplies 16-bit operands into float32."""
+    return device.type == "cuda"

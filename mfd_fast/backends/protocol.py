@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..problems.features import FeatureProblem
@@ -90,10 +91,12 @@ class RowBackend(Protocol):
         /,
         *,
         in_place: bool = False,
+        student_dtype: torch.dtype | None = None,
     ) -> RowGradients:
         """Gradients of Σ grad_soft·soft + grad_hard·hard; the upstream gradients ``[N]`` have any stride.
 
         ``in_place``: the logits, contiguous, are not read again, so their gradients may take their memory.
+        ``student_dtype``: of the gradient of the student's logits, if it is not theirs.
         """
 
 

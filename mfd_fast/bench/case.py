@@ -98,9 +98,14 @@ def build(
 
 def as_float64(case: Case) -> Case:
     """The same block in float64."""
-    wide = map_tensors(case.arguments, lambda t: t.detach().double() if t.is_floating_point() else t)
-    upstream = None if case.upstream is None else case.upstream.double()
-    return _with_leaves(Case(case.workload, wide, {}, upstream, case.copies), of(case.workload))
+    return as_dtype(case, torch.float64)
+
+
+def as_dtype(case: Case, dtype: torch.dtype) -> Case:
+    """The same case with leaves of its own."""
+    cast = map_tensors(case.arguments, lambda t: t.detach().to(dtype) if t.is_floating_point() else t)
+    upstream = None if case.upstream is None else case.upstream.to(dtype)
+    return _with_leaves(Case(case.workload, cast, {}, upstream, case.copies), of(case.workload))
 
 
 def _with_leaves(case: Case, op: BenchOp) -> Case:

@@ -48,8 +48,11 @@ def stream_step(nbytes: int, device: torch.device) -> Step:
     return step
 
 
-def gemm_step(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) -> Step:
-    """The product by whichever is faster here: ``torch.mm`` or the library that the cpu backend prefers to it."""
+def gemm_step(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device, exact: bool = False) -> Step:
+    """The product by whichever is faster here: ``torch.mm`` or the library that the cpu backend prefers to it.
+
+    ``exact``: see :class:`Work`.
+    """
     # Random numbers: a GPU multiplies constants faster.
     left, right = torch.randn(m, k, dtype=dtype, device=device), torch.randn(k, n, dtype=dtype, device=device)
     steps: dict[str, Step] = {
@@ -58,7 +61,7 @@ def gemm_step(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) 
     if device.type == "cpu":
         from ..backends.cpu import gemm
 
-        steps["linear"] = functools.partial(gemm.linear, left, right.T.contiguous())
+        steps["linear"] = functools.partial(gemm.linear, left, right.T.contiguous(), exact=exact)
     times = interleaved(steps, device, 0.0, least=3)
     return steps[min(steps, key=lambda name: min(times[name].samples))]
 
@@ -66,7 +69,7 @@ def gemm_step(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device) 
 def floor_step(work: Work, dtype: torch.dtype, device: torch.device) -> Step:
     """The stream and the GEMMs of ``work``, and nothing else."""
     steps = [stream_step(work.nbytes, device)] if work.nbytes else []
-    steps += [gemm_step(*shape, dtype, device) for shape in work.products]
+    steps += [gemm_step(*shape, dtype, device, work.exact) for shape in work.products]
     if len(steps) == 1:
         return steps[0]
 

@@ -198,11 +198,15 @@ def mfd_loss(
 def linear_distill(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
     labels: Tensor | None = None,
     **options: float,
 ) -> Tensor:
+    student = F.linear(student_hidden, student_weight)
+    if teacher_hidden is None or teacher_weight is None:
+        assert labels is not None
+        return options["hard_weight"] * F.cross_entropy(student, labels)
     with torch.no_grad():
         teacher = F.linear(teacher_hidden, teacher_weight)
-    return distill_loss(F.linear(student_hidden, student_weight), teacher, labels, **options)  # type: ignore[arg-type]
+    return distill_loss(student, teacher, labels, **options)  # type: ignore[arg-type]

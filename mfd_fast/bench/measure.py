@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import ceilings, memory
-from .case import Case, build, step_of
+from .case import Case, as_dtype, build, step_of
 from .gate import LENIENCE, Call, Gate
 from .graphs import captured
 from .implementations import Implementation, UnfitError, backend_choices, every, mfd_fast_on
@@ -19,7 +19,7 @@ from .machine import DeviceLostError, is_lost, last_level_cache_bytes
 from .ops import of, options_of
 from .records import BenchOp
 from .timing import LEAST_ROUNDS, Flusher, Step, Times, host_times, interleaved
-from .workloads import Workload
+from .workloads import DTYPES, Workload
 
 # Inputs and gradients, eager's temporaries and the gate's copies, in multiples of the least traffic.
 MEMORY_FACTOR = 7
@@ -214,7 +214,10 @@ def _plain(workload: Workload, backend: str, case: Case) -> Step | None:
     if workload.plain is None:
         return None
     options = {**options_of(workload), **workload.plain}
+    dtype = options.pop("dtype", None)
     call = of(workload).call(options, backend)
+    if dtype is not None:
+        case = as_dtype(case, DTYPES[dtype])
     if options.get("hard_weight") or "labels" not in case.arguments:
         return step_of(call, case)
     without = Case(workload, {**case.arguments, "labels": None}, case.leaves, case.upstream, case.copies)

@@ -162,14 +162,18 @@ def _mfd_work(sizes: Sizes, item: int, training: bool) -> Work:
 
 
 def _linear_inputs(sizes: Sizes, dtype: torch.dtype, distance: str, seed: int) -> Arguments:
-    """A near teacher has the student's head and hidden states, cut or filled up with zeros to its own width."""
+    """A near teacher has the student's head and hidden states, cut or filled up with zeros to its own width.
+
+    A width of 0: no teacher, for the labels' term alone.
+    """
     rows, hidden, wide, classes = sizes["rows"], sizes["hidden"], sizes["teacher"], sizes["classes"]
     student_hidden = normal((rows, hidden), 7 * seed, dtype)
     student_weight = normal((classes, hidden), 7 * seed + 1, dtype, 3 * hidden**-0.5)
-    if DISTANCES[distance] is None:
+    teacher_hidden = teacher_weight = None
+    if wide and DISTANCES[distance] is None:
         teacher_hidden = normal((rows, wide), 7 * seed + 3, dtype)
         teacher_weight = normal((classes, wide), 7 * seed + 2, dtype, 3 * wide**-0.5)
-    else:
+    elif wide:
         teacher_hidden = near(F.pad(student_hidden, (0, wide - hidden)), distance, 7 * seed + 3)
         teacher_weight = F.pad(student_weight, (0, wide - hidden)).clone()
     return {
@@ -188,10 +192,10 @@ def _linear_call(options: Mapping[str, Any], backend: str | None) -> Callable[..
 def _linear_work(sizes: Sizes, item: int, training: bool) -> Work:
     """Both heads forward, d hidden and d weight backward; hidden states and weights in, their gradients out."""
     rows, hidden, wide, classes = sizes["rows"], sizes["hidden"], sizes["teacher"], sizes["classes"]
-    products = [(rows, hidden, classes), (rows, wide, classes)]
+    products = [(rows, width, classes) for width in (hidden, wide) if width]
     if training:
         products += [(rows, classes, hidden), (classes, rows, hidden)]
-    return Work((rows + classes) * ((2 if training else 1) * hidden + wide) * item, tuple(products))
+    return Work((rows + classes) * ((2 if training else 1) * hidden + wide) * item, tuple(products), exact=True)
 
 
 # ------------------------------------------------------------------------------------------------ student_step

@@ -18,10 +18,14 @@ Sizes = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes that must cross the memory bus, and GEMMs (m, k, n) that must be done."""
+    """Bytes that must cross the memory bus, and GEMMs (m, k, n) that must be done.
+
+    ``exact``: by no library whose sums round more than those of ``torch.mm``, which the gate would not let pass.
+    """
 
     nbytes: int
     products: tuple[tuple[int, int, int], ...] = ()
+    exact: bool = False
 
     @property
     def flops(self) -> int:

@@ -111,7 +111,12 @@ def targets(result: Result) -> list[TargetCheck]:
     if wanted["milliseconds"] is not None:
         checks.append(TargetCheck("ms", wanted["milliseconds"], own["median"] if own else None, False))
     if wanted["plain"] is not None:
-        checks.append(TargetCheck("x plain call", wanted["plain"], times_plain(result), False))
+        dtype = (result["workload"]["plain"] or {}).get("dtype")
+        what = f"x {dtype}" if dtype else "x plain call"
+        checks.append(TargetCheck(what, wanted["plain"], times_plain(result), False))
+    if wanted.get("extra") is not None:
+        held = None if own is None or own["extra_bytes"] is None else own["extra_bytes"] / 2**20
+        checks.append(TargetCheck("peak extra, MiB", round(wanted["extra"] / 2**20, 1), held, False))
     return checks
 
 

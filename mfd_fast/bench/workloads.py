@@ -18,7 +18,7 @@ class Targets:
 
     ``floor``: at most this many times the measured floor; ``eager``, ``compile``: at least this many times as fast;
     ``milliseconds``: at most; ``plain``: at most this many times the same op's plain call (see ``Workload.plain``);
-    ``rivals``: at least this many times as fast as each of these.
+    ``rivals``: at least this many times as fast as each of these; ``extra``: most bytes beyond the inputs.
     """
 
     floor: float | None = None
@@ -27,13 +27,15 @@ class Targets:
     milliseconds: float | None = None
     plain: float | None = None
     rivals: Mapping[str, float] = field(default_factory=dict)
+    extra: int | None = None
 
 
 @dataclass(frozen=True)
 class Workload:
     """One call to be measured. ``sizes`` and ``options`` are those of the op's record in :mod:`.ops`.
 
-    ``plain``: options of a simpler call of the same op that is timed beside it (CE + KL beside KL alone).
+    ``plain``: options of a simpler call of the same op that is timed beside it (CE + KL beside KL alone), or another
+    ``dtype`` of the same call.
     """
 
     op: str

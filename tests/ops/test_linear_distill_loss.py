@@ -214,8 +214,9 @@ def test_temperature_shared_by_both_sides_has_one_gradient():
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_gradients_and_two_chunks_of_logits(dtype, masked):
+def test_memory_is_gradients_and_two_chunks_of_logits(dtype, masked, monkeypatch):
     rows, width, classes, chunk_rows = 600, 64, 5000, 200
+    monkeypatch.setattr(products, "WIDENED_BYTES", 4 * width * classes // 3)  # a weight in parts
     h, w, ht, wt = heads(rows, width, classes, dtype)
     mask = torch.arange(rows) % 4 > 0 if masked else None
     leaves = [h.requires_grad_(), w.requires_grad_()]
@@ -226,7 +227,7 @@ def test_memory_is_gradients_and_two_chunks_of_logits(dtype, masked):
 
     step()
     sums = 4 * (h.numel() + w.numel())
-    widened = 0 if dtype == torch.float32 else min(products.WIDENED_BYTES, 4 * w.numel())
+    widened = 0 if dtype == torch.float32 else products.WIDENED_BYTES
     # Statistics, terms and labels of each row; of a chunk a few matrices [chunk, H].
     small = 160 * rows + 3 * 4 * chunk_rows * width
     assert peak_extra_bytes(step, torch.device("cpu")) <= sums + 2 * 4 * chunk_rows * classes + widened + small
@@ -257,6 +258,9 @@ def test_gradients_may_take_the_memory_of_the_logits(backend, divergence):
         apart = kernels.per_row_backward(rows, *upstream)
         assert torch.equal(z, sides[0])
         assert torch.equal(t, sides[1])
+        narrow = kernels.per_row_backward(rows, *upstream, in_place=True, student_dtype=torch.bfloat16)
+        assert torch.equal(narrow.student, apart.student.bfloat16())
+        z.copy_(sides[0]), t.copy_(sides[1])
         over = kernels.per_row_backward(rows, *upstream, in_place=True)
         for a, b in zip((*apart[:3], *apart.teachers), (*over[:3], *over.teachers), strict=True):
             assert torch.equal(a, b)
@@ -301,7 +305,10 @@ def test_a_compiled_gradient_is_rounded_once():
 
 
 class Work(TorchDispatchMode):
-    """Counts the calls that a GPU would launch a kernel for: all but views and allocations."""
+    """Counts the calls that a GPU would launch a kernel for: all but views and allocations.
+
+    Products of 16-bit operands into float32, which no CPU has, are computed in float32.
+    """
 
     def __init__(self):
         super().__init__()
@@ -312,19 +319,39 @@ class Work(TorchDispatchMode):
         view = any(a is not None and not a.is_write for a in alias)
         if not view and function.overloadpacket.__name__ not in ("empty", "new_empty", "detach", "lift_fresh"):
             self.names.append(function.overloadpacket.__name__)
+        if function._overloadname.startswith("dtype"):
+            kwargs = dict(kwargs or {})
+            *operands, dtype = args
+            function = getattr(function.overloadpacket, "out" if "out" in kwargs else "default")
+            args = [operand.to(dtype) for operand in operands]
         return function(*args, **kwargs or {})
 
 
+def defaults():
+    """What check_linear_distill_loss takes beside the tensors."""
+    signature = inspect.signature(mfd.linear_distill_loss).parameters.values()
+    options = {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY}
+    return {name: value for name, value in options.items() if name not in ("process_group", "backend")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("labelled", [False, True])
-def test_six_launches_a_chunk(monkeypatch, labelled):
+def test_six_launches_a_chunk(monkeypatch, labelled, dtype):
     """Four products and two kernels over the rows."""
     launches = []
     monkeypatch.setattr("mfd_fast.backends.triton.distill_loss.launch", lambda *_, **__: launches.append("kernel"))
+    monkeypatch.setattr("mfd_fast.backends.triton.launch.interpreting", lambda: False)
+    monkeypatch.setattr(products, "has_wide_sums", lambda _: True)
+    monkeypatch.setattr(products, "_adds_wider", lambda _: True)
 
     def names(rows):
         labels = torch.zeros(rows, dtype=torch.int64) if labelled else None
-        sides = zip(("student_hidden", "student_weight", "teacher_hidden", "teacher_weight"), heads(rows), strict=True)
-        problem = linear.check_linear_distill_loss("op", labels=labels, **dict(sides), **defaults)
+        sides = zip(
+            ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight"),
+            heads(rows, dtype=dtype),
+            strict=True,
+        )
+        problem = linear.check_linear_distill_loss("op", labels=labels, **dict(sides), **options)
         launches.clear()
         with Work() as work:  # around the op itself it would be recorded as one call
             needs = chunked_heads.LinearGradients(student_hidden=True, student_weight=True)
@@ -332,11 +359,33 @@ def test_six_launches_a_chunk(monkeypatch, labelled):
             chunked_heads.run("triton", problem.rows, problem.loss, problem.heads, ones, ones, needs)
         return work.names + launches
 
-    signature = inspect.signature(mfd.linear_distill_loss).parameters.values()
-    defaults = {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY}
-    defaults |= {"hard_weight": float(labelled), "chunk_rows": 8}
-    for name in ("process_group", "backend"):
-        del defaults[name]
+    options = {**defaults(), "hard_weight": float(labelled), "chunk_rows": 8}
     more, few = Counter(names(32)), Counter(names(16))
     one = {name: (count - few[name]) / 2 for name, count in more.items() if count != few[name]}
-    assert one == {"mm": 3, "addmm_": 1, "kernel": 2}
+    assert one == {"mm": 3, "addmm_" if dtype == torch.float32 else "addmm": 1, "kernel": 2}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_gpus_products_of_bfloat16(monkeypatch, masked):
+    """With a gradient of the logits in bfloat16, float32 sums of its products, and every row's in its place."""
+    h, w, ht, wt = heads(rows=20, dtype=torch.bfloat16)
+    bias = torch.linspace(-1, 1, 50).bfloat16()
+    mask = torch.arange(20) % 3 > 0 if masked else None
+    sample = dict(zip(linear.HeadProblem.TENSORS, (h, w, bias, ht, wt, None), strict=True))
+    names = ("student_hidden", "student_weight", "student_bias")
+    wide = {name: None if t is None else t.double() for name, t in sample.items()}
+    _, exact = gradients(wide, names, mask=mask, backend="reference")
+    monkeypatch.setattr(products, "has_wide_sums", lambda _: True)
+    monkeypatch.setattr(products, "_adds_wider", lambda _: True)
+    problem = linear.check_linear_distill_loss(
+        "op", labels=None, **{**defaults(), **sample, "mask": mask, "chunk_rows": 8}
+    )
+    factor = torch.full((20,), 1 / (20 if mask is None else int(mask.sum())))
+    needs = chunked_heads.LinearGradients(*(True,) * 3)
+    with Work() as work:
+        found = chunked_heads.run("triton", problem.rows, problem.loss, problem.heads, factor, factor, needs)
+    assert "addmm" in work.names
+    for got, expected in zip(found.gradients, exact, strict=False):
+        assert got.dtype == torch.bfloat16
+        # Two roundings: of the logits' gradient and of the result.
+        torch.testing.assert_close(got.double(), expected, rtol=2**-7, atol=2**-8 * float(expected.abs().max()))

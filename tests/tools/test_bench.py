@@ -23,7 +23,7 @@ from mfd_fast.bench.gate import Gate
 from mfd_fast.bench.implementations import BASELINES, Implementation, UnfitError, every, mfd_fast_on
 from mfd_fast.bench.measure import LeftOutError, Settings, measure
 from mfd_fast.bench.ops import OPS
-from mfd_fast.bench.workloads import Workload
+from mfd_fast.bench.workloads import Targets, Workload
 from mfd_fast.divergences import DIVERGENCES
 
 CPU = torch.device("cpu")
@@ -204,6 +204,17 @@ def test_a_planted_slowdown_is_reported_as_one(one_thread):
     assert not same.is_slower
 
 
+def test_the_labels_term_alone_has_no_teachers_product():
+    sizes = {**SMALL["linear_distill"], "teacher": 0}
+    alone = {"soft_weight": 0.0, "hard_weight": 1.0}
+    workload = Workload("linear_distill", sizes, "bfloat16", alone, plain={"dtype": "float32"})
+    workload = dataclasses.replace(workload, targets=Targets(plain=1e9, extra=1 << 20))
+    found = measure(workload, settings("eager"))
+    assert found["flops"] == 3 * 2 * 48 * 8 * 50  # logits, d hidden, d weight
+    by_dtype, memory = results.targets(found)
+    assert (by_dtype.what, by_dtype.met, memory.what, memory.met) == ("x float32", True, "peak extra, MiB", True)
+
+
 def test_rounds_rotate_and_samples_are_kept():
     order = []
     found = timing.interleaved({n: lambda n=n: order.append(n) for n in "abc"}, CPU, 0.0, flush=lambda: None, least=4)
@@ -305,7 +316,7 @@ def test_suites_are_well_formed():
             assert set(entry.against) <= set(every())
             assert list(entry.workload.sizes) == list(OPS[entry.workload.op].sizes)
             assert set(entry.workload.options) <= set(OPS[entry.workload.op].options)
-    assert {entry.workload.op for entry in suites.CPU.entries} == set(OPS)
+    assert {entry.workload.op for suite in (suites.CPU, suites.HEADS) for entry in suite.entries} == set(OPS)
     classes = {e.workload.sizes.get("classes") for e in suites.CPU.entries}
     assert classes >= {21, 100, 112, 150, 1000, 30522, 32000, 128256, 151936, 256000}
 

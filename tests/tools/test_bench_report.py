@@ -158,13 +158,23 @@ def test_what_a_call_had_no_time_for_is_measured_by_the_next_one(tmp_path, capsy
 
 def test_the_published_page_is_its_raw_file():
     page = command.REPORT.read_text(encoding="utf-8")
-    raw = re.search(r"\]\((\.\./benchmarks/results/.+?\.json)\)", page)
-    assert raw is not None
-    found = results.load((command.REPORT.parent / raw[1]).resolve())
+    (raw, found), *more = command.published_files()
     names = ["speed_up", "roofline", *(["scaling"] if found.get("growth") else [])]
     pictures = [command.PICTURES / f"{name}.svg" for name in names]
     assert all(path.is_file() for path in pictures)
-    assert page == report.render(found, raw[1], command.published(pictures))
+    assert page == report.render(found, raw, command.published(pictures), more)
+
+
+def test_another_suites_file_replaces_the_results_of_its_ops():
+    found, other = bench_samples.document(), bench_samples.document()
+    other["suite"], other["results"] = "heads", other["results"][1:2]
+    other["machine"]["isa"], other["left_out"] = "avx2", []
+    text = report.render(found, "raw.json", [], [("more.json", other)])
+    assert text.count("`mfd_loss 256x3x512x100 float32 (avx2)` | reference | torch.compile | 6 ms") == 1
+    assert "`mfd_loss 256x3x512x100 float32`" not in text
+    assert "| `mfd_loss` | [more.json](more.json) |" in text
+    assert "`python -m benchmarks --suite heads --publish`" in text
+    assert command.results_name(other).endswith("-heads-avx2")
 
 
 def test_result_files_name_no_place_and_no_person():

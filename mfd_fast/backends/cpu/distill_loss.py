@@ -179,6 +179,7 @@ def per_row_backward(
     needs: RowNeeds,
     *,
     in_place: bool = False,
+    student_dtype: torch.dtype | None = None,
 ) -> RowGradients:
     """Gradients of ``sum(grad_soft*soft + grad_hard*hard)`` to all logits and, per row, temperatures and weights."""
     module = native()
@@ -216,4 +217,6 @@ def per_row_backward(
             not in_place and any(t is not None and t.nbytes >= STREAM_BYTES for t in (found.student, *found.teachers)),
             torch.get_num_threads(),
         )
+    if found.student is not None and student_dtype not in (None, found.student.dtype):
+        found = found._replace(student=found.student.to(student_dtype))
     return found

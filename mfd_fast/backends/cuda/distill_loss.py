@@ -147,6 +147,7 @@ def per_row_backward(
     needs: RowNeeds,
     *,
     in_place: bool = False,
+    student_dtype: torch.dtype | None = None,
 ) -> RowGradients:
     """Gradients of Σ grad_soft·soft + grad_hard·hard to all logits and, per row, temperatures and weights."""
     module, n, dtype, device = native(), rows.n_rows, rows.dtype, rows.device
@@ -184,4 +185,6 @@ def per_row_backward(
             _scratch(module, problem, topk, rows, True, keep),
             *where(device),
         )
+    if found.student is not None and student_dtype not in (None, found.student.dtype):
+        found = found._replace(student=found.student.to(student_dtype))
     return found

@@ -67,11 +67,12 @@ def per_row_backward(
     needs: RowNeeds,
     *,
     in_place: bool = False,  # noqa: ARG001
+    student_dtype: torch.dtype | None = None,
 ) -> RowGradients:
     """Gradients of Σ grad_soft·soft + grad_hard·hard."""
     found = _gradients(rows, grad_soft, grad_hard)
     return RowGradients(
-        found.student if needs.student else None,
+        found.student.to(student_dtype or found.student.dtype) if needs.student else None,
         found.temperature if needs.temperature else None,
         found.teacher_temperature if needs.teacher_temperature else None,
         found.teacher_weights if needs.teacher_weights else None,

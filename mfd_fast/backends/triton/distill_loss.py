@@ -176,13 +176,16 @@ def per_row_backward(
     needs: RowNeeds,
     *,
     in_place: bool = False,
+    student_dtype: torch.dtype | None = None,
 ) -> RowGradients:
     """Gradients of Σ grad_soft·soft + grad_hard·hard to all logits and, per row, temperatures and weights."""
     n, several = rows.n_rows, len(rows.teachers) > 1
     # A program has loaded the classes that it stores, but for the logit of a label and those that a TopK lists.
     apart = rows.topk is None and not rows.divergence.needs_labels
     like: Any = (lambda logits: (logits, logits)) if in_place and apart else gradient
-    student, d_student = like(rows.student) if needs.student else (None, None)
+    of_student = rows.student.dtype if student_dtype is None else student_dtype
+    own = like if of_student == rows.student.dtype else (lambda logits: gradient(logits, of_student))
+    student, d_student = own(rows.student) if needs.student else (None, None)
     teacher, d_teacher = like(rows.teacher) if needs.teachers[0] and not several else (None, None)
     need_teachers = any(needs.teachers) or needs.teacher_temperature or needs.teacher_weights
     mixed = exponents = None

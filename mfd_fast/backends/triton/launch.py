@@ -101,13 +101,13 @@ def number(value: float | Tensor | None, like: Tensor) -> tuple[float, Tensor | 
     return 1.0, aligned(value)
 
 
-def gradient(like: Tensor) -> tuple[Tensor, Tensor]:
-    """(what the kernel writes, what the caller receives): contiguous, of ``like``'s shape and dtype.
+def gradient(like: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(what the kernel writes, what the caller receives): contiguous, of ``like``'s shape and dtype, or of ``dtype``.
 
     One tensor, but for bfloat16 in the interpreter, whose conversion loses the carry into the exponent.
     """
-    out = allocate.empty_gradient(like)
-    if interpreting() and like.dtype == torch.bfloat16:
+    out = allocate.empty_large(like.shape, dtype or like.dtype, like.device)
+    if interpreting() and out.dtype == torch.bfloat16:
         return allocate.empty(tuple(like.shape), torch.float32, like.device), out
     return out, out
 
