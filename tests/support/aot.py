@@ -6,6 +6,8 @@ are in a test session, cannot be compiled.
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
 import json
 import os
@@ -21,8 +23,9 @@ from typing import Any
 import verdicts
 from typing_extensions import Self
 
-#: What a kernel's machine code depends on: the kernels, the launches and what records them.
-SOURCES = (verdicts.ROOT / "kernels" / "triton", verdicts.ROOT / "mfd_fast", Path(__file__).resolve().parent)
+#: What reads the machine code.
+READERS = (Path(__file__).resolve(),)
+KERNELS = verdicts.ROOT / "kernels" / "triton"
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,8 @@ class Compiler:
         self._cache.cleanup()
 
     def report(self, module: str, name: str) -> Report:
-        """Facts about ``module.launches(name)``; kept for the same sources, Triton and assembler."""
-        tools = (self.version(), os.environ.get("TRITON_PTXAS_PATH"))
-        found = verdicts.kept("triton", SOURCES, (module, name, *tools), lambda: self._ask("compile", module, name))
-        return Report(**found)
+        """Facts about ``module.launches(name)``."""
+        return Report(**self._ask("compile", module, name))
 
     def keys(self, module: str, name: str) -> list[str]:
         """Keys in the launcher's cache of every call of ``module.variants(name)``."""
@@ -96,9 +97,20 @@ class Compiler:
 def compile_kernel(
     kernel: Any, arguments: dict[str, Any], capability: int, warps: int, more: dict[str, Any] | None = None
 ) -> Report:
-    """Facts about :func:`compiled`."""
-    found, _ = compiled(kernel, arguments, capability, warps, more)
-    return inspect_cubin(found.asm["cubin"], found.metadata.shared, found.asm["ttir"])
+    """Facts about :func:`compiled`, kept for the same sources of the kernel, parameters, options, Triton and assembler.
+
+    Triton's hash of the kernel covers the functions that it calls, not the fields of the tuples.
+    """
+    import triton
+
+    source, target, options = _source(kernel, arguments, capability, warps, more)
+    tools = (_tuples(), triton.__version__, os.environ.get("TRITON_PTXAS_PATH"))
+
+    def check() -> dict[str, Any]:
+        found = triton.compile(source, target=target, options=options)
+        return asdict(inspect_cubin(found.asm["cubin"], found.metadata.shared, found.asm["ttir"]))
+
+    return Report(**verdicts.kept("triton", READERS, (source.hash(), target, sorted(options.items()), *tools), check))
 
 
 def compiled(
@@ -109,8 +121,26 @@ def compiled(
 
     Tensors among the arguments may live anywhere: only dtype and alignment count.
     """
+    from triton.compiler import compile  # noqa: A004
+
+    source, target, options = _source(kernel, arguments, capability, warps, more)
+    return compile(source, target=target, options=options), source.signature
+
+
+@functools.cache
+def _tuples() -> list[str]:
+    """The fields of every NamedTuple of the kernels."""
+    trees = [ast.parse(path.read_text()) for path in sorted(KERNELS.rglob("*.py"))]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    return [f"{c.name} {[ast.unparse(n) for n in c.body if isinstance(n, ast.AnnAssign)]}" for c in classes]
+
+
+def _source(
+    kernel: Any, arguments: dict[str, Any], capability: int, warps: int, more: dict[str, Any] | None
+) -> tuple[Any, Any, dict[str, Any]]:
+    """What `triton.compile` takes: source, target, options."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile, make_backend  # noqa: A004
+    from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
     from mfd_fast.backends.triton.launch import compile_options
@@ -123,8 +153,7 @@ def compiled(
     assert len(known) == len(arguments), f"unknown arguments: {arguments.keys() - known.keys()}"
     bound, specialization, rest = binder(**known, **options)
     parsed, signature, constexprs, attributes = kernel._pack_args(backend, rest, bound, specialization, rest)
-    source = ASTSource(kernel, signature, constexprs, attributes)
-    return compile(source, target=target, options=parsed.__dict__), signature
+    return ASTSource(kernel, signature, constexprs, attributes), target, parsed.__dict__
 
 
 def specialization_key(kernel: Any, arguments: dict[str, Any], capability: int) -> str:

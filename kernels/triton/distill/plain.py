@@ -69,7 +69,7 @@ class Lanes(NamedTuple):
     spread: tl.tensor
 
 
-class Terms(NamedTuple):
+class PlainTerms(NamedTuple):
     """What `row_losses` takes."""
 
     soft: tl.tensor
@@ -78,7 +78,7 @@ class Terms(NamedTuple):
     p1: tl.tensor
 
 
-class Slopes(NamedTuple):
+class PlainSlopes(NamedTuple):
     """The gradient is (es - et*ratio - et*rest)*soft + exp(x - max x)*hard - even, and at the label less `label`."""
 
     ratio: tl.tensor
@@ -343,12 +343,12 @@ def terms(v, soft, at, x_label, smoothing, how):
         hard = log_s1 - (x_label - v.ms)
         if how.SMOOTH:
             hard = hard - (none + smoothing).to(tl.float32) * divide(v.spread, none + at.classes)
-    return Terms(tl.where(soft < 0.0, 0.0, soft), none, hard, none)
+    return PlainTerms(tl.where(soft < 0.0, 0.0, soft), none, hard, none)
 
 
 @triton.jit
 def slopes_of(v, n, slope, hard_share, smoothing, classes, how):
-    """`Slopes` of the rows."""
+    """`PlainSlopes` of the rows."""
     if how.DIVERGENCE >= REVERSE:
         slope = slope * slope_unit(n, how)
     ratio, rest = divide(v.ss, v.st), tl.zeros_like(v.ss)
@@ -360,7 +360,7 @@ def slopes_of(v, n, slope, hard_share, smoothing, classes, how):
         eps = (tl.zeros_like(rest) + smoothing).to(tl.float32)
         hard, even = divide(hard_share, v.s1), divide(hard_share * eps, n_classes)
         label = hard_share * (1.0 - eps * divide(n_classes - 1.0, n_classes)) - even
-    return Slopes(ratio, rest, divide(slope, v.ss), hard, even, label)
+    return PlainSlopes(ratio, rest, divide(slope, v.ss), hard, even, label)
 
 
 @triton.jit

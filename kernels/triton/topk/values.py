@@ -233,7 +233,7 @@ def topk_row(s, t, p, bits, at, col, n_listed, smoothing, a, b, how):
     return TopKRow(*tiles, shift, top, rest, d.left, share, power_share, *values, soft.known, means)
 
 
-class Slopes(NamedTuple):
+class TopKSlopes(NamedTuple):
     """tile: slope*dD/du of the compared classes. rest: that of an unlisted class per exp((x - top)/T), and power: per
     its power. hard, unit: targets. asked: whether hard counts.
     """
@@ -259,7 +259,7 @@ def topk_slopes(v, s, t, slope, hard_share, at_one, smoothing, classes, how):
     kept = hard_share * (1.0 - eps * divide(n_classes - 1.0, n_classes))
     hard = Targets(v.top, divide(hard_share, v.s1), kept, divide(hard_share * eps, n_classes))
     unit = Targets(v.u_top, divide(at_one, v.u1), at_one, none)
-    return Slopes(tile, rest, slope * v.power_share, hard, unit, hard_share != 0.0)
+    return TopKSlopes(tile, rest, slope * v.power_share, hard, unit, hard_share != 0.0)
 
 
 @triton.jit
