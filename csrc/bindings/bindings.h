@@ -36,6 +36,46 @@ inline void put_value(Address out, bool is_double, double value) {
   }
 }
 
+// What a forward pass per row writes, 0 where it is not wanted. The CPU has both entropies and the agreement
+// or none.
+inline Forward per_row_forward(const RowProblem& problem, Address soft, Address hard, Address stats,
+                               Address student_entropy, Address teacher_entropy, Address student_label_prob,
+                               Address teacher_label_prob, Address agreement) {
+  Forward f{};
+  f.problem = problem;
+  f.use_soft = true;
+  f.use_hard = problem.labels != nullptr;
+  f.weight = {nullptr, 0, 1.0};
+  f.soft = pointer(soft);
+  f.hard = pointer(hard);
+  f.stats = pointer(stats);
+  f.student_entropy = pointer(student_entropy);
+  f.teacher_entropy = pointer(teacher_entropy);
+  f.student_label_prob = pointer(student_label_prob);
+  f.teacher_label_prob = pointer(teacher_label_prob);
+  f.agreement = pointer<unsigned char>(agreement);
+  return f;
+}
+
+// The backward pass of rows with a sparse teacher, whose values' gradient is that of the one teacher.
+inline TopKPass topk_backward(const Backward& g, const TopK& teacher) {
+  TopKPass pass{};
+  pass.forward.problem = g.problem;
+  pass.forward.use_soft = true;
+  pass.forward.use_hard = g.problem.labels != nullptr;
+  pass.forward.weight = {nullptr, 0, 1.0};
+  pass.forward.soft_factor = pass.forward.hard_factor = 1.0;
+  pass.forward.grad = g.d_student;
+  pass.forward.stream = g.stream;
+  pass.teacher = teacher;
+  pass.grad_soft = g.grad_soft;
+  pass.grad_hard = g.grad_hard;
+  pass.d_values = g.d_teacher;
+  pass.d_temperature = g.d_temperature;
+  pass.d_teacher_temperature = g.d_teacher_temperature;
+  return pass;
+}
+
 // Where a pool's backward writes what its parameters get.
 inline void set_gradients(PoolBackward& g, const std::vector<Address>& d_features, int64_t d_row_stride,
                           bool stream, Address d_query, Address d_bias) {

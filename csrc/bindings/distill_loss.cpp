@@ -80,18 +80,8 @@ void scalar(const RowProblem& problem, const TopK* topk, bool use_soft, bool use
 void per_row(const RowProblem& problem, const TopK* topk, Address soft, Address hard, Address stats,
              Address student_entropy, Address teacher_entropy, Address student_label_prob,
              Address teacher_label_prob, Address agreement, int threads) {
-  Forward f{};
-  f.problem = problem;
-  f.use_soft = true;
-  f.use_hard = problem.labels != nullptr;
-  f.soft = pointer(soft);
-  f.hard = pointer(hard);
-  f.stats = pointer(stats);
-  f.student_entropy = pointer(student_entropy);
-  f.teacher_entropy = pointer(teacher_entropy);
-  f.student_label_prob = pointer(student_label_prob);
-  f.teacher_label_prob = pointer(teacher_label_prob);
-  f.agreement = pointer<unsigned char>(agreement);
+  const Forward f = per_row_forward(problem, soft, hard, stats, student_entropy, teacher_entropy,
+                                    student_label_prob, teacher_label_prob, agreement);
   run_forward(f, topk, false, threads);
 }
 
@@ -101,36 +91,22 @@ void per_row_backward(const RowProblem& problem, const TopK* topk, Address stats
                       Address d_teacher_temperature, Address d_weights, bool stream, int threads) {
   std::vector<void*> teachers;
   for (const Address d_teacher : d_teachers) teachers.push_back(pointer(d_teacher));
+  const Backward g = {problem,
+                      pointer(stats),
+                      {pointer(grad_soft), grad_soft_stride, 0.0},
+                      {pointer(grad_hard), grad_hard_stride, 0.0},
+                      pointer(d_student),
+                      problem.mixture ? nullptr : teachers[0],
+                      pointer(d_temperature),
+                      pointer(d_teacher_temperature),
+                      stream,
+                      teachers.data(),
+                      pointer(d_weights)};
   if (topk) {
-    TopKPass pass{};
-    pass.forward.problem = problem;
-    pass.forward.use_soft = true;
-    pass.forward.use_hard = problem.labels != nullptr;
-    pass.forward.weight = {nullptr, 0, 1.0};
-    pass.forward.soft_factor = pass.forward.hard_factor = 1.0;
-    pass.forward.grad = pointer(d_student);
-    pass.forward.stream = stream;
-    pass.teacher = *topk;
-    pass.grad_soft = {pointer(grad_soft), grad_soft_stride, 0.0};
-    pass.grad_hard = {pointer(grad_hard), grad_hard_stride, 0.0};
-    pass.d_values = teachers[0];
-    pass.d_temperature = pointer(d_temperature);
-    pass.d_teacher_temperature = pointer(d_teacher_temperature);
-    mfd::topk(pass, false, threads);
-    return;
+    mfd::topk(topk_backward(g, *topk), false, threads);
+  } else {
+    backward(g, threads);
   }
-  backward({problem,
-            pointer(stats),
-            {pointer(grad_soft), grad_soft_stride, 0.0},
-            {pointer(grad_hard), grad_hard_stride, 0.0},
-            pointer(d_student),
-            problem.mixture ? nullptr : teachers[0],
-            pointer(d_temperature),
-            pointer(d_teacher_temperature),
-            stream,
-            teachers.data(),
-            pointer(d_weights)},
-           threads);
 }
 
 // distill_loss of one teacher as a scalar, with numbers for all that may be a number.

@@ -55,19 +55,8 @@ void scalar(const RowProblem& problem, const TopK* topk, bool use_soft, bool use
 void per_row(const RowProblem& problem, const TopK* topk, Address soft, Address hard, Address stats,
              Address student_entropy, Address teacher_entropy, Address student_label_prob,
              Address teacher_label_prob, Address agreement, Address scratch, int device, Address stream) {
-  Forward f{};
-  f.problem = problem;
-  f.use_soft = true;
-  f.use_hard = problem.labels != nullptr;
-  f.weight = {nullptr, 0, 1.0};
-  f.soft = pointer(soft);
-  f.hard = pointer(hard);
-  f.stats = pointer(stats);
-  f.student_entropy = pointer(student_entropy);
-  f.teacher_entropy = pointer(teacher_entropy);
-  f.student_label_prob = pointer(student_label_prob);
-  f.teacher_label_prob = pointer(teacher_label_prob);
-  f.agreement = pointer<unsigned char>(agreement);
+  const Forward f = per_row_forward(problem, soft, hard, stats, student_entropy, teacher_entropy,
+                                    student_label_prob, teacher_label_prob, agreement);
   start_forward(f, topk, nullptr, scratch, {device, pointer(stream)});
 }
 
@@ -90,21 +79,8 @@ void per_row_backward(const RowProblem& problem, const TopK* topk, Address stats
                       false,
                       teachers.data(),
                       pointer(d_weights)};
-  if (topk) {
-    TopKPass pass{};
-    pass.forward.problem = problem;
-    pass.forward.use_soft = true;
-    pass.forward.use_hard = problem.labels != nullptr;
-    pass.forward.weight = {nullptr, 0, 1.0};
-    pass.forward.grad = g.d_student;
-    pass.teacher = *topk;
-    pass.grad_soft = g.grad_soft;
-    pass.grad_hard = g.grad_hard;
-    pass.d_values = g.d_teacher;
-    pass.d_temperature = g.d_temperature;
-    pass.d_teacher_temperature = g.d_teacher_temperature;
-    return cuda::topk_rows(pass, nullptr, pointer(scratch), {device, pointer(stream)});
-  }
+  if (topk)
+    return cuda::topk_rows(topk_backward(g, *topk), nullptr, pointer(scratch), {device, pointer(stream)});
   if (problem.mixture) return cuda::mixture_backward(g, pointer(scratch), {device, pointer(stream)});
   cuda::backward(g, {device, pointer(stream)});
 }
@@ -130,7 +106,7 @@ void bind_cuda(py::module_& parent) {
   bind_cuda_fusion(m);
   bind_cuda_mfd(m);
   m.attr("scalar_workspace") = sizeof(cuda::ScalarWorkspace);
-  m.attr("max_teachers") = cuda::kMaxTeachers;
+  m.attr("max_teachers") = kMaxTeachers;
   m.def("plan", &plan);
   m.def("scratch_bytes", &scratch_bytes);
   m.def("scalar", &scalar, release());

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/problems/rows.h"
+#include "cuda/distill/teachers.cuh"
 #include "cuda/rows/scalar.cuh"
 
 namespace mfd {
@@ -32,9 +33,6 @@ struct ScalarWorkspace {
   int64_t counts[256];  // of at most 128 blocks: rows, then labels
   unsigned ticket;
 };
-
-// Teachers of one mixture, at most: kernels take them by value.
-constexpr int kMaxTeachers = 32;
 
 struct ScalarLoss {
   Scalar soft_weight, hard_weight, divisor;

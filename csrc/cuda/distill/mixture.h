@@ -10,7 +10,6 @@ namespace cuda {
 // `p` as the kernels take it, the mixture in place of its first teacher; and its teachers.
 inline RowProblem mixed_problem(const RowProblem& p, device::DeviceMixture& teachers) {
   const Mixture& m = *p.mixture;
-  static_assert(kMaxTeachers == device::kMaxTeachers, "one bound");
   if (m.count > kMaxTeachers) throw std::invalid_argument("mfd_fast: too many teachers");
   for (int64_t k = 0; k < m.count; ++k) teachers.sides[k] = m.teachers[k];
   teachers.count = static_cast<int>(m.count);

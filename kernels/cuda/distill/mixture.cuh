@@ -4,12 +4,11 @@
 
 #include "common/rows/target_math.h"
 #include "common/vector/mixture.h"
+#include "cuda/distill/teachers.cuh"
 #include "cuda/rows/rows.cuh"
 
 namespace mfd {
 namespace device {
-
-constexpr int kMaxTeachers = 32;  // kernels take them by value
 
 // Mixture and its temperature, by value.
 struct DeviceMixture {
