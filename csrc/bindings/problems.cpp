@@ -99,6 +99,12 @@ Tap make_tap(int64_t n_rows, int64_t width, const MatrixFields& student, const M
           stream};
 }
 
+// A number of an enumeration.
+template <class Enum>
+int code(Enum of) {
+  return static_cast<int>(of);
+}
+
 }  // namespace
 
 // Local to the module: the tests load a second one, with the CUDA kernels for a host compiler.
@@ -123,6 +129,20 @@ void bind_problems(py::module_& m) {
   py::class_<Tap>(m, "Tap", py::module_local())
       .def(py::init(&make_tap), "n_rows"_a, "width"_a, "student"_a, "teacher"_a, "mask"_a, "weight"_a,
            "grad_rows"_a, "grad_stride"_a, "d_student"_a, "d_teacher"_a, "distances"_a, "stream"_a);
+
+  // The numbers that Python knows as well (mfd_fast/codes.py), for its tests.
+  m.attr("dtypes") = py::dict("float32"_a = code(Dtype::kFloat32), "float64"_a = code(Dtype::kFloat64),
+                              "bfloat16"_a = code(Dtype::kBFloat16), "float16"_a = code(Dtype::kFloat16));
+  m.attr("divergences") =
+      py::dict("forward_kl"_a = code(Divergence::kForwardKL), "reverse_kl"_a = code(Divergence::kReverseKL),
+               "jsd"_a = code(Divergence::kJSD), "skew_kl"_a = code(Divergence::kSkewKL),
+               "skew_reverse_kl"_a = code(Divergence::kSkewReverseKL), "tvd"_a = code(Divergence::kTVD),
+               "alpha_beta"_a = code(Divergence::kAlphaBeta), "dkd"_a = code(Divergence::kDKD),
+               "nkd"_a = code(Divergence::kNKD), "cross_entropy"_a = code(Divergence::kCrossEntropy));
+  m.attr("tails") = py::dict("bucket"_a = code(Tail::kBucket), "renormalize"_a = code(Tail::kRenormalize),
+                             "zero"_a = code(Tail::kZero));
+  m.attr("feature_kinds") =
+      py::dict("mse"_a = code(kMse), "smooth_l1"_a = code(kSmoothL1), "cosine"_a = code(kCosine));
 }
 
 }  // namespace mfd

@@ -1,5 +1,7 @@
 """Every divergence on the native kernels against the reference in float64: sizes, threads, options, special values."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -84,9 +86,20 @@ def assert_agree(actual, exact, context, tolerance=1e-9):
 
 
 def test_numbers_and_widths_are_those_of_the_native_module():
+    native = cpu.native()
     assert set(codes.DIVERGENCES) == {*DIVERGENCES, "alpha_beta"}
-    assert sorted(codes.DIVERGENCES.values()) == list(range(len(codes.DIVERGENCES)))
-    assert cpu.native().statistics == codes.STATISTICS
+    assert native.divergences == codes.DIVERGENCES
+    assert native.dtypes == {str(dtype).removeprefix("torch."): code for dtype, code in codes.DTYPES.items()}
+    assert native.tails == codes.TAILS
+    assert native.feature_kinds == codes.FEATURE_KINDS
+    assert native.statistics == codes.STATISTICS
+
+
+def test_numbers_of_the_triton_kernels_are_those_of_python():
+    tails = importlib.import_module("mfd_fast.kernels.triton.topk.values")
+    assert {name: getattr(tails, name.upper()).value for name in codes.TAILS} == codes.TAILS
+    arithmetic = importlib.import_module("mfd_fast.kernels.triton.rows.arithmetic")
+    assert arithmetic.STATISTICS.value == codes.STATISTICS
 
 
 @every_divergence
