@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from . import backends
+from .backends.protocol import OPS
 from .bench import case, gate, machine
 from .bench.command import device_of
 from .bench.ops import of, options_of
@@ -26,8 +27,8 @@ from .bench.workloads import Workload
 SECONDS = 20.0
 #: Exit statuses.
 RIGHT, WRONG, LATE = 0, 1, 2
-#: (op of the benchmarks, sizes, options): the first of an op is checked first. A row loss meets short rows, rows of a
-#: thousand classes and a vocabulary: kernels differ by the length of the row.
+#: (op of the benchmarks, sizes, options): one of every public op, then the others. A row loss meets short rows, rows
+#: of a thousand classes and a vocabulary: kernels differ by the length of the row.
 CASES: tuple[tuple[str, Mapping[str, int], Mapping[str, Any]], ...] = (
     ("distill_loss", {"rows": 64, "classes": 1000}, {"hard_weight": 0.5}),
     ("distill_terms", {"rows": 64, "classes": 1000}, {}),
@@ -42,11 +43,7 @@ CASES: tuple[tuple[str, Mapping[str, int], Mapping[str, Any]], ...] = (
     ("topk_loss", {"rows": 64, "classes": 1000, "listed": 64}, {}),
     ("feature_loss", {"rows": 64, "taps": 2, "width": 768}, {"kind": "cosine"}),
 )
-#: So many of the cases come first, one of every public op.
-OPS = 6
 DTYPES = ("float32", "bfloat16")
-#: Workloads of the benchmarks that are calls of another public op.
-PUBLIC = {"topk_loss": "distill_loss", "linear_distill": "linear_distill_loss"}
 #: Of eager's error, to the backend that is plain PyTorch as eager is, in another order: its probabilities come from
 #: log-probabilities, which costs its float32 gradient of a near teacher up to 1.5 times eager's error.
 LENIENCE = {"reference": 2.0}
@@ -73,7 +70,7 @@ class Outcome:
 
 def workloads() -> list[Workload]:
     """In the order in which they are checked: every op in every dtype before any other case of it."""
-    groups = (CASES[:OPS], CASES[OPS:])
+    groups = (CASES[: len(OPS)], CASES[len(OPS) :])
     return [Workload(op, sizes, d, options) for group in groups for d in DTYPES for op, sizes, options in group]
 
 
@@ -102,7 +99,7 @@ def judged(workload: Workload, where: Mapping[str, torch.device], until: float =
     """
     gates: dict[torch.device, gate.Gate] = {}
     for backend, device in where.items():
-        op = PUBLIC.get(workload.op, workload.op)
+        op = of(workload).public or workload.op
         said = Outcome(op, workload.name, workload.dtype, backend, str(device), "late")
         if time.monotonic() > until:
             yield said

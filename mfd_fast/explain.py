@@ -4,41 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from .backends import NAMES, Choice, explain_choice
+from .backends.protocol import OPS
 from .ops.class_sharded import check_class_sharded
-from .ops.distill_loss import distill_loss
-from .ops.distill_terms import distill_terms
-from .ops.feature_loss import feature_loss
-from .ops.linear_distill_loss import linear_distill_loss
-from .ops.mfd_loss import mfd_loss
-from .ops.modal_pool import modal_pool
 from .problems.checks import value_error
-from .problems.features import check_feature_loss
-from .problems.linear import LinearProblem, check_linear_distill_loss
-from .problems.mfd import check_mfd_loss
-from .problems.pool import check_pool
+from .problems.linear import LinearProblem
 from .problems.problem import Problem
-from .problems.rows import DistillProblem, check_loss, check_rows
-
-
-class Op(NamedTuple):
-    """``kernels``: whose it runs, a key of ``backends.OPS``; ``check`` builds its problem from all arguments."""
-
-    kernels: str
-    check: Callable[..., Any]
-
-
-#: The public ops. Their backends are those of their kernels; the records of the tests follow from this table.
-OPS: dict[Callable[..., Any], Op] = {
-    distill_loss: Op("distill_loss", check_loss),
-    distill_terms: Op("distill_loss", check_rows),
-    linear_distill_loss: Op("distill_loss", check_linear_distill_loss),
-    modal_pool: Op("modal_pool", check_pool),
-    feature_loss: Op("feature_loss", check_feature_loss),
-    mfd_loss: Op("mfd_loss", check_mfd_loss),
-}
+from .problems.rows import DistillProblem
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
@@ -51,23 +25,21 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     >>> mfd.explain(mfd.distill_loss, torch.zeros(2, 3), torch.zeros(2, 3), backend="reference").backend
     'reference'
     """
-    record = OPS.get(op)
-    if record is None:
-        known = ", ".join(f.__name__ for f in OPS)
-        raise value_error("explain", "op", getattr(op, "__name__", op), f"one of {known}")
-    kernel_op, check = record
-    name = op.__name__
+    name = getattr(op, "__name__", op)
+    if not getattr(op, "__module__", "").startswith(f"{__package__}.ops.") or name not in OPS:
+        raise value_error("explain", "op", name, "one of " + ", ".join(OPS))
+    record = OPS[name]
     bound = inspect.signature(op).bind(*args, **kwargs)
     bound.apply_defaults()
     backend, group = bound.arguments.pop("backend"), bound.arguments.pop("process_group", None)
-    problem: Problem = check(name, **bound.arguments)
+    problem: Problem = record.check(name, **bound.arguments)
     beside: Problem | None = None
     if isinstance(problem, (DistillProblem, LinearProblem)):
         beside = problem.loss if isinstance(problem, DistillProblem) else problem
         if group is not None:
             return _of_shards(name, problem, group)
         problem = problem.rows
-    return explain_choice(kernel_op, problem, backend, name, beside)
+    return explain_choice(record.kernels, problem, backend, name, beside)
 
 
 def _of_shards(name: str, problem: DistillProblem | LinearProblem, group: Any) -> Choice:

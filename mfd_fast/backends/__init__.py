@@ -17,16 +17,11 @@ import torch
 from ..problems.checks import value_error
 from ..problems.problem import Problem
 from . import choice, environment, plans
-from .protocol import FeatureBackend, MFDBackend, PoolBackend, RowBackend, ScaleBackend
+from .protocol import OPS, FeatureBackend, MFDBackend, PoolBackend, RowBackend, ScaleBackend
 
 NAMES = environment.BACKENDS  # best first
-#: The backends of each op that has kernels, best first; :mod:`.choice` says from what, and holds measured exceptions.
-OPS: dict[str, tuple[str, ...]] = {
-    "distill_loss": ("cuda", "triton", "cpu", "reference"),
-    "modal_pool": ("cuda", "triton", "cpu", "reference"),
-    "feature_loss": ("cuda", "triton", "cpu", "reference"),
-    "mfd_loss": ("cuda", "triton", "cpu", "reference"),
-}
+#: The backends of each op that has kernels, best first.
+KERNELS = {op.kernels: op.backends for op in OPS.values()}
 
 _INTERPRETED = ("triton", "cuda")
 _ON_CPU = tuple(name for name in NAMES if name not in _INTERPRETED)
@@ -154,7 +149,7 @@ def why_not(name: str, op: str, problem: Problem) -> str | None:
     reason = availability(name)
     if reason is not None:
         return reason
-    if name not in OPS[op]:
+    if name not in KERNELS[op]:
         return f"{op} has no {name} kernel yet"
     if name == "reference":
         return None
@@ -214,7 +209,7 @@ def _order(op: str, problem: Problem) -> tuple[tuple[str, ...], str]:
     """The backends of ``op`` that need not be asked for, best first for this call, and the reason for that order."""
     if problem.device.type == "cpu":
         return _ON_CPU, "the only kernels for a CPU"
-    return choice.order(op, problem.columns, OPS[op])
+    return choice.order(op, problem.columns, KERNELS[op])
 
 
 def _prefers(name: str, problem: Problem) -> bool:

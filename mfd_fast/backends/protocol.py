@@ -6,17 +6,19 @@ Every module answers ``can_run(problem)``: None, or the reason why its kernels c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..problems.features import FeatureProblem
-from ..problems.mfd import MFDProblem
-from ..problems.pool import PoolProblem
-from ..problems.rows import RowLoss, RowProblem
+from ..problems.features import FeatureProblem, check_feature_loss
+from ..problems.linear import check_linear_distill_loss
+from ..problems.mfd import MFDProblem, check_mfd_loss
+from ..problems.pool import PoolProblem, check_pool
+from ..problems.rows import RowLoss, RowProblem, check_loss, check_rows
 from ..types import MFDOutput
+from .environment import BACKENDS
 
 # ------------------------------------------------------------------------------------------------------ row losses
 
@@ -191,3 +193,29 @@ class MFDBackend(Protocol):
 class ScaleBackend(Protocol):
     def scale_gradients_(self, gradients: Sequence[Tensor], factor: Tensor, /) -> None:
         """Each of the contiguous ``gradients`` ``*= factor`` (0-d, same device); the host waits for no device."""
+
+
+# ------------------------------------------------------------------------------------------------- the public ops
+
+
+class Op(NamedTuple):
+    """``check`` builds the problem from all arguments; ``kernels`` is the module that runs it, of each of ``backends``,
+    and ``border`` what that has. ``backends``: best first; :mod:`.choice` says from what, and holds exceptions.
+    """
+
+    check: Callable[..., Any]
+    kernels: str
+    border: type
+    backends: tuple[str, ...] = BACKENDS
+
+
+#: The one record of each public op: the choice of a backend, `explain`, `mfd-fast check` and the records of the tests
+#: follow from it.
+OPS: dict[str, Op] = {
+    "distill_loss": Op(check_loss, "distill_loss", RowBackend),
+    "distill_terms": Op(check_rows, "distill_loss", RowBackend),
+    "linear_distill_loss": Op(check_linear_distill_loss, "distill_loss", RowBackend),
+    "modal_pool": Op(check_pool, "modal_pool", PoolBackend),
+    "feature_loss": Op(check_feature_loss, "feature_loss", FeatureBackend),
+    "mfd_loss": Op(check_mfd_loss, "mfd_loss", MFDBackend),
+}

@@ -275,6 +275,7 @@ OPS: dict[str, BenchOp] = {
         ),
         BenchOp(
             "topk_loss",
+            public="distill_loss",
             sizes={"rows": 4096, "classes": 1000, "listed": 64},
             options={"temperature": 2.0},
             inputs=_topk_inputs,
@@ -324,6 +325,7 @@ OPS: dict[str, BenchOp] = {
         ),
         BenchOp(
             "linear_distill",
+            public="linear_distill_loss",
             sizes={"rows": 1024, "hidden": 512, "teacher": 512, "classes": 32000},
             options={"divergence": "forward_kl", "temperature": 2.0, "soft_weight": 1.0, "hard_weight": 0.0},
             inputs=_linear_inputs,
@@ -336,6 +338,7 @@ OPS: dict[str, BenchOp] = {
         ),
         BenchOp(
             "student_step",
+            public="mfd_loss",
             sizes={"batch": 256, "modalities": 3, "width": 512, "classes": 100, "inputs": 1024},
             options=_MFD_OPTIONS,
             inputs=_step_inputs,

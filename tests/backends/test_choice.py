@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPES = list(itertools.product((1, 256, 8192, 65536), (10, 1000, 4096, 32000, 128256), (2, 4)))
 
 
-@pytest.mark.parametrize("op", [op for op, names in backends.OPS.items() if {"cuda", "triton"} <= set(names)])
+@pytest.mark.parametrize("op", [op for op, names in backends.KERNELS.items() if {"cuda", "triton"} <= set(names)])
 @pytest.mark.parametrize("clusters", [True, False])
 def test_the_model_confirms_the_usual_order(op, clusters):
-    usual = [name for name in backends.OPS[op] if name in choice.LAUNCH_US]
+    usual = [name for name in backends.KERNELS[op] if name in choice.LAUNCH_US]
     for shape in SHAPES:
         assert sorted(usual, key=lambda name: choice.model_us(name, *shape, clusters=clusters)) == usual, shape
 
@@ -56,12 +56,12 @@ def test_a_measurement_changes_the_order_where_it_was_made(problem, monkeypatch)
     said = backends.explain_choice("distill_loss", problem, None, "distill_loss")
     assert "measured: benchmarks/results/a-gpu.json" in said.reason
     assert said.rejected["cuda"].startswith("slower than triton")
-    assert choice.order("distill_loss", 1101, backends.OPS["distill_loss"])[0][0] == "cuda"
-    assert choice.order("modal_pool", 1000, backends.OPS["modal_pool"])[0] == backends.OPS["modal_pool"]
+    assert choice.order("distill_loss", 1101, backends.KERNELS["distill_loss"])[0][0] == "cuda"
+    assert choice.order("modal_pool", 1000, backends.KERNELS["modal_pool"])[0] == backends.KERNELS["modal_pool"]
 
 
 def test_measured_exceptions_have_their_evidence():
     for entry in choice.MEASURED:
-        assert entry.op in backends.OPS
+        assert entry.op in backends.KERNELS
         assert set(entry.backends) <= set(mfd.backends.NAMES)
         assert (ROOT / "benchmarks" / "results" / entry.file).is_file()

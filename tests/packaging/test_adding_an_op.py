@@ -10,32 +10,28 @@ from op_db import RECORDS
 
 import mfd_fast as mfd
 from mfd_fast import backends
-from mfd_fast.backends import protocol
+from mfd_fast.backends.protocol import OPS
 from mfd_fast.bench.ops import OPS as MEASURED
-from mfd_fast.explain import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "adding_an_op.md").read_text(encoding="utf-8")
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in PAGE.splitlines()
-    if line.startswith("| ") and "`" in line
+    if line.startswith("| ") and "<br>" in line
 ]
-BORDERS = {
-    "distill_loss": protocol.RowBackend,
-    "modal_pool": protocol.PoolBackend,
-    "feature_loss": protocol.FeatureBackend,
-    "mfd_loss": protocol.MFDBackend,
-}
-#: What `mfd-fast bench` calls them.
-BENCH_NAMES = {"linear_distill_loss": "linear_distill"}
+#: Where a line or a few go.
+LINES = re.findall(r"`([\w./]+)`", PAGE[PAGE.index("## Where a line") : PAGE.index("## 9 to 11")])
+BORDERS = {op.kernels: op.border for op in OPS.values()}
 
 
 def test_the_steps_name_files_that_have_the_op():
     files = [row[1].split("`")[1] for row in ROWS]
-    assert len(files) == len(set(files)) == 19
-    for name in files:
-        assert re.search("feature", (ROOT / name).read_text(), re.IGNORECASE), name
+    assert len(files) == 17
+    assert len(LINES) == 17
+    assert len({*files, *LINES}) == 34
+    for name in (*files, *LINES):
+        assert re.search("feature|_taps", (ROOT / name).read_text(), re.IGNORECASE), name
 
 
 def test_every_step_names_a_test():
@@ -45,15 +41,14 @@ def test_every_step_names_a_test():
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_op_is_in_every_place(name):
     op = getattr(mfd, name)
-    kernels, check = OPS[op]
-    assert kernels in backends.OPS
+    check = OPS[name].check
     assert (ROOT / "mfd_fast" / "reference" / f"{name.replace('terms', 'loss')}.py").is_file()
     assert op.__module__.rpartition(".")[0] == "mfd_fast.ops"
     assert check.__module__.startswith("mfd_fast.problems.")
     options = set(inspect.signature(op).parameters) - {"backend", "process_group"}
     taken = inspect.signature(check).parameters
     assert options <= set(taken) or any(p.kind is p.VAR_KEYWORD for p in taken.values())
-    assert BENCH_NAMES.get(name, name) in MEASURED
+    assert name in {record.public or record.name for record in MEASURED.values()}
     assert re.search(rf"^\.\. autofunction:: {name}$", (ROOT / "docs/api/ops.md").read_text(), re.MULTILINE)
     assert f"`{name}`" in (ROOT / "CHANGELOG.md").read_text()
 
@@ -76,5 +71,8 @@ def test_a_backend_has_what_its_protocol_asks_for(op, backend):
         assert len(needed) <= positional <= len(inspect.signature(given).parameters), f"{module.__name__}.{name}"
 
 
-def test_the_table_of_borders_is_whole():
-    assert BORDERS.keys() == backends.OPS.keys()
+def test_ops_that_share_kernels_share_their_border():
+    assert {(op.kernels, op.border, op.backends) for op in OPS.values()} == {
+        (name, BORDERS[name], backends.KERNELS[name]) for name in BORDERS
+    }
+    assert RECORDS.keys() == OPS.keys()

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 import mfd_fast as mfd
-from mfd_fast import backends
 from mfd_fast.backends import plans
-from mfd_fast.explain import OPS
+from mfd_fast.backends.protocol import OPS
 from mfd_fast.testing import assert_bitwise_equal, assert_close_to_float64, poison
 
 Arguments = dict[str, Any]
@@ -32,7 +31,7 @@ class ErrorInput:
 
 
 #: Of each public op.
-BACKENDS_OF = {op.__name__: backends.OPS[known.kernels] for op, known in OPS.items()}
+BACKENDS_OF = {name: op.backends for name, op in OPS.items()}
 
 
 @dataclass(frozen=True)

@@ -109,11 +109,12 @@ def _install() -> None:
 
     import mfd_fast as mfd
     from mfd_fast import backends
-    from mfd_fast.explain import OPS, explain
+    from mfd_fast.backends.protocol import OPS
+    from mfd_fast.explain import explain
 
-    for op in OPS:
-        setattr(mfd, op.__name__, moved(op))
-        setattr(eager, op.__name__, moved(getattr(eager, op.__name__)))
+    for name in OPS:
+        setattr(mfd, name, moved(getattr(mfd, name)))
+        setattr(eager, name, moved(getattr(eager, name)))
 
     def explained(op: Any, *args: Any, **kwargs: Any) -> Any:
         return moved(explain)(getattr(op, "unmoved", op), *args, **kwargs)
