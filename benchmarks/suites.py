@@ -9,7 +9,7 @@ import torch
 
 from mfd_fast.backends import cpu
 from mfd_fast.backends.products import WIDENED_BYTES
-from mfd_fast.bench.workloads import Targets, Workload
+from mfd_fast.bench.workloads import Goals, Workload
 from mfd_fast.problems.linear import default_chunk_rows
 
 BASELINES = ("eager", "compile")
@@ -96,24 +96,24 @@ def both(workload: Workload, against: tuple[str, ...] = BASELINES) -> list[Entry
 
 # The targets of the CPU: two cores with AVX-512; ratios of medians in one run.
 _CPU_TABLE = [
-    *both(distill(512, 32000, targets=Targets(floor=2.0, compile=5, eager=20)), LOGITS_RIVALS),
-    *both(distill(2048, 32000, targets=Targets(floor=2.0, compile=5, eager=30))),
-    *both(distill(4096, 1000, targets=Targets(floor=1.4, compile=4, eager=9)), LOGITS_RIVALS),
-    *both(distill(65536, 112, targets=Targets(floor=1.8, compile=4, eager=7))),
-    *both(distill(64, 100, targets=Targets(milliseconds=0.06, eager=3, compile=4)), LOGITS_RIVALS),
-    *both(pool(1024, 3, 768, targets=Targets(floor=1.7, compile=2, eager=3.5))),
-    *both(pool(4096, 4, 1024, targets=Targets(floor=1.7, compile=3.5, eager=10))),
-    *both(pool(128, 2, 512, targets=Targets(eager=3, compile=3))),
-    *both(head(64, 2, 512, 31, targets=Targets(eager=3, compile=2))),
-    *both(head(256, 3, 512, 100, targets=Targets(eager=3, compile=2))),
-    *both(head(1024, 3, 768, 1000, targets=Targets(floor=1.1, compile=1))),
+    *both(distill(512, 32000, targets=Goals(floor=2.0, compile=5, eager=20)), LOGITS_RIVALS),
+    *both(distill(2048, 32000, targets=Goals(floor=2.0, compile=5, eager=30))),
+    *both(distill(4096, 1000, targets=Goals(floor=1.4, compile=4, eager=9)), LOGITS_RIVALS),
+    *both(distill(65536, 112, targets=Goals(floor=1.8, compile=4, eager=7))),
+    *both(distill(64, 100, targets=Goals(milliseconds=0.06, eager=3, compile=4)), LOGITS_RIVALS),
+    *both(pool(1024, 3, 768, targets=Goals(floor=1.7, compile=2, eager=3.5))),
+    *both(pool(4096, 4, 1024, targets=Goals(floor=1.7, compile=3.5, eager=10))),
+    *both(pool(128, 2, 512, targets=Goals(eager=3, compile=3))),
+    *both(head(64, 2, 512, 31, targets=Goals(eager=3, compile=2))),
+    *both(head(256, 3, 512, 100, targets=Goals(eager=3, compile=2))),
+    *both(head(1024, 3, 768, 1000, targets=Goals(floor=1.1, compile=1))),
     *both(features(2048, 4, 768)),
 ]
-_AS_KL = Targets(plain=1.6)
+_AS_KL = Goals(plain=1.6)
 _PLAIN_KL = {"divergence": "forward_kl"}
 _CPU_VARIANTS = [
-    Entry(distill(512, 32000, options={"hard_weight": 0.5}, targets=Targets(plain=1.1), plain={"hard_weight": 0.0})),
-    Entry(distill(4096, 1000, options={"hard_weight": 0.5}, targets=Targets(plain=1.1), plain={"hard_weight": 0.0})),
+    Entry(distill(512, 32000, options={"hard_weight": 0.5}, targets=Goals(plain=1.1), plain={"hard_weight": 0.0})),
+    Entry(distill(4096, 1000, options={"hard_weight": 0.5}, targets=Goals(plain=1.1), plain={"hard_weight": 0.0})),
     *(
         Entry(distill(4096, 1000, options={"divergence": name}, targets=_AS_KL, plain=_PLAIN_KL), LOGITS_RIVALS)
         for name in ("jsd", "reverse_kl", "dkd")
@@ -127,8 +127,8 @@ _CPU_VARIANTS = [
         for sizes in ((4096, 1000), (512, 32000))
         for name in ("skew_kl", "skew_reverse_kl", "tvd", "alpha_beta", "nkd")
     ),
-    *both(topk(4096, 1000, 64, targets=Targets(floor=1.3)), ("eager",)),
-    *both(topk(512, 32000, 64, targets=Targets(floor=1.3)), ("eager",)),
+    *both(topk(4096, 1000, 64, targets=Goals(floor=1.3)), ("eager",)),
+    *both(topk(512, 32000, 64, targets=Goals(floor=1.3)), ("eager",)),
     Entry(terms(4096, 1000), ("eager",)),
 ]
 _CPU_SHAPES = [
@@ -171,14 +171,14 @@ _SHORT, _WIDE, _LABELS = (512, 512, 1024, 32000), (1024, 512, 512, 32000), (1024
 _LARGE = (1024, 512, 512, 128256)
 
 
-def _head_targets(sizes: tuple[int, int, int, int], dtype: str = "float32", **more: Any) -> Targets:
-    return Targets(floor=1.15, extra=head_memory(*sizes, dtype), **more)
+def _head_targets(sizes: tuple[int, int, int, int], dtype: str = "float32", **more: Any) -> Goals:
+    return Goals(floor=1.15, extra=head_memory(*sizes, dtype), **more)
 
 
 def _narrow_head(sizes: tuple[int, int, int, int]) -> Workload:
     """bfloat16 beside float32: no slower where the processor multiplies pairs of bfloat16, 1.15 times elsewhere."""
     native = cpu.available() is None and cpu.native().has_pair_product()
-    targets = Targets(plain=1.0 if native else 1.15, extra=head_memory(*sizes, "bfloat16"))
+    targets = Goals(plain=1.0 if native else 1.15, extra=head_memory(*sizes, "bfloat16"))
     return linear(*sizes, "bfloat16", targets=targets, plain={"dtype": "float32"})
 
 
@@ -207,12 +207,12 @@ QUICK = Suite(
     "cpu-quick",
     "cpu",
     (
-        Entry(distill(4096, 1000, targets=Targets(floor=1.4, compile=4, eager=9)), LOGITS_RIVALS),
-        Entry(distill(64, 100, targets=Targets(milliseconds=0.06, eager=3, compile=4))),
-        Entry(distill(512, 32000, targets=Targets(floor=2.0, eager=20)), ("eager", "liger")),
-        Entry(distill(512, 32000, "bfloat16", targets=Targets(floor=2.0, eager=20)), ("eager", "liger")),
-        Entry(pool(1024, 3, 768, targets=Targets(floor=1.7, eager=3.5)), ("eager",)),
-        Entry(head(256, 3, 512, 100, targets=Targets(eager=3, compile=2))),
+        Entry(distill(4096, 1000, targets=Goals(floor=1.4, compile=4, eager=9)), LOGITS_RIVALS),
+        Entry(distill(64, 100, targets=Goals(milliseconds=0.06, eager=3, compile=4))),
+        Entry(distill(512, 32000, targets=Goals(floor=2.0, eager=20)), ("eager", "liger")),
+        Entry(distill(512, 32000, "bfloat16", targets=Goals(floor=2.0, eager=20)), ("eager", "liger")),
+        Entry(pool(1024, 3, 768, targets=Goals(floor=1.7, eager=3.5)), ("eager",)),
+        Entry(head(256, 3, 512, 100, targets=Goals(eager=3, compile=2))),
         Entry(features(2048, 4, 768), ("eager",)),
         Entry(distill(4096, 1000, options={"divergence": "jsd"}, targets=_AS_KL, plain=_PLAIN_KL), ("eager",)),
     ),
@@ -230,11 +230,11 @@ GPU = Suite(
     "cuda",
     (
         *(
-            Entry(distill(rows, classes, "bfloat16", targets=Targets(floor=1 / 0.85, eager=2, compile=2)), _GPU_LOGITS)
+            Entry(distill(rows, classes, "bfloat16", targets=Goals(floor=1 / 0.85, eager=2, compile=2)), _GPU_LOGITS)
             for rows, classes in ((8192, 128256), (16384, 32000), (8192, 151936), (4096, 256000), (8192, 30522))
         ),
         *(
-            Entry(distill(rows, classes, "bfloat16", targets=Targets(eager=5, compile=2)), _GPU_LOGITS)
+            Entry(distill(rows, classes, "bfloat16", targets=Goals(eager=5, compile=2)), _GPU_LOGITS)
             for rows in (256, 1024, 8192)
             for classes in (10, 100, 1000)
         ),
@@ -245,15 +245,15 @@ GPU = Suite(
             Entry(distill(8192, 32000, "bfloat16", options={"divergence": name}, plain=_PLAIN_KL), _GPU_LOGITS)
             for name in ("jsd", "reverse_kl", "tvd", "dkd")
         ),
-        Entry(pool(16384, 4, 1024, "bfloat16", targets=Targets(floor=1 / 0.8)), GPU_COMPILED),
-        Entry(pool(16384, 4, 1024, "bfloat16", phase="forward", targets=Targets(floor=1 / 0.85)), GPU_COMPILED),
+        Entry(pool(16384, 4, 1024, "bfloat16", targets=Goals(floor=1 / 0.8)), GPU_COMPILED),
+        Entry(pool(16384, 4, 1024, "bfloat16", phase="forward", targets=Goals(floor=1 / 0.85)), GPU_COMPILED),
         Entry(pool(1024, 3, 768, "bfloat16"), GPU_COMPILED),
-        Entry(features(8192, 12, 1024, "bfloat16", targets=Targets(floor=1 / 0.8)), GPU_COMPILED),
+        Entry(features(8192, 12, 1024, "bfloat16", targets=Goals(floor=1 / 0.8)), GPU_COMPILED),
         *(
-            Entry(head(*sizes, "bfloat16", targets=Targets(eager=8, compile=1.5)), GPU_COMPILED)
+            Entry(head(*sizes, "bfloat16", targets=Goals(eager=8, compile=1.5)), GPU_COMPILED)
             for sizes in ((64, 2, 512, 31), (256, 3, 512, 100), (1024, 3, 768, 1000))
         ),
-        Entry(linear(8192, 4096, 4096, 128256, "bfloat16", targets=Targets(floor=1 / 0.85)), _GPU_HEAD),
+        Entry(linear(8192, 4096, 4096, 128256, "bfloat16", targets=Goals(floor=1 / 0.85)), _GPU_HEAD),
         Entry(
             linear(8192, 4096, 0, 128256, "bfloat16", options={"soft_weight": 0.0, "hard_weight": 1.0}),
             ("eager", "compile", "cce"),
@@ -271,14 +271,14 @@ GPU_FIRST = Suite(
     "gpu-first",
     "cuda",
     (
-        Entry(distill(8192, 128256, "bfloat16", targets=Targets(floor=1 / 0.85, eager=2, compile=2))),
-        Entry(distill(16384, 32000, "bfloat16", targets=Targets(floor=1 / 0.85, eager=2, compile=2))),
-        Entry(distill(8192, 1000, "bfloat16", options={"hard_weight": 0.5}, targets=Targets(eager=5, compile=2))),
-        Entry(distill(1024, 100, "bfloat16", targets=Targets(eager=5, compile=2))),
-        Entry(pool(16384, 4, 1024, "bfloat16", targets=Targets(floor=1 / 0.8))),
-        Entry(features(8192, 12, 1024, "bfloat16", targets=Targets(floor=1 / 0.8))),
-        Entry(head(1024, 3, 768, 1000, "bfloat16", targets=Targets(eager=8, compile=1.5))),
-        Entry(head(64, 2, 512, 31, "bfloat16", targets=Targets(eager=8, compile=1.5))),
+        Entry(distill(8192, 128256, "bfloat16", targets=Goals(floor=1 / 0.85, eager=2, compile=2))),
+        Entry(distill(16384, 32000, "bfloat16", targets=Goals(floor=1 / 0.85, eager=2, compile=2))),
+        Entry(distill(8192, 1000, "bfloat16", options={"hard_weight": 0.5}, targets=Goals(eager=5, compile=2))),
+        Entry(distill(1024, 100, "bfloat16", targets=Goals(eager=5, compile=2))),
+        Entry(pool(16384, 4, 1024, "bfloat16", targets=Goals(floor=1 / 0.8))),
+        Entry(features(8192, 12, 1024, "bfloat16", targets=Goals(floor=1 / 0.8))),
+        Entry(head(1024, 3, 768, 1000, "bfloat16", targets=Goals(eager=8, compile=1.5))),
+        Entry(head(64, 2, 512, 31, "bfloat16", targets=Goals(eager=8, compile=1.5))),
         Entry(distill(16384, 32000, "bfloat16", options={"divergence": "jsd"}, targets=_AS_KL, plain=_PLAIN_KL)),
         Entry(distill(16384, 32000, "bfloat16", options={"divergence": "dkd"}, targets=_AS_KL, plain=_PLAIN_KL)),
     ),

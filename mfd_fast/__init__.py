@@ -22,7 +22,7 @@ from .ops.feature_loss import feature_loss
 from .ops.linear_distill_loss import linear_distill_loss
 from .ops.mfd_loss import mfd_loss
 from .ops.modal_pool import modal_pool
-from .types import DistillOutput, DistillTerms, LinearDistillOutput, LogitTransform, MFDOutput, ModalPool, TopK
+from .types import DistillOutput, DistillTerms, LinearDistillOutput, LogitTransform, MFDOutput, ModalPoolOutput, TopK
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,7 @@ __all__ = [
     "LinearDistillOutput",
     "LogitTransform",
     "MFDOutput",
-    "ModalPool",
+    "ModalPoolOutput",
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",

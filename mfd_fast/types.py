@@ -11,7 +11,15 @@ from torch import Tensor
 
 from .number import is_integer, is_real, plain
 
-__all__ = ["DistillOutput", "DistillTerms", "LinearDistillOutput", "LogitTransform", "MFDOutput", "ModalPool", "TopK"]
+__all__ = [
+    "DistillOutput",
+    "DistillTerms",
+    "LinearDistillOutput",
+    "LogitTransform",
+    "MFDOutput",
+    "ModalPoolOutput",
+    "TopK",
+]
 
 TAILS = ("bucket", "renormalize", "zero")
 VALUES = ("logprobs", "logits")
@@ -165,7 +173,7 @@ class LinearDistillOutput(NamedTuple):
     rows: Tensor
 
 
-class ModalPool(NamedTuple):
+class ModalPoolOutput(NamedTuple):
     """Fused features ``pooled [..., D]`` and the modality ``weights [..., M]``, both differentiable."""
 
     pooled: Tensor

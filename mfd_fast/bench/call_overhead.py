@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch import Tensor
 
 import mfd_fast as mfd
 
-Step = Callable[[], object]
+from .timing import Step
 
 BACKENDS = ("cpu", "cuda", "triton")
 #: Overheads above these multiples of an empty node are a regression: what was measured, and 30 % for other machines.

@@ -31,7 +31,7 @@ SMALL_HEAD = 1 << 20  # elements of a small block's head, of which every block h
 FEW = 4096  # elements: fewer are no statistic
 BLOCKS_CHECKED = 4
 
-Call = Callable[..., Tensor]
+Compute = Callable[..., Tensor]
 Results = dict[str, Tensor]
 
 
@@ -50,7 +50,7 @@ class Gate:
     def __init__(self, workload: Workload, case: Case) -> None:
         self.workload, self.case = workload, case
         self.op, options = of(workload), options_of(workload)
-        self.eager: Call = lambda **arguments: self.op.eager(**arguments, **options)
+        self.eager: Compute = lambda **arguments: self.op.eager(**arguments, **options)
         exact_call = self.op.call(options, "reference")
         small = _with_small_head(workload)
         device = next(iter(case.leaves.values())).device
@@ -68,10 +68,10 @@ class Gate:
         self.exact_full = self._exact(exact_call, build(workload, device, whole=False))
         self.eager_full = value_and_gradients(self.eager, case)
 
-    def _on_small(self, f: Call, distance: str) -> Results:
+    def _on_small(self, f: Compute, distance: str) -> Results:
         return _stacked([value_and_gradients(f, block) for block in self.small[distance]])
 
-    def _exact(self, call: Call, block: Case) -> Results:
+    def _exact(self, call: Compute, block: Case) -> Results:
         """float64 results of the case's own block, scaled to what its copies give."""
         found = value_and_gradients(call, as_float64(block))
         for name in found:
@@ -83,7 +83,7 @@ class Gate:
                     found[name] = found[name] * self.case.copies
         return found
 
-    def check(self, f: Call, *, lenience: float = 1.0, small: bool = True) -> Verdict:
+    def check(self, f: Compute, *, lenience: float = 1.0, small: bool = True) -> Verdict:
         """Red with the reason, or green with the largest error of the gradients (of the value, without them).
 
         ``small=False`` leaves the small blocks out: they are another shape, which a compiler would compile anew.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .gate import Call
+from .gate import Compute
 from .workloads import Workload
 
 
@@ -30,7 +30,7 @@ class Implementation:
 
     name: str
     title: str
-    prepare: Callable[[Workload, torch.device], Call]
+    prepare: Callable[[Workload, torch.device], Compute]
     missing: Callable[[torch.device], str | None] = lambda _: None
     strict: bool = False
     compiles: bool = False

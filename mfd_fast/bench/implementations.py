@@ -9,14 +9,14 @@ import torch
 
 from .. import backends
 from .case import Case
-from .gate import Call
+from .gate import Compute
 from .implementation import Implementation, UnfitError
 from .ops import of, options_of
 from .rivals import RIVALS
 from .workloads import Workload
 
 
-def eager_call(workload: Workload) -> Call:
+def eager_call(workload: Workload) -> Compute:
     op, options = of(workload), options_of(workload)
     divergence = options.get("divergence")
     if divergence is not None:
@@ -27,11 +27,11 @@ def eager_call(workload: Workload) -> Call:
     return lambda **arguments: op.eager(**arguments, **options)
 
 
-def _compiled(workload: Workload, mode: str | None) -> Call:
+def _compiled(workload: Workload, mode: str | None) -> Compute:
     return torch.compile(eager_call(workload), dynamic=False, mode=mode)  # type: ignore[no-any-return]
 
 
-def _graphed(workload: Workload, _: torch.device) -> Call:
+def _graphed(workload: Workload, _: torch.device) -> Compute:
     compiled = _compiled(workload, "reduce-overhead")
 
     def call(**arguments: object) -> torch.Tensor:
@@ -75,7 +75,7 @@ BASELINES = (
 def mfd_fast_on(backend: str) -> Implementation:
     """The public op on one backend."""
 
-    def prepare(workload: Workload, _: torch.device) -> Call:
+    def prepare(workload: Workload, _: torch.device) -> Compute:
         return of(workload).call(options_of(workload), backend)
 
     title = f"mfd_fast ({backend})"

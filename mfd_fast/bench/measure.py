@@ -12,7 +12,7 @@ import torch
 
 from . import ceilings, memory
 from .case import Case, as_dtype, build, step_of
-from .gate import LENIENCE, Call, Gate
+from .gate import LENIENCE, Compute, Gate
 from .graphs import captured
 from .implementations import Implementation, UnfitError, backend_choices, every, mfd_fast_on
 from .machine import DeviceLostError, is_lost, last_level_cache_bytes
@@ -88,7 +88,7 @@ def _measure(workload: Workload, settings: Settings, extra: dict[str, Implementa
     gate = Gate(workload, case)
     measurements: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
-    calls: dict[str, Call] = {}
+    calls: dict[str, Compute] = {}
     for contestant in contestants:
         settings.said(f"{workload.name}: {contestant.title}")
         try:
@@ -171,7 +171,7 @@ def as_json(times: Times) -> dict[str, Any]:
 
 
 def _admit(
-    contestant: Implementation, workload: Workload, settings: Settings, gate: Gate, calls: dict[str, Call]
+    contestant: Implementation, workload: Workload, settings: Settings, gate: Gate, calls: dict[str, Compute]
 ) -> dict[str, Any]:
     """Prepares and gates one implementation; it joins ``calls`` if the gate is green."""
     reason = contestant.missing(settings.device)

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .timing import Step, synchronize
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -67,9 +67,9 @@ def launches(step: Step, device: torch.device) -> int | None:
     return len(kernels(step)[1])
 
 
-def kernels(step: Callable[[], Result]) -> tuple[Result, list[str]]:
+def kernels(step: Callable[[], T]) -> tuple[T, list[str]]:
     """What ``step`` returns, and the names of what it makes a GPU do: kernels, copies, fills."""
-    returned: list[Result] = []
+    returned: list[T] = []
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     events = _profiled(lambda: returned.append(step()), activities, memory=False)
     return returned[0], [e.name() for e in events if e.device_type() == torch.autograd.DeviceType.CUDA]

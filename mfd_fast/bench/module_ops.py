@@ -41,7 +41,7 @@ def _module_call(build: Callable[[list[int], int], nn.Module], names: Mapping[st
                 value = parameters[argument]
                 named |= {f"{name}.{m}": v for m, v in enumerate(value)} if isinstance(value, list) else {name: value}
             found = torch.func.functional_call(module, named, (features,))
-            return found.pooled if isinstance(found, mfd.ModalPool) else found
+            return found.pooled if isinstance(found, mfd.ModalPoolOutput) else found
 
         return f
 

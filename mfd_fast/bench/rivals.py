@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gate import Call
+from .gate import Compute
 from .implementation import Implementation, UnfitError
 from .ops import options_of
 from .workloads import Workload
@@ -77,13 +77,13 @@ def _soft_only(workload: Workload, *, divergences: tuple[str, ...], ops: tuple[s
 _LIGER_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 
 
-def _liger(workload: Workload, device: torch.device) -> Call:
+def _liger(workload: Workload, device: torch.device) -> Compute:
     if workload.op == "linear_distill":
         return _liger_linear(workload, device)
     return _liger_logits(workload) if device.type == "cuda" else _liger_row_function(workload)
 
 
-def _liger_logits(workload: Workload) -> Call:
+def _liger_logits(workload: Workload) -> Compute:
     """Triton kernels that start from log-probabilities (JSD, KL) or probabilities (TVD)."""
     options = _soft_only(workload, divergences=(*_LIGER_BETA, "tvd"), ops=("distill_loss",))
     liger = _load("liger_kernel.transformers")
@@ -104,7 +104,7 @@ def _liger_logits(workload: Workload) -> Call:
     )
 
 
-def _liger_row_function(workload: Workload) -> Call:
+def _liger_row_function(workload: Workload) -> Compute:
     """On a CPU: the row function of its chunked losses, on logits (its Triton kernels do not run there)."""
     options = _soft_only(workload, divergences=tuple(_LIGER_BETA), ops=("distill_loss",))
     rows = _load("liger_kernel.chunked_loss.jsd_loss").LigerFusedLinearJSDFunction.distillation_loss_fn
@@ -114,7 +114,7 @@ def _liger_row_function(workload: Workload) -> Call:
     )
 
 
-def _liger_linear(workload: Workload, device: torch.device, compiled: bool = True) -> Call:
+def _liger_linear(workload: Workload, device: torch.device, compiled: bool = True) -> Compute:
     """Fused head and divergence: Triton on a GPU, the chunked loss on a CPU."""
     options = _soft_only(workload, divergences=tuple(_LIGER_BETA), ops=("linear_distill",))
     temperature, beta = options["temperature"], _LIGER_BETA[options["divergence"]]
@@ -142,7 +142,7 @@ def _liger_linear(workload: Workload, device: torch.device, compiled: bool = Tru
     return call
 
 
-def _liger_eager(workload: Workload, device: torch.device) -> Call:
+def _liger_eager(workload: Workload, device: torch.device) -> Compute:
     if device.type != "cpu":
         raise UnfitError("its Triton kernels are compiled")
     return _liger_linear(workload, device, compiled=False)
@@ -151,7 +151,7 @@ def _liger_eager(workload: Workload, device: torch.device) -> Call:
 # ----------------------------------------------------------------------------------------- TRL, fla, speculators
 
 
-def _trl(workload: Workload, device: torch.device) -> Call:  # noqa: ARG001
+def _trl(workload: Workload, device: torch.device) -> Compute:  # noqa: ARG001
     options = _soft_only(workload, divergences=tuple(_LIGER_BETA), ops=("linear_distill",))
     divergence = _load("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
     temperature, beta = options["temperature"], _LIGER_BETA[options["divergence"]]
@@ -172,7 +172,7 @@ def _trl(workload: Workload, device: torch.device) -> Call:  # noqa: ARG001
     return call
 
 
-def _fla(workload: Workload, device: torch.device) -> Call:  # noqa: ARG001
+def _fla(workload: Workload, device: torch.device) -> Compute:  # noqa: ARG001
     options = _soft_only(workload, divergences=("forward_kl",), ops=("linear_distill",))
     fused = _load("fla.modules.fused_kl_div").fused_kl_div_loss
     t = options["temperature"]  # the heads are linear, so hidden states are divided by it
@@ -189,7 +189,7 @@ _SPECULATORS = {
 }
 
 
-def _speculators(workload: Workload, device: torch.device) -> Call:  # noqa: ARG001
+def _speculators(workload: Workload, device: torch.device) -> Compute:  # noqa: ARG001
     options = _soft_only(workload, divergences=tuple(_SPECULATORS), ops=("distill_loss",))
     rows = getattr(_speculators_module(), _SPECULATORS[options["divergence"]])
     t = options["temperature"]
@@ -234,7 +234,7 @@ def _speculators_missing(device: torch.device) -> str | None:
 # ------------------------------------------------------------------------------ cut-cross-entropy, torchdistill
 
 
-def _cut_cross_entropy(workload: Workload, device: torch.device) -> Call:
+def _cut_cross_entropy(workload: Workload, device: torch.device) -> Compute:
     options = options_of(workload)
     if workload.op != "linear_distill" or options["soft_weight"] or not options["hard_weight"]:
         raise UnfitError("it has the labels' term alone")
@@ -246,7 +246,7 @@ def _cut_cross_entropy(workload: Workload, device: torch.device) -> Call:
     )
 
 
-def _torchdistill(workload: Workload, device: torch.device) -> Call:  # noqa: ARG001
+def _torchdistill(workload: Workload, device: torch.device) -> Compute:  # noqa: ARG001
     options = options_of(workload)
     if workload.op != "distill_loss" or options["divergence"] != "forward_kl" or not options["soft_weight"]:
         raise UnfitError("it has forward KL and labels, on logits")

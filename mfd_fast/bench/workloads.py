@@ -13,7 +13,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
-class Targets:
+class Goals:
     """Ratios of medians in one run; None where none is set.
 
     ``floor``: at most this many times the measured floor; ``eager``, ``compile``: at least this many times as fast;
@@ -43,7 +43,7 @@ class Workload:
     dtype: str = "float32"
     options: Mapping[str, Any] = field(default_factory=dict)
     phase: str = "training"
-    targets: Targets = field(default_factory=Targets)
+    targets: Goals = field(default_factory=Goals)
     plain: Mapping[str, Any] | None = None
     note: str = ""
 

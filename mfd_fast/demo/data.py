@@ -19,23 +19,23 @@ CLASSES = 10
 IMAGES = 1797
 
 
-class Part(NamedTuple):
+class Samples(NamedTuple):
     """Rows of the data set: ``sensors`` is one float32 ``[N, D_m]`` per sensor, ``labels`` is int64 ``[N]``."""
 
     sensors: tuple[Tensor, ...]
     labels: Tensor
 
-    def rows(self, index: Tensor) -> Part:
-        return Part(tuple(sensor[index] for sensor in self.sensors), self.labels[index])
+    def rows(self, index: Tensor) -> Samples:
+        return Samples(tuple(sensor[index] for sensor in self.sensors), self.labels[index])
 
 
 class Split(NamedTuple):
     """Disjoint parts. Labels of ``student`` rows other than ``labelled`` are used by the "all labels" control only."""
 
-    teacher: Part
-    student: Part
+    teacher: Samples
+    student: Samples
     labelled: Tensor  # int64 row numbers in `student`
-    test: Part
+    test: Samples
 
 
 def views(images: np.ndarray) -> list[np.ndarray]:
@@ -80,10 +80,10 @@ def make_split(
     student_rows = np.concatenate([labelled_rows, unlabelled_rows])
     known = np.concatenate([student_rows, teacher_rows])
 
-    def part(rows: np.ndarray) -> Part:
+    def part(rows: np.ndarray) -> Samples:
         scaled = tuple(
             torch.from_numpy((s[rows] - s[known].mean(0)) / (s[known].std(0) + 0.1)).float() for s in sensors
         )
-        return Part(scaled, torch.from_numpy(labels[rows]).long())
+        return Samples(scaled, torch.from_numpy(labels[rows]).long())
 
     return Split(part(teacher_rows), part(student_rows), torch.arange(labelled), part(test_rows))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import mfd_fast as mfd
 
 
-class Outputs(NamedTuple):
+class Prediction(NamedTuple):
     """``logits [N, C]``, the fused representation ``pooled [N, D]``, the sensors' shares ``weights [N, M]``."""
 
     logits: Tensor
@@ -38,11 +38,13 @@ class FusionNet(nn.Module):
         return [encoder(sensor) for encoder, sensor in zip(self.encoders, sensors, strict=True)]
 
     @torch.no_grad()
-    def predict(self, sensors: Sequence[Tensor], present: Tensor | None = None, backend: str | None = None) -> Outputs:
+    def predict(
+        self, sensors: Sequence[Tensor], present: Tensor | None = None, backend: str | None = None
+    ) -> Prediction:
         """Logits, fused representation and sensor shares; ``present`` (bool ``[N, M]``) masks missing sensors."""
         features = self.encode(sensors)
         pooled, weights = mfd.modal_pool(features, self.query, bias=self.prior, present=present, backend=backend)
-        return Outputs(self.head(pooled), pooled, weights)
+        return Prediction(self.head(pooled), pooled, weights)
 
 
 def _encoder(size: int, hidden: int, width: int, layers: int) -> nn.Sequential:

@@ -47,7 +47,7 @@ def _as_given(*arguments: Any) -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True)
-class Workload:
+class TimedCall:
     """A call of a public op, and the function of the same signature that one would write without the library.
 
     ``prepare`` turns ``arguments`` into theirs and is timed with both: the encoders of a training step.
@@ -99,14 +99,14 @@ def encode(sensors: Sequence[Tensor], encoders: Sequence[Sequence[Tensor]], *res
     return ([F.linear(F.gelu(F.linear(x, *layer[:2])), *layer[2:]) for x, layer in layers], *rest)
 
 
-def workloads(config: Config, quick: bool) -> list[Workload]:
+def workloads(config: Config, quick: bool) -> list[TimedCall]:
     """The student's step in this demo with and without its encoders, and logits of growing size."""
     shapes = ((64, 100),) if quick else ((1024, 1000), (512, 8192))
     loss = _fusion(config)
     return [_student_step(config, loss), loss, *(_logits(rows, classes) for rows, classes in shapes)]
 
 
-def _student_step(config: Config, loss: Workload) -> Workload:
+def _student_step(config: Config, loss: TimedCall) -> TimedCall:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         student = FusionNet(SIZES, config.student_hidden, config.student_width, CLASSES)
@@ -116,7 +116,7 @@ def _student_step(config: Config, loss: Workload) -> Workload:
     return replace(loss, what=f"student step, {config.batch} rows", arguments=arguments, prepare=encode)
 
 
-def _fusion(config: Config) -> Workload:
+def _fusion(config: Config) -> TimedCall:
     rows, sensors, width = config.batch, len(SENSORS), config.student_width
     generator = torch.Generator().manual_seed(0)
 
@@ -142,10 +142,10 @@ def _fusion(config: Config) -> Workload:
         "feature_weight": config.feature_weight,
     }
     what = f"mfd_loss {rows}x{sensors}x{width}, {CLASSES}"
-    return Workload(what, mfd.mfd_loss, eager_mfd_loss, arguments, options)
+    return TimedCall(what, mfd.mfd_loss, eager_mfd_loss, arguments, options)
 
 
-def _logits(rows: int, classes: int) -> Workload:
+def _logits(rows: int, classes: int) -> TimedCall:
     generator = torch.Generator().manual_seed(0)
     arguments = (
         torch.randn(rows, classes, generator=generator).requires_grad_(),
@@ -153,10 +153,10 @@ def _logits(rows: int, classes: int) -> Workload:
         torch.randint(classes, (rows,), generator=generator),
     )
     options = {"temperature": 2.0, "hard_weight": 1.0}
-    return Workload(f"distill_loss {rows}x{classes}", mfd.distill_loss, eager_distill_loss, arguments, options)
+    return TimedCall(f"distill_loss {rows}x{classes}", mfd.distill_loss, eager_distill_loss, arguments, options)
 
 
-def check_backend(loads: Sequence[Workload], backend: str | None) -> None:
+def check_backend(loads: Sequence[TimedCall], backend: str | None) -> None:
     """Raises the last BackendError if ``backend`` can run none of the workloads."""
     refusal = None
     for load in loads:
@@ -169,7 +169,7 @@ def check_backend(loads: Sequence[Workload], backend: str | None) -> None:
         raise refusal
 
 
-def measure(load: Workload, backend: str | None, seconds: float, with_compile: bool = False) -> Timing:
+def measure(load: TimedCall, backend: str | None, seconds: float, with_compile: bool = False) -> Timing:
     """Times mfd_fast and eager (and compiled eager) in turn for about ``seconds``, if their gradients agree."""
     try:
         chosen = load.explain(backend)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import mfd_fast as mfd
 
-from .data import CLASSES, SENSORS, Part, Split, make_split
+from .data import CLASSES, SENSORS, Samples, Split, make_split
 from .models import FusionNet, principal_projection
 
 #: Label of a row that has none.
@@ -67,7 +67,7 @@ class Lesson:
     one of ``taught`` rows without; the teacher's terms are those of both.
     """
 
-    part: Part
+    part: Samples
     labelled: Tensor
     taught: Tensor | None = None
     soft_weight: float = 0.0
@@ -142,7 +142,7 @@ def fit(model: FusionNet, lesson: Lesson, steps: int, seed: int, config: Config)
     return model
 
 
-def accuracies(model: FusionNet, test: Part, backend: str | None) -> dict[str, float]:
+def accuracies(model: FusionNet, test: Samples, backend: str | None) -> dict[str, float]:
     """Share of right test rows with all sensors, and with each sensor missing."""
     rows = len(test.labels)
     result = {}
@@ -156,7 +156,7 @@ def accuracies(model: FusionNet, test: Part, backend: str | None) -> dict[str, f
     return result
 
 
-def mean_shares(model: FusionNet, test: Part, backend: str | None) -> dict[str, float]:
+def mean_shares(model: FusionNet, test: Samples, backend: str | None) -> dict[str, float]:
     """Mean over the test rows of the weight that the fusion learned to give each sensor; they add up to 1."""
     weights = model.predict(test.sensors, backend=backend).weights
     return dict(zip(SENSORS, weights.mean(0).tolist(), strict=True))

@@ -66,7 +66,7 @@ class ModalFusion(OptionsModule):
 
     ``forward(features, present=None, temperature=None)``: ``features`` M tensors ``[..., D_m]``, ``present``
     bool ``[..., M]`` (an absent modality is not used, NaN there has no effect), ``temperature`` as above or
-    one per row ``[...]``. Returns :class:`~mfd_fast.types.ModalPool`: ``pooled [..., O]`` and ``weights
+    one per row ``[...]``. Returns :class:`~mfd_fast.types.ModalPoolOutput`: ``pooled [..., O]`` and ``weights
     [..., M]`` in float32 (float64 for float64), both differentiable; a row with nothing present is 0.
     Raises TypeError or ValueError for arguments that break this contract.
 
@@ -135,7 +135,7 @@ class ModalFusion(OptionsModule):
         features: Sequence[Tensor] | Tensor,
         present: Tensor | None = None,
         temperature: float | Tensor | None = None,
-    ) -> types.ModalPool:
+    ) -> types.ModalPoolOutput:
         xs = check_inputs(_OP, features, self.in_features)
         leading, device = xs[0].shape[:-1], xs[0].device
         for m, x in enumerate(xs):
@@ -150,19 +150,19 @@ class ModalFusion(OptionsModule):
         folds = sum(self.in_features) <= len(xs) * self.out_features if self.fold is None else self.fold
         return self._folded(xs, present, tau) if folds else self._projected(xs, present, tau)
 
-    def _folded(self, xs: list[Tensor], present: Tensor | None, tau: float | Tensor) -> types.ModalPool:
+    def _folded(self, xs: list[Tensor], present: Tensor | None, tau: float | Tensor) -> types.ModalPoolOutput:
         dtype = contract.compute_dtype(self.weight)
         weights = modal_weights(self._scores(xs).to(dtype), tau, present)
         a = weights.to(xs[0].dtype)
         scaled = torch.cat([x * a[..., m, None] for m, x in enumerate(xs)], -1)
         if self.bias is None:
-            return types.ModalPool(F.linear(scaled, self.weight), weights)
+            return types.ModalPoolOutput(F.linear(scaled, self.weight), weights)
         pooled = torch.addmm(
             weighted_bias(a.reshape(-1, len(xs)), self.bias), scaled.reshape(-1, scaled.shape[-1]), self.weight.T
         )
-        return types.ModalPool(pooled.reshape(*a.shape[:-1], self.out_features), weights)
+        return types.ModalPoolOutput(pooled.reshape(*a.shape[:-1], self.out_features), weights)
 
-    def _projected(self, xs: list[Tensor], present: Tensor | None, tau: float | Tensor) -> types.ModalPool:
+    def _projected(self, xs: list[Tensor], present: Tensor | None, tau: float | Tensor) -> types.ModalPoolOutput:
         biases = [None] * len(xs) if self.bias is None else self.bias.unbind()
         split = self.weight.split(self.in_features, 1)
         projected = [F.linear(x, w, b) for x, w, b in zip(xs, split, biases, strict=True)]

@@ -230,7 +230,7 @@ class ModalPool(OptionsModule):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, features: Sequence[Tensor] | Tensor, present: Tensor | None = None) -> types.ModalPool:
+    def forward(self, features: Sequence[Tensor] | Tensor, present: Tensor | None = None) -> types.ModalPoolOutput:
         return modal_pool(features, self.query, bias=self.bias, present=present, **self.options)
 
     def extra_repr(self) -> str:

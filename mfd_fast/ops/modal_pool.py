@@ -20,7 +20,7 @@ from ..backends.protocol import PoolGradients, PoolNeeds
 from ..problems.checks import by_pytorch, is_recorded, upstream
 from ..problems.pool import PoolProblem, check_pool
 from ..reference.modal_pool import modal_pool as reference_pool
-from ..types import ModalPool
+from ..types import ModalPoolOutput
 from .autograd import apply_of_plans, needs_reference, reference_gradients, requires_grad
 from .registration import define, define_backward, differentiate, flatten, unflatten
 
@@ -167,7 +167,7 @@ def modal_pool(
     present: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
-) -> ModalPool:
+) -> ModalPoolOutput:
     """Fuses M modalities by attention (``query``), given ``scores``, or a weighted average (``bias`` alone).
 
     Args:
@@ -181,7 +181,7 @@ def modal_pool(
         backend: "reference", "cpu", "triton", "cuda" or None for the fastest that can run.
 
     Returns:
-        :class:`~mfd_fast.types.ModalPool`: ``pooled [..., D]`` in the features' dtype, ``weights [..., M]``
+        :class:`~mfd_fast.types.ModalPoolOutput`: ``pooled [..., D]`` in the features' dtype, ``weights [..., M]``
         in float32 (float64 for float64 features); both differentiable to every floating input. A row with
         no modality present gives zeros and zero gradients. A score of -inf is a weight of 0; a row whose present
         modalities all have -inf has no softmax and is NaN, as a row of logits that are all -inf.
@@ -199,14 +199,14 @@ def modal_pool(
     arguments = (features, query, scores, bias, temperature, present, scale, backend)
     if not torch.compiler.is_compiling() and (done := _PLANS.run(arguments)) is not None:
         if done[2] is None:
-            return ModalPool(*done[0])
+            return ModalPoolOutput(*done[0])
         each = (features,) if isinstance(features, Tensor) else features
-        return ModalPool(*_apply(done, query, scores, bias, None, *each))
+        return ModalPoolOutput(*_apply(done, query, scores, bias, None, *each))
 
     check_not_traced("modal_pool", backend)
     problem = _PLANS.check(arguments)
     name = (choose_recorded if is_recorded() else choose)("modal_pool", problem, backend)
-    return ModalPool(*pool(problem, name, arguments))
+    return ModalPoolOutput(*pool(problem, name, arguments))
 
 
 _apply = apply_of_plans(_Pool)

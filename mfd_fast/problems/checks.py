@@ -18,7 +18,7 @@ from ..divergences import DIVERGENCES, Divergence
 from ..number import is_integer, is_real, plain
 from ..types import LogitTransform
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 INTEGER = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
@@ -119,7 +119,7 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def by_pytorch(op: str, named_tensors: Callable[[], list[tuple[str, Tensor]]], compute: Callable[[], Result]) -> Result:
+def by_pytorch(op: str, named_tensors: Callable[[], list[tuple[str, Tensor]]], compute: Callable[[], T]) -> T:
     """``compute()``: plain PyTorch or registered ops. TypeError where PyTorch cannot compute with a tensor."""
     if torch.compiler.is_compiling():
         return compute()

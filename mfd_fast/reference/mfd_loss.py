@@ -16,7 +16,7 @@ from .feature_loss import row_distance
 from .modal_pool import modal_log_weights, modal_scores, modal_weights, present_features, weighted_sum
 
 Attention = Callable[[list[Tensor], "Tensor | None", "float | Tensor"], tuple[Tensor, Tensor]]
-Terms = Callable[[RowProblem, bool, bool], tuple[Tensor, Tensor]]
+ComputeTerms = Callable[[RowProblem, bool, bool], tuple[Tensor, Tensor]]
 
 
 def pool_divergence(teacher_weights: Tensor, log_weights: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def reference_terms(rows: RowProblem, soft: bool, hard: bool) -> tuple[Tensor, T
 def mfd_loss(
     problem: MFDProblem,
     attention: Attention | None = None,
-    terms: Terms = reference_terms,
+    terms: ComputeTerms = reference_terms,
     distance: Callable[[Tensor, Tensor, str], Tensor] = row_distance,
 ) -> MFDOutput:
     """The single pass, term by term.

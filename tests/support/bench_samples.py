@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from benchmarks.suites import distill, head
-from mfd_fast.bench.workloads import Targets, Workload
+from mfd_fast.bench.workloads import Goals, Workload
 
 
 def _times(median: float) -> dict[str, Any]:
@@ -40,13 +40,13 @@ def result(
 def document() -> dict[str, Any]:
     """A fast op, an op that is slower than torch.compile, a red one; one workload left out, one rival missing."""
     fast = result(
-        distill(4096, 1000, targets=Targets(floor=1.4, eager=9)),
+        distill(4096, 1000, targets=Goals(floor=1.4, eager=9)),
         measured("mfd_fast:cpu", "mfd_fast (cpu)", 2.0),
         measured("eager", "eager PyTorch", 20.0),
         red("liger", "Liger", "its gradient is wrong"),
     )
     slow = result(
-        head(256, 3, 512, 100, targets=Targets(eager=3)),
+        head(256, 3, 512, 100, targets=Goals(eager=3)),
         measured("mfd_fast:reference", "mfd_fast (reference)", 6.0),
         measured("eager", "eager PyTorch", 9.0),
         measured("compile", "torch.compile", 3.0, first_call_seconds=4.0),

@@ -23,7 +23,7 @@ from mfd_fast.bench.gate import Gate
 from mfd_fast.bench.implementations import BASELINES, Implementation, UnfitError, every, mfd_fast_on
 from mfd_fast.bench.measure import LeftOutError, Settings, measure
 from mfd_fast.bench.ops import OPS
-from mfd_fast.bench.workloads import Targets, Workload
+from mfd_fast.bench.workloads import Goals, Workload
 from mfd_fast.divergences import DIVERGENCES
 
 CPU = torch.device("cpu")
@@ -208,7 +208,7 @@ def test_the_labels_term_alone_has_no_teachers_product():
     sizes = {**SMALL["linear_distill"], "teacher": 0}
     alone = {"soft_weight": 0.0, "hard_weight": 1.0}
     workload = Workload("linear_distill", sizes, "bfloat16", alone, plain={"dtype": "float32"})
-    workload = dataclasses.replace(workload, targets=Targets(plain=1e9, extra=1 << 20))
+    workload = dataclasses.replace(workload, targets=Goals(plain=1e9, extra=1 << 20))
     found = measure(workload, settings("eager"))
     assert found["flops"] == 3 * 2 * 48 * 8 * 50  # logits, d hidden, d weight
     by_dtype, memory = results.targets(found)

@@ -158,7 +158,7 @@ def test_wrong_gradients_are_not_timed():
     def wrong(*args, **options):
         return 1.01 * timing.eager_distill_loss(*args, **options)
 
-    broken = timing.Workload(load.what, load.op, wrong, load.arguments, load.options)
+    broken = timing.TimedCall(load.what, load.op, wrong, load.arguments, load.options)
     found = timing.measure(broken, "reference", seconds=0.0)
     assert found.eager_ratio is None
     assert found.note.startswith("not timed: error against float64")

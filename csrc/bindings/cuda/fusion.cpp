@@ -71,7 +71,7 @@ void match_taps(const std::vector<Tap>& taps, const std::vector<Address>& weight
                                  static_cast<int64_t>(taps.size()),
                                  static_cast<FeatureKind>(kind),
                                  is_double};
-  const cuda::FeatureLoss scalar = {mean, pointer<cuda::ScalarWorkspace>(workspace), pointer(loss)};
+  const cuda::FeatureScalarLoss scalar = {mean, pointer<cuda::ScalarWorkspace>(workspace), pointer(loss)};
   cuda::match_taps(all, loss ? &scalar : nullptr, {device, pointer(stream)});
 }
 

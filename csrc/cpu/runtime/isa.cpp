@@ -34,10 +34,10 @@ struct Isa {
 };
 
 #if defined(MFD_HAVE_X86_ISAS)
-struct Features {
+struct CpuFeatures {
   bool avx2 = false, avx512 = false, avx512_bf16 = false;
 
-  Features() {
+  CpuFeatures() {
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return;
     const bool fma = c & bit_FMA, f16c = c & bit_F16C, avx = c & bit_AVX;
@@ -60,7 +60,7 @@ const std::vector<Isa>& isas() {
   static const std::vector<Isa> list = [] {
     std::vector<Isa> all;
 #if defined(MFD_HAVE_X86_ISAS)
-    const Features features;
+    const CpuFeatures features;
     all.push_back({"avx512", features.avx512, isa_avx512::kernels});
     all.push_back({"avx2", features.avx2, isa_avx2::kernels});
 #endif
@@ -106,7 +106,7 @@ const Kernels& kernels() {
 
 ProductKernel product_of_pairs() {
 #if defined(MFD_HAVE_X86_ISAS)
-  static const bool supported = Features().avx512_bf16;
+  static const bool supported = CpuFeatures().avx512_bf16;
   if (supported && &kernels() == &isa_avx512::kernels()) return isa_avx512_bf16::product_of_pairs;
 #endif
   return nullptr;

@@ -31,7 +31,7 @@ int64_t pair_bytes(const Tap& tap) {
 }
 
 // One launch for at most kMaxTaps taps that have rows.
-void match(const FeatureTaps& all, int64_t begin, int64_t end, const FeatureLoss* loss, bool adds,
+void match(const FeatureTaps& all, int64_t begin, int64_t end, const FeatureScalarLoss* loss, bool adds,
            const Where& where) {
   const DeviceFacts facts = facts_of(where.device);
   device::FeatureLaunch launch{};
@@ -89,7 +89,7 @@ void match(const FeatureTaps& all, int64_t begin, int64_t end, const FeatureLoss
 
 }  // namespace
 
-void match_taps(const FeatureTaps& taps, const FeatureLoss* loss, const Where& where) {
+void match_taps(const FeatureTaps& taps, const FeatureScalarLoss* loss, const Where& where) {
   const DeviceGuard guard(where.device);
   for (int64_t begin = 0; begin < taps.count; begin += device::kMaxTaps)
     match(taps, begin, std::min(taps.count, begin + device::kMaxTaps), loss, begin > 0, where);

@@ -40,7 +40,7 @@ struct FeatureTaps {
   bool is_double;
 };
 
-struct FeatureLoss {
+struct FeatureScalarLoss {
   bool mean;
   ScalarWorkspace* workspace;  // its `counts` are not used
   void* loss;                  // 0-d, compute dtype
@@ -48,7 +48,7 @@ struct FeatureLoss {
 
 // With `loss` the weighted loss and its gradients, else distances, or gradients of the rows times grad_rows:
 // in one launch for every 16 taps.
-void match_taps(const FeatureTaps& taps, const FeatureLoss* loss, const Where& where);
+void match_taps(const FeatureTaps& taps, const FeatureScalarLoss* loss, const Where& where);
 
 // Each gradient of n elements *= *factor, of the dtype `factor_dtype`; nothing is touched where the factor
 // is 1. One launch for every 64.

@@ -6,24 +6,24 @@ namespace mfd {
 namespace cuda {
 namespace {
 
-// Where a group's place keeps its lists and its bitmap, and how many bytes it has.
-struct Place {
+// Where a group's room keeps its lists and its bitmap, and how many bytes it has.
+struct GroupRoom {
   int64_t lists_at, bits_at, bytes, words;
 };
 
-Place place_of(const RowProblem& p, const TopK& topk, int parts, bool parked, bool bits_in_shared) {
-  Place place{};
-  place.lists_at = parked ? parked_bytes(p.classes, p.student.dtype, parts) : 0;
-  place.bits_at = place.lists_at + round_up(2 * topk.listed * (p.is_double ? 8 : 4), 16);
-  place.words = p.classes / 32 / parts + 2;
-  place.bytes = place.bits_at + (bits_in_shared ? round_up(place.words * 4, 16) : 0);
-  return place;
+GroupRoom room_of(const RowProblem& p, const TopK& topk, int parts, bool parked, bool bits_in_shared) {
+  GroupRoom room{};
+  room.lists_at = parked ? parked_bytes(p.classes, p.student.dtype, parts) : 0;
+  room.bits_at = room.lists_at + round_up(2 * topk.listed * (p.is_double ? 8 : 4), 16);
+  room.words = p.classes / 32 / parts + 2;
+  room.bytes = room.bits_at + (bits_in_shared ? round_up(room.words * 4, 16) : 0);
+  return room;
 }
 
 // How a launch shares rows and lays out shared memory.
 struct TopKPlan {
   Plan plan;
-  Place place;
+  GroupRoom room;
   bool bits_in_shared;
   int in_block;
 };
@@ -32,18 +32,18 @@ TopKPlan plan_rows(const RowProblem& p, const TopK& topk, const DeviceFacts& fac
   const int64_t fixed = parking_at<device::Cluster, device::TopKState>(1);
   TopKPlan t{};
   t.plan = choose_plan(facts, p.classes, p.is_double, fixed,
-                       [&](int parts) { return place_of(p, topk, parts, true, true).bytes; });
+                       [&](int parts) { return room_of(p, topk, parts, true, true).bytes; });
   const bool parked = t.plan.rung != Rung::kStream;
   t.in_block = t.plan.rung == Rung::kWarp ? t.plan.threads / 32 : 1;
-  t.place = place_of(p, topk, t.plan.cluster, parked, true);
-  t.bits_in_shared = parked || fixed + t.place.bytes <= facts.shared_per_block;
-  if (!t.bits_in_shared) t.place = place_of(p, topk, t.plan.cluster, parked, false);
+  t.room = room_of(p, topk, t.plan.cluster, parked, true);
+  t.bits_in_shared = parked || fixed + t.room.bytes <= facts.shared_per_block;
+  if (!t.bits_in_shared) t.room = room_of(p, topk, t.plan.cluster, parked, false);
   return t;
 }
 
 template <class Group>
 int64_t shared_bytes(const TopKPlan& t) {
-  return parking_at<Group, device::TopKState>(t.in_block) + t.in_block * t.place.bytes;
+  return parking_at<Group, device::TopKState>(t.in_block) + t.in_block * t.room.bytes;
 }
 
 template <class S, class Group>
@@ -51,9 +51,9 @@ void start_kernel(device::TopKLaunch launch, const TopKPlan& t, const DeviceFact
                   const Where& where) {
   launch.states_at = static_cast<int>(states_at<Group>());
   launch.parking_at = static_cast<int>(parking_at<Group, device::TopKState>(t.in_block));
-  launch.parking_bytes = static_cast<int>(t.place.bytes);
-  launch.lists_at = static_cast<int>(t.place.lists_at);
-  launch.bits_at = static_cast<int>(t.place.bits_at);
+  launch.parking_bytes = static_cast<int>(t.room.bytes);
+  launch.lists_at = static_cast<int>(t.room.lists_at);
+  launch.bits_at = static_cast<int>(t.room.bits_at);
   launch.parked = t.plan.rung != Rung::kStream;
   const int64_t shared = shared_bytes<Group>(t);
   const int64_t blocks =
@@ -71,7 +71,7 @@ int64_t topk_scratch(const RowProblem& p, const TopK& topk, int device) {
   const DeviceFacts facts = facts_of(device);
   const TopKPlan t = plan_rows(p, topk, facts);
   if (t.bits_in_shared) return 0;
-  return blocks_of(t.plan, facts, p.n_rows, 1, shared_bytes<device::Blocks>(t), false) * t.place.words * 4;
+  return blocks_of(t.plan, facts, p.n_rows, 1, shared_bytes<device::Blocks>(t), false) * t.room.words * 4;
 }
 
 void topk_rows(const TopKPass& pass, const ScalarLoss* scalar, void* scratch, const Where& where) {
@@ -90,7 +90,7 @@ void topk_rows(const TopKPass& pass, const ScalarLoss* scalar, void* scratch, co
   launch.d_temperature = pass.d_temperature;
   launch.d_teacher_temperature = pass.d_teacher_temperature;
   launch.bits = t.bits_in_shared ? nullptr : static_cast<uint32_t*>(scratch);
-  launch.bits_words = t.place.words;
+  launch.bits_words = t.room.words;
   if (p.is_double) return start_kernel<device::F64, device::Blocks>(launch, t, facts, where);
   if (t.plan.rung == Rung::kWarp) return start_kernel<device::F32, device::Warp>(launch, t, facts, where);
   start_kernel<device::F32, device::Blocks>(launch, t, facts, where);

@@ -15,7 +15,7 @@ from .. import allocate
 from ..layout import row_layout
 from .blocks import (
     LONG,
-    Blocks,
+    BlockSizes,
     choose_blocks,
     choose_plain_blocks,
     choose_row_blocks,
@@ -69,7 +69,7 @@ class RowArguments(NamedTuple):
     listed: Any
     numbers: dict[str, Any]
     options: dict[str, Any]
-    blocks: Blocks
+    blocks: BlockSizes
     unit: int
 
     def how(self, *, soft: bool = True, hard: bool, smooth: bool, terms: bool = False) -> Any:
@@ -164,7 +164,7 @@ def row_arguments(rows: RowProblem, widths: tuple[int, ...], heavy: bool = False
     return RowArguments(problem, _listed(rows, rows.topk, tile), numbers, options, blocks, unit)
 
 
-def plain_registers(rows: RowProblem, blocks: Blocks, widest: int) -> int:
+def plain_registers(rows: RowProblem, blocks: BlockSizes, widest: int) -> int:
     """Of a thread of `plain_scalar`: so that 24 warps are resident where rows stream past (of the longest 16), 16 or 12
     where they are held, by the bytes of a logit.
     """
@@ -196,7 +196,7 @@ def logits_argument(
     return kernels("rows.structs").Logits(ptr, temperature_ptr, **constants(flags))
 
 
-def _blocks(rows: RowProblem, logits: list[Tensor], columns: int, unit: int, heavy: bool) -> Blocks:
+def _blocks(rows: RowProblem, logits: list[Tensor], columns: int, unit: int, heavy: bool) -> BlockSizes:
     """The tile of a program; ``unit``: what addresses and strides of the rows share."""
     if rows.topk is not None:
         return choose_row_blocks(columns, rows.student.element_size(), unit, slots(rows))
