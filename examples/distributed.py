@@ -132,6 +132,7 @@ def worker(kind: str, steps: int, folder: Path) -> None:
         dist.barrier()
     if not dist.is_initialized() or dist.get_rank() == 0:
         log.write_text(json.dumps(losses))
+    del model, optimizer  # DDP, freed after its process group, can wait for ever for that group's thread
     if dist.is_initialized():
         dist.destroy_process_group()
 
