@@ -48,6 +48,7 @@ def open_page(browser, site):
 
     def opened(path, width=1280):
         page = browser.new_page(viewport={"width": width, "height": 900})
+        page.set_default_timeout(300_000)  # ms: a busy machine is no error of the pages
         page.on("console", lambda message: message.type == "error" and trouble.append(message.text))
         page.on("pageerror", lambda error: trouble.append(str(error)))
         page.on("response", lambda answer: answer.status >= 400 and trouble.append(f"{answer.url}: {answer.status}"))
