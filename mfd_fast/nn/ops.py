@@ -137,6 +137,11 @@ class FeatureLoss(_LossModule):
             learned as ``projectors``. One pair stands for a single tap.
         device, dtype: of the projectors.
         options: keyword arguments of the function (kind, weight, backend); see :class:`DistillationLoss`.
+
+    >>> import torch, mfd_fast as mfd
+    >>> criterion = mfd.nn.FeatureLoss(projections=(8, 16), kind="cosine")
+    >>> criterion(torch.randn(4, 8), torch.randn(4, 16)).shape
+    torch.Size([])
     """
 
     _OPTIONS: ClassVar[Mapping[str, Check]] = _options.of(feature_loss, ("mask", "projector"))
@@ -194,6 +199,12 @@ class ModalPool(OptionsModule):
         learn_prior: add a learned bias per modality (starts at 0).
         device, dtype: of both.
         options: keyword arguments of the function (temperature, scale, backend); see :class:`DistillationLoss`.
+
+    >>> import torch, mfd_fast as mfd
+    >>> pool = mfd.nn.ModalPool(8, 2)
+    >>> pooled, weights = pool([torch.randn(4, 8), torch.randn(4, 8)])
+    >>> pooled.shape, weights.shape
+    (torch.Size([4, 8]), torch.Size([4, 2]))
     """
 
     _OPTIONS: ClassVar[Mapping[str, Check]] = _options.of(modal_pool, ("scores", "bias", "present", "query"))
