@@ -18,14 +18,20 @@ from .backends import environment
 VARIABLES = ("MFD_FAST_", "TRITON_", "OMP_", "KMP_", "GOMP_", "CUDA_VISIBLE_DEVICES")
 
 
-INTERRUPTED = 130  # what shells report of a process that Ctrl-C ended
+# What shells report of a process that Ctrl-C ended, or whose reader went away.
+INTERRUPTED, UNREAD = 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     terminal.accept_any_text()
     try:
-        return _main(argv)
+        status = _main(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # mfd-fast env | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it ends
+        return UNREAD
     except KeyboardInterrupt:
         print("\nmfd-fast: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -75,6 +75,19 @@ def test_an_interrupt_anywhere_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "\nmfd-fast: interrupted\n"
 
 
+@pytest.mark.rest
+def test_a_reader_that_goes_away_is_no_error():
+    """rich has its own way; without it the output is print's."""
+    plain = "import importlib.util, sys; from mfd_fast import cli; importlib.util.find_spec = lambda *_: None"
+    read, written = os.pipe()
+    with os.fdopen(written, "w") as away:
+        os.close(read)
+        code = f"{plain}; sys.exit(cli.main(['env']))"
+        python = subprocess.run([sys.executable, "-c", code], stdout=away, stderr=subprocess.PIPE)
+    assert python.stderr == b""
+    assert python.returncode == cli.UNREAD
+
+
 @pytest.mark.parametrize("where", ["folder", "file/below.json"])
 def test_json_is_checked_before_the_measuring(where, tmp_path, monkeypatch, capsys):
     (tmp_path / "folder").mkdir()
