@@ -60,9 +60,12 @@ $(TRAINERS)/packages: pyproject.toml constraints-trainers.txt $(VENV)/python
 	  torch torchvision setuptools pybind11 cmake ninja pytest pytest-xdist
 	MFD_FAST_NATIVE=0 $(TRAINERS)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints-trainers.txt \
 	  --no-build-isolation --editable '.[trainers]'
-	# One file of each is tried: torchao, and AutoGluon's old timm and transformers, cannot live here.
+	# One file of AutoGluon is tried, whose old timm and transformers cannot live here; torchtune as a whole from a
+	# folder of its own, for an old torchao.
 	$(TRAINERS)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints-trainers.txt \
 	  --no-deps autogluon.multimodal torchtune
+	$(TRAINERS)/bin/python -m pip --disable-pip-version-check install -qq --constraint constraints-trainers.txt \
+	  --no-deps --upgrade --target $(TRAINERS)/torchtune torchtune torchao sentencepiece tiktoken
 	touch $@
 
 NO_BROWSER := echo "docs: the pages are not tried, since no browser was found (chromium; Debian: apt install chromium)"

@@ -42,7 +42,9 @@ class DistillMixin:
         teacher_model: a module whose output has ``logits`` (or is the logits). It is frozen, in evaluation mode, runs
             without autograd on the inputs that its ``forward`` names, and is not saved with the student.
         distill: keyword arguments of :func:`mfd_fast.distill_loss` (divergence, temperature, soft_weight,
-            hard_weight, ...).
+            hard_weight, ...). Not those that the trainer sets from the batch (labels, mask, normalizer, ...), nor
+            ``return_parts``, for the hook returns one loss, nor ``process_group``: a sharded head's logits are gathered
+            by the model.
         teacher_column: instead of a model, the batch's column of the teacher's logits ``[..., C]``, or of
             :class:`~mfd_fast.TopK` objects; or a mapping ``{"values": column, "indices": column}`` of a TopK's
             columns, beside which it may hold ``tail`` and ``values_are``. Row i belongs to the student's logits i.

@@ -1,6 +1,12 @@
-"""torchtune's loss file against ours. The file needs torch alone; the package needs torchao, which is not here."""
+"""torchtune's loss file against ours: the file needs torch alone. The whole package runs in a process of its own, since it
+needs a torchao that nothing else here may see.
+"""
 
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,6 +105,18 @@ def test_torchtune_from_yaml():
     loss = getattr(importlib.import_module(module), name)(**options)
     assert isinstance(loss, ChunkedKLLoss)
     assert loss.num_output_chunks == 4
+
+
+def test_torchtune_as_a_whole():
+    """Its models, its configuration and its cross-entropy around the loss: three steps of the recipe."""
+    folder = Path(sys.prefix, "torchtune")
+    assert folder.is_dir(), "`make trainers` makes it"
+    script = Path(__file__).with_name("torchtune_recipe.py")
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("11 gradients") == 3
 
 
 def test_torchtune_with_another_signature(monkeypatch):
