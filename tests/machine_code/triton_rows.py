@@ -38,6 +38,7 @@ from machine_code.rows import CASES as CUDA_CASES  # noqa: E402
 from machine_code.rows import DTYPES, RowCase  # noqa: E402
 from machine_code.sass import Kernel, read  # noqa: E402
 from machine_code.timing import simulate  # noqa: E402
+from mfd_fast.backends.protocol import RowNeeds  # noqa: E402
 from mfd_fast.backends.triton import distill_loss, scale  # noqa: E402
 from mfd_fast.problems.rows import check_row_loss, check_rows  # noqa: E402
 
@@ -47,6 +48,8 @@ CASES = [
     for case in CUDA_CASES
     if isinstance(case, RowCase)
 ]
+#: Rows of linear_distill_loss between its products.
+CHUNKS = [RowCase(32000, "float32"), RowCase(32000, "float32", True), RowCase(128256, "float32")]
 
 
 @functools.cache
@@ -133,6 +136,31 @@ def measure(case: RowCase) -> dict[str, Any]:
     }
 
 
+def measure_chunk(kernel: str, case: RowCase) -> dict[str, Any]:
+    """The same of a kernel between the products of a bfloat16 head (linear_distill_loss): of float32 logits and, in
+    backward, a bfloat16 gradient.
+    """
+    n_rows, needs = 64, RowNeeds(True, False, False, False, [False])
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(n_rows, case.classes) * 2 for _ in range(2))
+    labels = torch.randint(0, case.classes, (n_rows,)) if case.needs_labels else None
+    problem = check_rows("distill_loss", student, teacher, labels, divergence=case.divergence, temperature=2.0)
+    upstream = torch.full((n_rows,), 1 / n_rows)
+    with replaced(runner := Runner(1)):
+        statistics = distill_loss.per_row(problem, terms=True).statistics
+        distill_loss.per_row_backward(
+            problem, statistics, upstream, upstream, needs, in_place=True, student_dtype=torch.bfloat16
+        )
+    launch = next(x for x in runner.launches if x.kernel.name == kernel)
+    dram_bytes = 8 if kernel == "distill_rows" else 10  # two logits in; a gradient out
+    return record(launch, n_rows // launch.grid * case.classes, dram_bytes) | {
+        "divergence": case.divergence,
+        "labels": case.labels,
+        "shape": [case.classes],
+        "dtype": "float32, bfloat16 gradient",
+    }
+
+
 def measure_scale(dtype: str) -> dict[str, Any]:
     """The same of a gradient multiplied by an upstream factor: 8 blocks of elements a program."""
     gradient = torch.ones(8 * scale.BLOCK * 4, dtype=DTYPES[dtype])
@@ -183,6 +211,11 @@ def main(words: list[str]) -> None:
     records = {name_of(found): found for found in document["records"]}
     print(head(), flush=True)
     jobs = [(case.name, functools.partial(measure, case)) for case in CASES]
+    jobs += [
+        (f"chunk {case.name}", functools.partial(measure_chunk, kernel, case))
+        for case in CHUNKS
+        for kernel in ("distill_rows", "distill_rows_backward")
+    ]
     jobs += [(f"scale {dtype}", functools.partial(measure_scale, dtype)) for dtype in ("bfloat16", "float32")]
     for name, job in jobs:
         if all(word in name.split() for word in words):

@@ -200,6 +200,9 @@ def per_row_backward(
     if n and (needs.student or needs.temperature or need_teachers):
         widths = (rows.student.shape[-1], *(logits.shape[-1] for logits in rows.teachers if rows.topk is None))
         common = row_arguments(rows, widths)
+        if of_student.itemsize == 2 and not (needs.temperature or need_teachers):
+            # A 16-bit gradient does not deserve the slower exponentials.
+            common = common._replace(options=common.options | {"EXACT": False})
         grad_soft, grad_hard = realigned(grad_soft), realigned(grad_hard)
         outputs = kernels("distill.backward").RowGradients(
             stats_ptr=aligned(stats),
