@@ -173,6 +173,7 @@ def _missed(found: list[Result]) -> str:
             check.what,
             number(check.measured or 0),
             f"{'≥' if check.at_least else '≤'} {check.target:g}",
+            "" if check.at_floor is None else number(check.at_floor),
         ]
         for result in found
         for check in results.targets(result)
@@ -180,7 +181,11 @@ def _missed(found: list[Result]) -> str:
     ]
     if not rows:
         return ""
-    return "## Missed targets\n\n" + _table(("workload", "runs on", "what", "measured", "target"), rows, left=3)
+    head = ("workload", "runs on", "what", "measured", "target", "at the floor")
+    return (
+        "## Missed targets\n\nAt the floor: what a call as fast as the floor would reach; a target above it cannot be "
+        "met.\n\n" + _table(head, rows, left=3)
+    )
 
 
 def _op(found: list[Result], op: str) -> str:

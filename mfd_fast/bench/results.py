@@ -78,12 +78,15 @@ def is_noisy(measurement: Measurement) -> bool:
 
 @dataclass(frozen=True)
 class TargetCheck:
-    """``measured`` is None where it could not be measured."""
+    """``measured`` is None where it could not be measured. ``at_floor``: the speed-up of a call that takes as long as
+    the floor: a target above it cannot be met.
+    """
 
     what: str
     target: float
     measured: float | None
     at_least: bool
+    at_floor: float | None = None
 
     @property
     def met(self) -> bool | None:
@@ -103,11 +106,11 @@ def targets(result: Result) -> list[TargetCheck]:
     checks = []
     if wanted["floor"] is not None:
         checks.append(TargetCheck("x floor", wanted["floor"], times_floor(result), False))
-    for name in ("eager", "compile"):
-        if wanted[name] is not None:
-            checks.append(TargetCheck(f"x {TITLES[name]}", wanted[name], speed_up(result, name), True))
-    for name, least in wanted.get("rivals", {}).items():  # results of before have none
-        checks.append(TargetCheck(f"x {name}", least, speed_up(result, name), True))
+    others = {name: wanted[name] for name in ("eager", "compile") if wanted[name] is not None}
+    for name, least in (others | wanted.get("rivals", {})).items():  # results of before have no rivals
+        rival = entry(result, name)
+        at_floor = None if rival is None else float(rival["median"] / floor_ms(result))
+        checks.append(TargetCheck(f"x {TITLES.get(name, name)}", least, speed_up(result, name), True, at_floor))
     if wanted["milliseconds"] is not None:
         checks.append(TargetCheck("ms", wanted["milliseconds"], own["median"] if own else None, False))
     if wanted["plain"] is not None:

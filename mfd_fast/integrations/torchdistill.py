@@ -40,6 +40,11 @@ check_signature(LogitStdKDLoss.forward, _FORWARD)
 IO = Mapping[str, Mapping[str, Any]]
 
 
+def _classes_last(logits: Tensor) -> Tensor:
+    """``[N, C, ...]`` as ``[N, ..., C]``; what is so already costs no view and no node of autograd."""
+    return logits if logits.dim() == 2 else logits.movedim(1, -1)
+
+
 class _Distillation:
     """The forward of both losses; the constructors are torchdistill's."""
 
@@ -56,8 +61,8 @@ class _Distillation:
 
     def forward(self, student_io_dict: IO, teacher_io_dict: IO, targets: Any = None, *_: Any, **__: Any) -> Tensor:
         logits = student_io_dict[self.student_module_path][self.student_module_io]
-        student = logits.movedim(1, -1)
-        teacher = teacher_io_dict[self.teacher_module_path][self.teacher_module_io].movedim(1, -1)
+        student = _classes_last(logits)
+        teacher = _classes_last(teacher_io_dict[self.teacher_module_path][self.teacher_module_io])
         if not self.alpha or targets is None:
             return distill_loss(student, teacher, **self._options(student, combined=False))
         options, hard = self._options(student, combined=True), self.cross_entropy_loss
@@ -70,7 +75,7 @@ class _Distillation:
 
     def _options(self, student: Tensor, combined: bool) -> dict[str, Any]:
         """The soft term, of ``[..., C]`` logits."""
-        transform = LogitTransform(standardize=self.standardize)
+        transform = LogitTransform(standardize=True) if self.standardize else None
         rows = student.shape[:-1].numel()
         divisors = {"batchmean": student.shape[0], "mean": student.numel(), "sum": 1}
         if self.reduction not in divisors:
