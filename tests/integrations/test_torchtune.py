@@ -1,5 +1,6 @@
-"""torchtune's loss file against ours: the file needs torch alone. The whole package runs in a process of its own, since it
-needs a torchao that nothing else here may see.
+"""torchtune's loss file, which needs torch alone, against ours.
+
+The whole package runs in a process of its own: it needs a torchao that nothing else here may see.
 """
 
 import importlib
