@@ -90,6 +90,7 @@ inline void set_gradients(PoolBackward& g, const std::vector<Address>& d_feature
 void bind_problems(pybind11::module_& m);
 // Plans of calls, before the ops.
 void bind_plans(pybind11::module_& m);
+void bind_programs(pybind11::module_& m);
 // The CPU's ops.
 void bind_distill_loss(pybind11::module_& m);
 void bind_modal_pool(pybind11::module_& m);
@@ -102,5 +103,6 @@ void bind_cuda(pybind11::module_& m);
 // Those of the fusion kernels, into that submodule.
 void bind_cuda_fusion(pybind11::module_& m);
 void bind_cuda_mfd(pybind11::module_& m);
+void bind_cuda_plans(pybind11::module_& m);
 
 }  // namespace mfd

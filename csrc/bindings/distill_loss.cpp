@@ -2,11 +2,10 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "bindings/bindings.h"
-#include "bindings/plans.h"
+#include "bindings/plans/distill.h"
 #include "common/rows/row_math.h"
 #include "cpu/runtime/distill.h"
 
@@ -109,76 +108,25 @@ void per_row_backward(const RowProblem& problem, const TopK* topk, Address stats
   }
 }
 
-// distill_loss of one teacher as a scalar, with numbers for all that may be a number.
-class DistillPlan final : public CallPlan {
- public:
-  // `problem` for all that is the same in the calls of this plan; `least` and `most` of a temperature.
-  DistillPlan(const RowProblem& problem, bool use_soft, bool use_hard, bool mean, double least, double most,
-              const Places& tensors, const Places& numbers)
-      : problem_(problem),
-        use_soft_(use_soft),
-        use_hard_(use_hard),
-        mean_(mean),
-        rows_{place(tensors, "student"),
-              place(tensors, "teacher"),
-              place(tensors, "labels"),
-              place(tensors, "mask"),
-              place(numbers, "temperature"),
-              place(numbers, "teacher_temperature"),
-              least,
-              most},
-        weight_(place(tensors, "weight")),
-        soft_weight_(place(numbers, "soft_weight")),
-        hard_weight_(place(numbers, "hard_weight")),
-        normalizer_(place(numbers, "normalizer")) {
-    if (problem.mixture || problem.student_temperature.rows || problem.teacher_temperature.rows)
-      throw py::value_error("a plan of distill_loss has one teacher and numbers for temperatures");
-  }
+class CpuDistillPlan final : public DistillPlan {
+  using DistillPlan::DistillPlan;
 
-  py::object run(const Call& call) const override {
-    RowProblem problem = problem_;
-    const double soft_weight = call.number(soft_weight_, 1.0), hard_weight = call.number(hard_weight_, 0.0);
-    double divisor = call.number(normalizer_, 1.0);
-    if (!rows_.fill(call, problem) || !std::isfinite(soft_weight) || !std::isfinite(hard_weight) ||
-        !(0 < divisor && std::isfinite(divisor)))
-      return py::none();
+  bool start(Forward& f, Scalars scalars, void* loss, const DLTensor& student, int threads) const override {
+    const RowProblem& problem = f.problem;
     int64_t counted = problem.n_rows;
     if (problem.labels || problem.mask) counted = count_rows(problem);
-    if (counted < 0) return py::none();
-    const bool counts = mean_ && normalizer_ < 0;
-    if (counts) divisor = static_cast<double>(std::max<int64_t>(counted, 1));
-    double hard_divisor = divisor;
-    if (counts && problem.keeps_ignored)
+    if (counted < 0) return false;
+    if (scalars.counts) scalars.divisor = static_cast<double>(std::max<int64_t>(counted, 1));
+    double hard_divisor = scalars.divisor;
+    if (scalars.counts && problem.keeps_ignored)
       hard_divisor = static_cast<double>(std::max<int64_t>(count_labelled(problem), 1));
-
-    const DLTensor& student = call.tensors[static_cast<size_t>(rows_.student)];
-    const uint8_t bits = problem.is_double ? 64 : 32;
-    py::object value = new_tensor({kFloating, bits, 1}, student.device, {}), gradient = py::none();
-    Forward f{};
-    f.problem = problem;
-    f.use_soft = use_soft_;
-    f.use_hard = use_hard_;
-    f.weight = {call.data(weight_), 1, 1.0};
-    f.soft_factor = soft_weight / divisor;
-    f.hard_factor = hard_weight / hard_divisor;
-    if (call.needs_grad) {
-      gradient = new_like(call.objects[static_cast<size_t>(rows_.student)], student);
-      f.grad = data_of(gradient);
-      f.stream = bytes_of(student) >= kStreamBytes;
-    }
-    void* const out = data_of(value);
-    {
-      const py::gil_scoped_release release;
-      put_value(reinterpret_cast<Address>(out), problem.is_double, forward(f, true, call.threads));
-    }
-    return py::make_tuple(value, gradient);
+    f.soft_factor = scalars.soft_weight / scalars.divisor;
+    f.hard_factor = scalars.hard_weight / hard_divisor;
+    f.stream = f.grad && bytes_of(student) >= kStreamBytes;
+    const py::gil_scoped_release release;
+    put_value(reinterpret_cast<Address>(loss), problem.is_double, forward(f, true, threads));
+    return true;
   }
-
- private:
-  RowProblem problem_;
-  bool use_soft_, use_hard_, mean_;
-  RowPlaces rows_;
-  int weight_, soft_weight_, hard_weight_, normalizer_;
 };
 
 }  // namespace
@@ -186,7 +134,7 @@ class DistillPlan final : public CallPlan {
 void bind_distill_loss(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.attr("statistics") = kStats;
-  py::class_<DistillPlan, CallPlan>(m, "DistillPlan")
+  py::class_<CpuDistillPlan, CallPlan>(m, "DistillPlan")
       .def(py::init<const RowProblem&, bool, bool, bool, double, double, const Places&, const Places&>());
   m.def("count_rows", &count_rows);
   m.def("count_labelled", &count_labelled);

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
-#include "bindings/dlpack.h"
+#include "bindings/plans/dlpack.h"
 #include "cpu/runtime/buffer_pool.h"
 
 namespace py = pybind11;

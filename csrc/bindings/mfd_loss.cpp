@@ -2,12 +2,11 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <vector>
 
 #include "bindings/bindings.h"
-#include "bindings/plans.h"
+#include "bindings/plans/mfd.h"
 #include "cpu/runtime/distill.h"
 #include "cpu/runtime/fusion.h"
 
@@ -138,57 +137,34 @@ class MFDPlan final : public CallPlan {
   // `mfd` for all that is the same in the calls of this plan; `least` and `most` of the temperatures.
   MFDPlan(const Mfd& mfd, bool stacked, bool mean, bool in_place, double least, double most,
           const Places& tensors, const Places& numbers)
-      : mfd_(mfd),
-        mean_(mean),
-        in_place_(in_place),
-        pool_(mfd.pool, stacked, tensors),
-        rows_{-1,
-              place(tensors, "teacher_logits"),
-              place(tensors, "labels"),
-              place(tensors, "mask"),
-              place(numbers, "temperature"),
-              -1,
-              least,
-              most},
-        tensors_{place(tensors, "head_weight"), place(tensors, "head_bias"),
-                 place(tensors, "teacher_features"), place(tensors, "teacher_pool_weights"),
-                 place(tensors, "weight")},
-        numbers_{place(numbers, "pool_temperature"), place(numbers, "soft_weight"),
-                 place(numbers, "hard_weight"),      place(numbers, "feature_weight"),
-                 place(numbers, "pool_weight"),      place(numbers, "normalizer")} {}
+      : mfd_(mfd), mean_(mean), in_place_(in_place), at_(mfd.pool, stacked, least, most, tensors, numbers) {}
 
   py::object run(const Call& call) const override {
     Mfd m = mfd_;
     m.pool.rows = &m.problem;
-    const double pool_temperature = call.number(numbers_.pool_temperature, 1.0);
-    m.soft_factor = call.number(numbers_.soft_weight, 1.0);
-    m.hard_factor = call.number(numbers_.hard_weight, 0.0);
-    m.feature_factor = call.number(numbers_.feature_weight, 0.0);
-    m.pool_factor = call.number(numbers_.pool_weight, 0.0);
-    m.divisor = call.number(numbers_.normalizer, 1.0);
-    const bool finite = std::isfinite(m.soft_factor) && std::isfinite(m.hard_factor) &&
-                        std::isfinite(m.feature_factor) && std::isfinite(m.pool_factor) &&
-                        std::isfinite(m.divisor);
-    if (!rows_.fill(call, m.problem) || !finite || !(0 < m.divisor) || !(rows_.least <= pool_temperature) ||
-        !(pool_temperature <= rows_.most))
-      return py::none();
+    MfdNumbers numbers;
+    if (!at_.fill(call, m.problem, m.pool, numbers)) return py::none();
+    m.soft_factor = numbers.soft_weight;
+    m.hard_factor = numbers.hard_weight;
+    m.feature_factor = numbers.feature_weight;
+    m.pool_factor = numbers.pool_weight;
+    m.divisor = numbers.divisor;
     int64_t counted = m.problem.n_rows;
     if (m.problem.labels || m.problem.mask) counted = count_rows(m.problem);
     if (counted < 0) return py::none();
-    const bool counts = mean_ && numbers_.normalizer < 0;
+    const bool counts = mean_ && at_.normalizer < 0;
     if (counts) m.divisor = static_cast<double>(std::max<int64_t>(counted, 1));
     m.hard_divisor = m.divisor;
     if (counts && m.problem.keeps_ignored)
       m.hard_divisor = static_cast<double>(std::max<int64_t>(count_labelled(m.problem), 1));
-    pool_.fill(call.tensors, pool_temperature, m.pool);
-    if (m.target.data) m.target.data = call.data(tensors_.teacher_features);
-    if (m.pool_target) m.pool_target = call.data(tensors_.teacher_pool_weights);
-    m.weight = {call.data(tensors_.weight), 1, 1.0};
+    if (m.target.data) m.target.data = call.data(at_.teacher_features);
+    if (m.pool_target) m.pool_target = call.data(at_.teacher_pool_weights);
+    m.weight = {call.data(at_.weight), 1, 1.0};
 
     const int64_t n = m.problem.n_rows, classes = m.problem.classes, width = m.pool.width;
     const DLDevice device = call.tensors[0].device;
     constexpr DLDataType kFloat = {kFloating, 32, 1}, kLong = {0, 64, 1};
-    std::vector<int64_t> shape = pool_.leading(call.tensors);
+    std::vector<int64_t> shape = at_.pool.leading(call.tensors);
     py::object predictions = new_tensor(kLong, device, shape);
     shape.push_back(m.pool.modalities);
     py::object weights = new_tensor(kFloat, device, shape), pooled = new_tensor(kFloat, device, {n, width});
@@ -196,32 +172,8 @@ class MFDPlan final : public CallPlan {
                d_pooled = py::none();
     std::vector<py::object> sums;
     for (int k = 0; k < 4; ++k) sums.push_back(new_tensor(kFloat, device, {}));
-    const auto needs = [&call](int k) { return k >= 0 && call.needs[static_cast<size_t>(k)]; };
-
-    py::list gradients;
-    PoolBackward g{};
-    const auto fresh = [&](int k) -> void* {
-      if (!needs(k)) return gradients.append(py::none()), nullptr;
-      const size_t tensor = static_cast<size_t>(k);
-      py::object gradient = new_like(call.objects[tensor], call.tensors[tensor]);
-      gradients.append(gradient);
-      return data_of(gradient);
-    };
-    g.d_query = fresh(pool_.query);
-    g.d_bias = fresh(pool_.bias);
-    float* const d_head_weight = static_cast<float*>(fresh(tensors_.head_weight));
-    g.d_head_bias = fresh(tensors_.head_bias);
-    int64_t bytes = 0;
-    bool need_pool = g.d_query || g.d_bias;
-    for (int k = 0; k < (pool_.stacked ? 1 : m.pool.modalities); ++k) {
-      const DLTensor& feature = call.tensors[static_cast<size_t>(pool_.features + k)];
-      void* const data = fresh(pool_.features + k);
-      if (!data) continue;
-      need_pool = true;
-      bytes += bytes_of(feature);
-      pool_.set_gradient(static_cast<size_t>(k), data, m.pool, feature.dtype.bits / 8, g);
-    }
-    const bool need_any = need_pool || d_head_weight || g.d_head_bias;
+    MfdGradients gradients(at_, m.pool, call, true);
+    const bool need_pool = gradients.needs_pool, need_any = gradients.needs_any();
     if (need_any) d_logits = in_place_ ? logits : new_tensor(kFloat, device, {n, classes});
     if (need_pool) d_pooled = new_tensor(kFloat, device, {n, width});
 
@@ -229,14 +181,15 @@ class MFDPlan final : public CallPlan {
     const auto address = [](const void* data) { return reinterpret_cast<Address>(data); };
     float *const y = at(pooled), *const z = at(logits), *const up = need_any ? at(d_logits) : nullptr;
     float* const into_pool = need_pool ? at(d_pooled) : nullptr;
-    const float* const head = call.data<float>(tensors_.head_weight);
+    float* const d_head_weight = static_cast<float*>(gradients.head_weight);
+    const float* const head = call.data<float>(at_.head_weight);
     void *const a = data_of(weights), *const predicted = data_of(predictions);
     void* out[4];
     for (size_t k = 0; k < 4; ++k) out[k] = data_of(sums[k]);
     {
       const py::gil_scoped_release release;
       pool_of_mfd(m, address(y), address(a), call.threads);
-      product({n, classes, width, y, head, call.data<float>(tensors_.head_bias), width, 1, 1, width, z},
+      product({n, classes, width, y, head, call.data<float>(at_.head_bias), width, 1, 1, width, z},
               call.threads);
       rows_of_mfd(m, address(z), address(out[0]), address(out[1]), address(out[2]), address(out[3]),
                   address(predicted), address(up), false, call.threads);
@@ -245,26 +198,20 @@ class MFDPlan final : public CallPlan {
       if (into_pool)
         product({n, width, classes, up, head, nullptr, classes, 1, width, 1, into_pool}, call.threads);
       if (need_any) {
-        g.stream = bytes >= kStreamBytes;
+        PoolBackward& g = gradients.of_pool;
+        g.stream = gradients.feature_bytes >= kStreamBytes;
         g.d_pooled = {into_pool, Dtype::kFloat32, std::max<int64_t>(n, 1), 0, width};
         backward_of_mfd(m, g, a, y, up, call.threads);
       }
     }
     const py::tuple outputs = py::make_tuple(sums[0], sums[1], sums[2], sums[3], weights, predictions);
-    return py::make_tuple(outputs, gradients);
+    return py::make_tuple(outputs, gradients.all);
   }
 
  private:
   Mfd mfd_;
   bool mean_, in_place_;
-  PoolPlaces pool_;
-  RowPlaces rows_;
-  struct {
-    int head_weight, head_bias, teacher_features, teacher_pool_weights, weight;
-  } tensors_;
-  struct {
-    int pool_temperature, soft_weight, hard_weight, feature_weight, pool_weight, normalizer;
-  } numbers_;
+  MfdPlaces at_;
 };
 
 }  // namespace

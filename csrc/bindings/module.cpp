@@ -14,10 +14,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of mfd_fast.";
   m.attr("compiler") = MFD_COMPILER;
   mfd::bind_problems(m);
+  mfd::bind_plans(m);
+  mfd::bind_programs(m);
 #ifdef MFD_HAVE_CUDA
   mfd::bind_cuda(m);
 #endif
-  mfd::bind_plans(m);
   mfd::bind_distill_loss(m);
   mfd::bind_modal_pool(m);
   mfd::bind_feature_loss(m);

@@ -64,3 +64,11 @@ def row_layout(tensor: Tensor) -> RowLayout:
     columns = tensor.shape[-1]
     tensor = tensor.contiguous()
     return RowLayout(tensor, max(tensor.numel() // max(columns, 1), 1), 0, columns)
+
+
+def extent_bytes(tensor: Tensor) -> int:
+    """From the first byte that ``tensor`` addresses to behind the last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.itemsize

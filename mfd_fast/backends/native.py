@@ -1,4 +1,5 @@
-"""What the CPU and the CUDA kernels share: descriptions of problems for the native module, by address.
+"""What the CPU and the CUDA kernels share: descriptions of problems for the native module, by address, and which calls
+have plans.
 
 Whoever calls the native module keeps the tensors of ``keep`` until it has returned: descriptions point into them.
 """
@@ -12,10 +13,14 @@ import torch
 from torch import Tensor
 
 from ..codes import DIVERGENCES, DTYPES, TAILS
-from ..problems.rows import RowProblem
+from ..problems.features import FeatureProblem
+from ..problems.mfd import MFDProblem
+from ..problems.pool import PoolProblem
+from ..problems.rows import RowLoss, RowProblem
 from ..types import LogitTransform
 from . import allocate
-from .layout import RowLayout, row_layout
+from .layout import RowLayout, row_layout, row_strides
+from .plans import Places, each
 
 #: Address, dtype, inner, outer stride, row stride: the native matrix of rows.
 RowMatrix = tuple[int, int, int, int, int]
@@ -116,12 +121,15 @@ def native_rows(
     """The native description of ``rows``; ``temperature`` says how its kernels read one."""
     of_student = temperature(rows.temperature)
     own = rows.own_teacher_temperature
+    student = teacher = _side(module, rows.student, rows.student_transform, keep)
+    if rows.teacher is not rows.student or rows.teacher_transform != rows.student_transform:
+        teacher = _side(module, rows.teacher, rows.teacher_transform, keep)
     return module.Problem(
         rows.n_rows,
         rows.classes,
         rows.dtype is torch.float64,
-        _side(module, rows.student, rows.student_transform, keep),
-        _side(module, rows.teacher, rows.teacher_transform, keep),
+        student,
+        teacher,
         *of_student,
         *(of_student if own is None else temperature(own)),
         address(rows.labels),
@@ -154,3 +162,88 @@ def feature_gradients(
     if one is None:
         return found, [0] * modalities, width
     return found, [one.data_ptr() + m * width * one.itemsize for m in range(modalities)], modalities * width
+
+
+# --------------------------------------------------------------------------------------------------------- plans
+# A plan reads the arguments themselves where a copy, or a tensor in the place of a number, would be something else in
+# the next call.
+
+
+def reads_rows(rows: RowProblem, loss: RowLoss, places: Places) -> bool:
+    """Whether a plan covers distill_loss: one dense teacher, and numbers for all that may be a number."""
+    use_hard = rows.labels is not None and loss.use_hard
+    numbers = (rows.temperature, rows.own_teacher_temperature, loss.soft_weight, loss.hard_weight, loss.normalizer)
+    if rows.topk is not None or len(rows.teachers) > 1 or not (loss.use_soft or use_hard):
+        return False
+    if any(isinstance(number, Tensor) for number in numbers):
+        return False
+    sides = {"student": rows.student, "teacher": rows.teacher}
+    used = sides | {"labels": rows.labels, "mask": rows.mask, "weight": loss.weight}
+    if any(row_strides(side) is None for side in sides.values()):
+        return False
+    if rows.labels is None and places.tensors["labels"] != -1:  # given, but they have no part in it
+        return False
+    return all(places.reads(places.tensors[name], tensor) for name, tensor in used.items())
+
+
+def reads_pool(p: PoolProblem, places: Places, one_dtype: bool) -> bool:
+    """Whether a plan covers modal_pool; ``one_dtype``: its vectors have the dtype of the arithmetic."""
+    if isinstance(p.temperature, Tensor):
+        return False
+    parts = [p.features[0].select(-2, 0)] if p.stacked else p.features
+    if any(row_strides(x) is None for x in parts):
+        return False
+    given = {"query": p.query, "scores": p.scores, "bias": p.bias, "present": p.present}
+    if any(x is not None and not x.is_contiguous() for x in given.values()):
+        return False
+    if one_dtype and any(x is not None and x.dtype is not p.dtype for x in (p.query, p.scores, p.bias)):
+        return False
+    features = each(places.tensors["features"], 1)
+    used = [(places.tensors[name], x) for name, x in given.items() if x is not None]
+    return all(places.reads(place, x) for place, x in [*used, *zip(features, p.features, strict=True)])
+
+
+def reads_taps(problem: FeatureProblem, places: Places) -> tuple[list[int], ...] | None:
+    """Of each tap where a plan of feature_loss finds student, teacher, mask and weight; None: no plan covers it."""
+    if any(isinstance(weight, Tensor) for weight in problem.weights):
+        return None
+    count = len(problem.students)
+    students, teachers, masks = (each(places.tensors[name], count) for name in ("student", "teacher", "mask"))
+    for k, tap in enumerate(problem.taps):
+        used = tap.student, tap.teacher, tap.mask
+        if row_strides(tap.student) is None or row_strides(tap.teacher) is None:
+            return None
+        if not all(map(places.reads, (students[k], teachers[k], masks[k]), used)):
+            return None
+        if tap.mask is not None and not tap.mask.is_contiguous():
+            return None
+    return students, teachers, masks, each(places.numbers["weight"], count)
+
+
+def reads_mfd(p: MFDProblem, places: Places, one_dtype: bool) -> bool:
+    """Whether a plan covers the scalar mfd_loss; ``one_dtype`` as in :func:`reads_pool`, and of the head."""
+    rows, loss = p.rows, p.loss
+    use_hard = rows.labels is not None and loss.use_hard
+    numbers = (rows.temperature, loss.soft_weight, loss.hard_weight, loss.normalizer, p.feature_weight, p.pool_weight)
+    if any(isinstance(number, Tensor) for number in numbers) or not (loss.use_soft or use_hard):
+        return False
+    used = {
+        "head_weight": p.head_weight,
+        "head_bias": p.head_bias,
+        "teacher_logits": rows.teacher,
+        "labels": rows.labels,
+        "mask": rows.mask,
+        "weight": loss.weight,
+        "teacher_features": p.teacher_features,
+        "teacher_pool_weights": p.teacher_pool_weights,
+    }
+    if any(x is not None and row_strides(x) is None for x in (rows.teacher, p.teacher_features)):
+        return False
+    if any(x is not None and not x.is_contiguous() for x in (p.head_weight, p.head_bias, p.teacher_pool_weights)):
+        return False
+    of_one = (p.head_weight, p.head_bias) if one_dtype else ()
+    if any(x is not None and x.dtype is not rows.dtype for x in (*of_one, p.teacher_pool_weights)):
+        return False
+    if rows.labels is None and places.tensors["labels"] != -1:  # given, but they have no part in it
+        return False
+    return reads_pool(p.pool, places, one_dtype) and all(places.reads(places.tensors[k], x) for k, x in used.items())

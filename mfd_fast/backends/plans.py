@@ -2,7 +2,7 @@
 
 The shapes of this field are small: a checked call costs several times its kernel. So a call that has passed the checks
 leaves a plan, and a later call that equals it in everything but addresses and numbers goes from the public function
-into one native function (csrc/bindings/plans.h), which reads the tensors, makes the outputs and runs the kernel.
+into one native function (csrc/bindings/plans/plans.h), which reads the tensors, makes the outputs and runs the kernel.
 
 Two calls are alike where all of this is equal:
 
@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -31,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import DIVERGENCES
+from ..problems.checks import temperature_range
 from ..problems.problem import SAVED, Problem
 from ..types import LogitTransform
 from . import environment
@@ -54,8 +57,14 @@ class Places:
     Of an argument that is a sequence a list of places, -1 where an element is neither.
     """
 
-    def __init__(self, names: Sequence[str], numbers: frozenset[str], arguments: tuple[Any, ...]) -> None:
-        self.names = tuple(names)
+    def __init__(
+        self,
+        names: Sequence[str],
+        numbers: frozenset[str],
+        arguments: tuple[Any, ...],
+        check: Callable[[tuple[Any, ...]], Any],
+    ) -> None:
+        self.names, self._arguments, self._check = tuple(names), arguments, check
         self.given: list[Tensor] = []
         self.tensors: dict[str, Any] = {}
         self.numbers: dict[str, Any] = {}
@@ -98,6 +107,48 @@ class Places:
 
         tensors, numbers = ({k: one(v) for k, v in each.items()} for each in (self.tensors, self.numbers))
         return tensors, numbers
+
+    def probed(self, which: int) -> tuple[list[float], Any]:
+        """Numbers that occur nowhere else in place of those that are read in each call, 0 in place of 0, and the
+        problem of a call with them; others for each ``which``.
+        """
+        found: list[float] = []
+
+        def other(value: Any, place: Any) -> Any:
+            if isinstance(place, list):
+                return type(value)(map(other, value, place))
+            if place < 0:
+                return value
+            found.append(0.0 if value == 0 else 0.5 + (2 * place + which + 1) / 1009)
+            return found[-1]
+
+        places = (self.numbers[name] for name in self.names)
+        return found, self._check(tuple(map(other, self._arguments, places)))
+
+    def ranges(self, dtype: torch.dtype) -> list[tuple[float, float]]:
+        """(least, most) of each number, for arithmetic in ``dtype``."""
+        most = sys.float_info.max
+        known = {"normalizer": (math.ulp(0.0), most)}
+        known |= dict.fromkeys(("temperature", "teacher_temperature", "pool_temperature"), temperature_range(dtype))
+        return [known.get(name, (-most, most)) for name in self._numbered()]
+
+    def number_arguments(self) -> list[int]:
+        """The place of each number's argument among all."""
+        return [self.names.index(name) for name in self._numbered()]
+
+    def _numbered(self) -> list[str]:
+        def count(place: Any) -> int:
+            return sum(map(count, place)) if isinstance(place, list) else int(place >= 0)
+
+        return [name for name in self.names for _ in range(count(self.numbers[name]))]
+
+
+def label_places(places: Places, rows: Any) -> tuple[int, int, int, int]:
+    """Where labels and mask of a row problem are, -1 where they have no part in it, classes, ``ignore_index``."""
+    if rows.labels is None:
+        return -1, -1, 0, 0
+    mask = -1 if rows.mask is None else places.tensors["mask"]
+    return places.tensors["labels"], mask, rows.classes, rows.ignore_index
 
 
 def each(place: Any, count: int) -> list[int]:
@@ -152,18 +203,16 @@ class Plans(Generic[P]):
         global _module
         if make is None or not _enabled or missing() is not None:
             return None
-        places = Places(self.names, self.numbers, arguments)
-        plan = make(*problems, places)
-        if plan is None:
-            return None
         if self._native is None:
-            from .cpu import native
-
-            _module = native()
+            _module = native_module()
             numbers = [name in self.numbers for name in self.names]
             self._native = _module.Plans(numbers, environment.USED, OPTIONS, SAVED)
-        self._native.learn(arguments, plan, backend)
-        return places.given, _without_tensors(arguments)
+        plan = self._native.known(arguments)
+        places = Places(self.names, self.numbers, arguments, self.check)
+        if plan is False:
+            plan = make(*problems, places)
+            self._native.learn(arguments, plan, backend)
+        return None if plan is None else (places.given, _without_tensors(arguments))
 
     def computed(
         self,
@@ -209,6 +258,13 @@ def _without_tensors(value: Any) -> Any:
     return type(value)(map(_without_tensors, value)) if type(value) in (list, tuple) else value
 
 
+def native_module() -> ModuleType:
+    """The native module, whose import is left to the first plan."""
+    from .cpu import native
+
+    return native()
+
+
 @functools.cache
 def missing() -> str | None:
     """None if this PyTorch has the table that plans need, else what it lacks."""
@@ -222,7 +278,7 @@ def is_plain_one(factor: Tensor) -> bool:
 
     False also where plans have not been used.
     """
-    if _module is None or torch.compiler.is_compiling():
+    if _module is None:
         return False
     return _module.is_plain_one(factor)  # type: ignore[no-any-return]
 

@@ -5,8 +5,8 @@ leaves, which allocates a loss and the gradients and does nothing else: the leas
 called in turns in one process, and the least time of each counts, so that a busy machine changes the ratios little.
 
 ``cpu``: the step as it is, and the same step with one row, whose kernel is next to nothing: that is the overhead.
-``cuda`` and ``triton``: with launches that do nothing, on a CPU; Triton's binder, which looks up the compiled kernel
-at every launch, has no part in it, nor has the look-up of the stream.
+``cuda`` and ``triton``: with launches that do nothing, on a CPU. The look-up of a GPU's stream has no part in it; the
+multiplication by the gradient of the loss, which a GPU's backward launches, has.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 
 import mfd_fast as mfd
 
+from . import stubbed_triton
 from .timing import Step
 
 BACKENDS = ("cpu", "cuda", "triton")
@@ -136,20 +137,14 @@ def stubbed(backend: str) -> dict[str, str]:
     """The environment of a process in which ``backend`` runs on CPU tensors."""
     if backend == "cuda":
         return {"MFD_FAST_CUDA_EMULATOR": str(Path(__file__).with_name("stubbed_cuda.py"))}
-    return {"TRITON_INTERPRET": "1"} if backend == "triton" else {}
-
-
-def _without_launches() -> None:
-    """Interpreted Triton kernels do nothing."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    InterpretedFunction.__getitem__ = lambda *_: lambda **_: None
+    return {}
 
 
 def measure_all(backend: str, rounds: int) -> list[Overhead]:
     """Every op, in a process of its own."""
     command = [sys.executable, "-m", "mfd_fast.bench.call_overhead", "--here", backend, "--rounds", str(rounds)]
-    done = subprocess.run(command, env=os.environ | stubbed(backend), capture_output=True, text=True, check=False)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | stubbed(backend)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{backend}: {done.stderr.strip().splitlines()[-1]}")
     return [Overhead(**fields) for fields in json.loads(done.stdout)]
@@ -166,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.here:
         torch.set_num_threads(1)
         if arguments.here == "triton":
-            _without_launches()
+            stubbed_triton.install()
         print(json.dumps([asdict(measure(op, arguments.here, arguments.rounds)) for op in _CALLS]))
         return 0
     found = [each for backend in arguments.backend or BACKENDS for each in measure_all(backend, arguments.rounds)]

@@ -11,11 +11,12 @@ from typing import Any
 _native: Any = importlib.import_module("mfd_fast._C")
 
 
-class _Launchers:
-    """Constants as they are built in; launchers that return 0: no scratch memory, no error."""
+#: Constants where the native module was built without CUDA.
+_WITHOUT = {"scalar_workspace": 1 << 16, "mfd_rows": 16, "mfd_terms": 8, "mfd_group": 32}
 
-    #: Where the native module was built without CUDA.
-    scalar_workspace, mfd_rows, mfd_terms, mfd_group = 1 << 16, 16, 8, 32
+
+class _Launchers:
+    """Constants and plans as they are built in; launchers that return 0: no scratch memory, no error."""
 
     @staticmethod
     def pool_plan(*_: object) -> tuple[bool, bool, int]:
@@ -26,8 +27,12 @@ class _Launchers:
         return True
 
     def __getattr__(self, name: str) -> Any:
-        built = getattr(getattr(_native, "cuda", None), name, None)
-        return built if isinstance(built, int) else _nothing
+        built = getattr(getattr(_native, "cuda", None), name, _WITHOUT.get(name))
+        if isinstance(built, (int, type)):
+            return built
+        if name.endswith("Plan"):
+            raise AttributeError(name)
+        return _nothing
 
 
 def _nothing(*_: object) -> int:
@@ -35,6 +40,8 @@ def _nothing(*_: object) -> int:
 
 
 cuda = _Launchers()
+if hasattr(_native, "cuda"):
+    _native.cuda.set_launching(False)
 
 
 def __getattr__(name: str) -> Any:

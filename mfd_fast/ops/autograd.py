@@ -71,7 +71,7 @@ def ready_gradients(
 
     The first backward gives them away; a later one runs the pass once more: ``again()``.
     """
-    found = again() if hasattr(ctx, "given") else _given_away(ctx, tensors)
+    found = again() if hasattr(ctx, "given") else _given_away(ctx, ctx.saved_tensors[tensors:])
     scale_backend(backend).scale_gradients_([g for g in found if g is not None], upstream(grad_loss))
     return found
 
@@ -82,9 +82,16 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     return (gradient.to(wide) * factor).to(gradient.dtype)
 
 
-def untouched_gradients(ctx: Any, grad_loss: Tensor, tensors: int) -> Sequence[Tensor | None] | None:
-    """:func:`ready_gradients` of the usual backward: the first, of a loss that is what is differentiated; else None."""
-    return None if hasattr(ctx, "given") or not is_plain_one(grad_loss) else _given_away(ctx, tensors)
+def planned_gradients(ctx: Any, grad_loss: Tensor, tensors: int, plan: Any) -> Sequence[Tensor | None] | None:
+    """:func:`ready_gradients` of the usual backward: the first one, which nobody records, of a call that ``plan`` has
+    run, or of a loss on a CPU that is what is differentiated; else None.
+    """
+    if hasattr(ctx, "given") or torch.compiler.is_compiling():
+        return None
+    saved_tensors = ctx.saved_tensors
+    if not (is_plain_one(grad_loss) if plan is None else plan.scale(saved_tensors, -tensors, grad_loss)):
+        return None
+    return _given_away(ctx, saved_tensors[tensors:])
 
 
 def apply_of_plans(node: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -92,10 +99,10 @@ def apply_of_plans(node: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, node).apply  # type: ignore[misc]
 
 
-def _given_away(ctx: Any, tensors: int) -> Sequence[Tensor | None]:
+def _given_away(ctx: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     ctx.given = True
     # Aliases with a version of their own: what is done to them is no change of a saved tensor.
-    return [None if g is None else g.data for g in ctx.saved_tensors[tensors:]]
+    return [None if g is None else g.data for g in gradients]
 
 
 def requires_grad(*values: object) -> bool:

@@ -29,13 +29,13 @@ from ..types import DistillOutput, LogitTransform, TopK
 from .autograd import (
     apply_of_plans,
     needs_reference,
+    planned_gradients,
     ready_gradients,
     reference_gradients,
     requires_grad,
     save,
     saved,
     scaled,
-    untouched_gradients,
 )
 from .class_sharded import class_sharded_loss
 from .registration import define, define_backward, differentiate, flatten, unflatten
@@ -48,16 +48,16 @@ class _ScalarLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, done: Done) -> Tensor:  # noqa: ARG004
-        (value, gradient), backend, tensors, rest, _ = done
+        (value, gradient), backend, tensors, rest, plan = done
         ctx.save_for_backward(*tensors, gradient)
-        ctx.call = backend, rest
+        ctx.call = backend, rest, plan
         return value
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
-        if (gradients := untouched_gradients(ctx, grad_output, -1)) is not None:
+        backend, rest, plan = ctx.call
+        if (gradients := planned_gradients(ctx, grad_output, -1, plan)) is not None:
             return gradients[0], None
-        backend, rest = ctx.call
 
         def problem() -> DistillProblem:
             return _PLANS.problem(rest, iter(ctx.saved_tensors))

@@ -21,12 +21,12 @@ from ..reference.feature_loss import reduce_tap, tap_rows
 from .autograd import (
     apply_of_plans,
     needs_reference,
+    planned_gradients,
     ready_gradients,
     reference_gradients,
     requires_grad,
     save,
     saved,
-    untouched_gradients,
 )
 from .registration import define, define_backward, differentiate, flatten, unflatten
 
@@ -79,15 +79,15 @@ class _ScalarLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, done: Done, *students: Tensor) -> Tensor:  # noqa: ARG004
-        (loss, gradients), backend, tensors, rest, _ = done
+        (loss, gradients), backend, tensors, rest, plan = done
         ctx.save_for_backward(*tensors, *gradients)
-        ctx.call = backend, rest, -len(gradients)
+        ctx.call = backend, rest, -len(gradients), plan
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        backend, rest, place = ctx.call
-        if (gradients := untouched_gradients(ctx, grad_loss, place)) is not None:
+        backend, rest, place, plan = ctx.call
+        if (gradients := planned_gradients(ctx, grad_loss, place, plan)) is not None:
             return (None, *gradients)
         needs = ctx.needs_input_grad[1:]
 

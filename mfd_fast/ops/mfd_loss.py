@@ -27,10 +27,10 @@ from ..types import MFDOutput
 from .autograd import (
     apply_of_plans,
     needs_reference,
+    planned_gradients,
     ready_gradients,
     reference_gradients,
     requires_grad,
-    untouched_gradients,
 )
 from .distill_loss import row_terms
 from .feature_loss import distances
@@ -45,15 +45,15 @@ class _ScalarLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, done: Done, *leaves: Tensor | None) -> Tensor:  # noqa: ARG004
-        ((loss, *_), gradients), backend, tensors, rest, _ = done
+        ((loss, *_), gradients), backend, tensors, rest, plan = done
         ctx.save_for_backward(*tensors, *gradients)
-        ctx.call = backend, rest, -len(gradients)
+        ctx.call = backend, rest, -len(gradients), plan
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        backend, rest, place = ctx.call
-        if (gradients := untouched_gradients(ctx, grad_loss, place)) is not None:
+        backend, rest, place, plan = ctx.call
+        if (gradients := planned_gradients(ctx, grad_loss, place, plan)) is not None:
             return (None, *gradients)
         needs = ctx.needs_input_grad[1:]
 

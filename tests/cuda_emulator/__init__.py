@@ -25,7 +25,8 @@ def sources() -> list[Path]:
     csrc = ROOT / "csrc"
     launchers = sorted(path for path in (csrc / "cuda").rglob("*") if path.suffix in (".cu", ".cpp"))
     bindings = sorted((csrc / "bindings" / "cuda").glob("*.cpp"))
-    return [*launchers, *bindings, csrc / "bindings" / "problems.cpp", HERE / "module.cpp", HERE / "emulator.cpp"]
+    bindings += [csrc / "bindings" / "problems.cpp", csrc / "bindings" / "plans" / "plans.cpp"]
+    return [*launchers, *bindings, HERE / "module.cpp", HERE / "emulator.cpp"]
 
 
 def _stamp(command: Iterable[str]) -> str:

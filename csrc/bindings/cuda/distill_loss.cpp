@@ -105,6 +105,7 @@ void bind_cuda(py::module_& parent) {
   py::module_ m = parent.def_submodule("cuda", "Launchers of the CUDA kernels.");
   bind_cuda_fusion(m);
   bind_cuda_mfd(m);
+  bind_cuda_plans(m);
   m.attr("scalar_workspace") = sizeof(cuda::ScalarWorkspace);
   m.attr("max_teachers") = kMaxTeachers;
   m.def("plan", &plan);

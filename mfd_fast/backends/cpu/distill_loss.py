@@ -12,9 +12,8 @@ from ...codes import STATISTICS
 from ...problems.checks import label_error, temperature_range
 from ...problems.rows import RowLoss, RowProblem, check_indices
 from .. import allocate
-from ..layout import row_strides
 from ..limits import beyond_kernels
-from ..native import RowScalar, address, native_rows, native_topk
+from ..native import RowScalar, address, native_rows, native_topk, reads_rows
 from ..plans import Places
 from ..protocol import ByProducts, RowGradients, RowNeeds, RowOutputs, ScalarLoss
 from . import native
@@ -111,25 +110,11 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) ->
 
 
 def call_plan(rows: RowProblem, loss: RowLoss, places: Places) -> Any:
-    """The native plan of :func:`scalar` for calls like this one.
-
-    None where a kernel reads a copy, a tensor in the place of a number, or more than one dense teacher.
-    """
-    use_hard = rows.labels is not None and loss.use_hard
-    numbers = (rows.temperature, rows.own_teacher_temperature, loss.soft_weight, loss.hard_weight, loss.normalizer)
-    if rows.topk is not None or len(rows.teachers) > 1 or not (loss.use_soft or use_hard):
-        return None
-    if any(isinstance(number, Tensor) for number in numbers):
-        return None
-    sides = {"student": rows.student, "teacher": rows.teacher}
-    used = sides | {"labels": rows.labels, "mask": rows.mask, "weight": loss.weight}
-    if any(row_strides(side) is None for side in sides.values()):
-        return None
-    if not all(places.reads(places.tensors[name], tensor) for name, tensor in used.items()):
-        return None
-    if rows.labels is None and places.tensors["labels"] != -1:  # given, but they have no part in it
+    """The native plan of :func:`scalar` for calls like this one; None where :func:`reads_rows` says so."""
+    if not reads_rows(rows, loss, places):
         return None
     module, mean = native(), loss.reduction == "mean"
+    use_hard = rows.labels is not None and loss.use_hard
     problem = row_description(module, rows, [])
     return module.DistillPlan(problem, loss.use_soft, use_hard, mean, *temperature_range(rows.dtype), *places.first())
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from ...codes import FEATURE_KINDS
 from ...problems.features import FeatureProblem, Tap
 from .. import allocate
-from ..layout import row_strides
-from ..native import address, dense, row_matrix
-from ..plans import Places, each
+from ..native import address, dense, reads_taps, row_matrix
+from ..plans import Places
 from ..protocol import FeatureGradients, FeatureNeeds
 from . import native
 from .streams import streams
@@ -79,36 +78,14 @@ def scalar(problem: FeatureProblem, needs: Sequence[bool]) -> tuple[Tensor, list
 
 
 def call_plan(problem: FeatureProblem, places: Places) -> Any:
-    """The native plan of :func:`scalar` for calls like this one; None where a kernel reads copies or weights that are
-    tensors.
-    """
-    if any(isinstance(weight, Tensor) for weight in problem.weights):
+    """The native plan of :func:`scalar` for calls like this one; None where :func:`reads_taps` says so."""
+    of_taps = reads_taps(problem, places)
+    if of_taps is None:
         return None
-    count = len(problem.students)
-    names = ("student", "teacher", "mask")
-    students, teachers, masks = (each(places.tensors[name], count) for name in names)
-    weights = each(places.numbers["weight"], count)
-    for k, tap in enumerate(problem.taps):
-        used = tap.student, tap.teacher, tap.mask
-        if row_strides(tap.student) is None or row_strides(tap.teacher) is None:
-            return None
-        if not all(map(places.reads, (students[k], teachers[k], masks[k]), used)):
-            return None
-        if tap.mask is not None and not tap.mask.is_contiguous():
-            return None
-    module = native()
-    keep: list[Any] = []
+    module, keep = native(), list[Any]()
     taps = [_tap(module, tap, float(tap.weight), None, None, None, None, False, keep) for tap in problem.taps]
-    return module.FeaturePlan(
-        taps,
-        FEATURE_KINDS[problem.feature_kind],
-        problem.dtype is torch.float64,
-        problem.reduction == "mean",
-        students,
-        teachers,
-        masks,
-        weights,
-    )
+    kind, is_double = FEATURE_KINDS[problem.feature_kind], problem.dtype is torch.float64
+    return module.FeaturePlan(taps, kind, is_double, problem.reduction == "mean", *of_taps)
 
 
 def distances(problem: FeatureProblem) -> list[Tensor]:

@@ -13,8 +13,7 @@ from ...problems.checks import is_used, temperature_range
 from ...problems.mfd import MFDProblem
 from ...types import MFDOutput
 from .. import allocate
-from ..layout import row_strides
-from ..native import NO_ROWS, address, cast, dense, feature_gradients, row_matrix
+from ..native import NO_ROWS, address, cast, dense, feature_gradients, reads_mfd, row_matrix
 from ..plans import Places
 from ..protocol import MFDGradients, MFDNeeds
 from . import distill_loss, native
@@ -49,32 +48,12 @@ def call_plan(p: MFDProblem, places: Places) -> Any:
     products that a library does faster.
     """
     rows, loss, n, classes = p.rows, p.loss, p.rows.n_rows, p.rows.classes
-    use_hard = rows.labels is not None and loss.use_hard
-    use_feature, use_pool = is_used(p.feature_weight), is_used(p.pool_weight)
-    numbers = (rows.temperature, loss.soft_weight, loss.hard_weight, loss.normalizer, p.feature_weight, p.pool_weight)
     if rows.dtype is not torch.float32 or n * classes * p.pool.width > NATIVE_PRODUCTS:
         return None
-    if any(isinstance(number, Tensor) for number in numbers) or not (loss.use_soft or use_hard):
+    if not reads_mfd(p, places, True):
         return None
-    used = {
-        "head_weight": p.head_weight,
-        "head_bias": p.head_bias,
-        "teacher_logits": rows.teacher,
-        "labels": rows.labels,
-        "mask": rows.mask,
-        "weight": loss.weight,
-        "teacher_features": p.teacher_features,
-        "teacher_pool_weights": p.teacher_pool_weights,
-    }
-    if any(x is not None and row_strides(x) is None for x in (rows.teacher, p.teacher_features)):
-        return None
-    dense = (p.head_weight, p.head_bias, p.teacher_pool_weights)
-    if any(x is not None and not (x.is_contiguous() and x.dtype is rows.dtype) for x in dense):
-        return None
-    if not pooling.in_place(p.pool, places) or not all(places.reads(places.tensors[k], x) for k, x in used.items()):
-        return None
-    if rows.labels is None and places.tensors["labels"] != -1:  # given, but they have no part in it
-        return None
+    use_hard = rows.labels is not None and loss.use_hard
+    use_feature, use_pool = is_used(p.feature_weight), is_used(p.pool_weight)
     module = native()
     keep: list[Any] = []
     call = module.Mfd(

@@ -12,7 +12,6 @@ from ...codes import DTYPES
 from ...problems.checks import temperature_range
 from ...problems.pool import PoolProblem
 from .. import allocate
-from ..layout import row_strides
 from ..native import (
     MAX_MODALITIES,
     NO_ROWS,
@@ -22,14 +21,15 @@ from ..native import (
     dense,
     feature_gradients,
     feature_matrices,
+    reads_pool,
     row_matrix,
 )
-from ..plans import Places, each
+from ..plans import Places
 from ..protocol import PoolGradients, PoolNeeds
 from . import POOL_MIN_BYTES, native
 from .streams import streams
 
-__all__ = ["backward", "call_plan", "can_run", "forward", "in_place", "pool_description"]
+__all__ = ["backward", "call_plan", "can_run", "forward", "pool_description"]
 
 
 def can_run(problem: PoolProblem) -> str | None:
@@ -86,28 +86,11 @@ def forward(p: PoolProblem) -> tuple[Tensor, Tensor]:
     return pooled, weights
 
 
-def in_place(p: PoolProblem, places: Places) -> bool:
-    """Whether the kernels read the arguments themselves, no copies, and a temperature that is a number."""
-    if isinstance(p.temperature, Tensor):
-        return False
-    parts = [p.features[0].select(-2, 0)] if p.stacked else p.features
-    if any(row_strides(x) is None for x in parts):
-        return False
-    given = {"query": p.query, "scores": p.scores, "bias": p.bias, "present": p.present}
-    if any(x is not None and not x.is_contiguous() for x in given.values()):
-        return False
-    if any(x is not None and x.dtype is not p.dtype for x in (p.query, p.scores, p.bias)):
-        return False
-    features = each(places.tensors["features"], 1)
-    used = [(places.tensors[name], x) for name, x in given.items() if x is not None]
-    return all(places.reads(place, x) for place, x in [*used, *zip(features, p.features, strict=True)])
-
-
 def call_plan(p: PoolProblem, places: Places) -> Any:
     """The native plan of :func:`forward` and :func:`backward` for calls like this one; None where there is more to do
     than read the arguments, or where the outputs are large.
     """
-    if not in_place(p, places) or p.leading.numel() * p.width * p.out_dtype.itemsize >= POOL_MIN_BYTES:
+    if not reads_pool(p, places, True) or p.leading.numel() * p.width * p.out_dtype.itemsize >= POOL_MIN_BYTES:
         return None
     module = native()
     tensors, numbers = places.first()

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from ...codes import STATISTICS
+from ...problems.checks import temperature_range
 from ...problems.rows import RowLoss, RowProblem, check_indices, check_labels_in_range
 from ...reference.distill_loss import parts_of
 from .. import allocate
 from ..limits import beyond_kernels
-from ..native import RowScalar, address, native_rows, native_topk
+from ..native import RowScalar, address, native_rows, native_topk, reads_rows
+from ..plans import Places
 from ..protocol import ByProducts, RowGradients, RowNeeds, RowOutputs, ScalarLoss
 from . import native, why_not_device
 from .launch import number, where, workspace
 
-__all__ = ["can_run", "per_row", "per_row_backward", "plan", "row_description", "scalar"]
+__all__ = ["call_plan", "can_run", "per_row", "per_row_backward", "plan", "row_description", "scalar"]
 
 MAX_TEACHERS = 32  # kMaxTeachers of kernels/cuda/distill/teachers.cuh
 
@@ -113,6 +115,18 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) ->
         return ScalarLoss(value, gradient, None)
     soft_rows, hard_rows, *entropies = (value.new_zeros(rows.n_rows) if t is None else t for t in of_rows)
     return ScalarLoss(value, gradient, torch.stack(parts_of(all_rows, whole, soft_rows, hard_rows, *entropies)))
+
+
+def call_plan(rows: RowProblem, loss: RowLoss, places: Places) -> Any:
+    """The native plan of :func:`scalar` for calls like this one; None where :func:`reads_rows` says so."""
+    module = native()
+    if not hasattr(module.cuda, "DistillPlan") or not rows.n_rows or not reads_rows(rows, loss, places):
+        return None
+    use_hard = rows.labels is not None and loss.use_hard
+    read = rows if loss.use_soft else rows.replace(teachers=[rows.student])
+    problem = row_description(module, read, [])
+    more = loss.use_soft, use_hard, loss.reduction == "mean", *temperature_range(rows.dtype), *places.first()
+    return module.cuda.DistillPlan(problem, *more)
 
 
 def per_row(rows: RowProblem, *, terms: bool) -> RowOutputs:

@@ -11,7 +11,8 @@ from torch import Tensor
 from ...codes import FEATURE_KINDS
 from ...problems.features import FeatureProblem, Tap
 from .. import allocate
-from ..native import address, row_matrix
+from ..native import address, reads_taps, row_matrix
+from ..plans import Places
 from ..protocol import FeatureGradients, FeatureNeeds
 from . import native, why_not_device
 from .launch import number, where, workspace
@@ -100,7 +101,7 @@ def scalar(problem: FeatureProblem, needs: Sequence[bool]) -> tuple[Tensor, list
         gradient = allocate.empty_gradient(tap.student) if need else None
         found.append(gradient)
         count = 0
-        if problem.reduction == "mean" and tap.mask is not None and tap.mask.numel() > COUNT_ROWS:
+        if tap.mask is not None and _is_counted_first(problem, tap):
             counted = tap.mask.sum()
             taps.keep.append(counted)
             count = counted.data_ptr()
@@ -109,6 +110,26 @@ def scalar(problem: FeatureProblem, needs: Sequence[bool]) -> tuple[Tensor, list
         loss.zero_()
     taps.launch(loss)
     return loss, found
+
+
+def call_plan(problem: FeatureProblem, places: Places) -> Any:
+    """The native plan of :func:`scalar` for calls like this one; None where :func:`reads_taps` says so, where a tap has
+    no rows, and where a library kernel counts them.
+    """
+    module, of_taps = native(), reads_taps(problem, places)
+    if of_taps is None or not hasattr(module.cuda, "FeaturePlan"):
+        return None
+    if any(_is_counted_first(problem, tap) or not tap.student.shape[:-1].numel() for tap in problem.taps):
+        return None
+    taps = _Taps(problem)
+    for tap in problem.taps:
+        taps.add(tap, weight=(0, float(tap.weight)))
+    kind, is_double = FEATURE_KINDS[problem.feature_kind], problem.dtype is torch.float64
+    return module.cuda.FeaturePlan(taps.taps, kind, is_double, problem.reduction == "mean", *of_taps)
+
+
+def _is_counted_first(problem: FeatureProblem, tap: Tap) -> bool:
+    return problem.reduction == "mean" and tap.mask is not None and tap.mask.numel() > COUNT_ROWS
 
 
 def distances(problem: FeatureProblem) -> list[Tensor]:

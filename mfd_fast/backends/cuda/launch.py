@@ -50,6 +50,16 @@ def workspace(device: torch.device, nbytes: int, purpose: str = "scalar") -> Ten
     return found
 
 
+def kept_workspace(index: int, stream: int, nbytes: int, purpose: str) -> int:
+    """Address of what :func:`workspace` has made for a stream (a CPU's: 0); 0 for none, and while a graph is captured:
+    that is no call for a plan.
+    """
+    found = _workspaces.get((purpose, index, stream))
+    if found is None or found.numel() < nbytes or (found.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return 0
+    return found.data_ptr()
+
+
 def _owned(nbytes: int, device: torch.device) -> Tensor:
     """Zeroed memory that stays until the process ends: an outgrown one may still be in use by queued launches."""
     if device.type != "cuda":

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from ...codes import DTYPES, FEATURE_KINDS
-from ...problems.checks import is_used
+from ...problems.checks import is_used, temperature_range
 from ...problems.mfd import MFDProblem
 from ...problems.rows import Scalar, check_labels_in_range
 from ...types import MFDOutput
 from .. import allocate
-from ..native import NO_ROWS, address, dense, feature_gradients, row_matrix
+from ..native import NO_ROWS, address, dense, feature_gradients, reads_mfd, row_matrix
+from ..plans import Places
 from ..protocol import MFDGradients, MFDNeeds
 from . import distill_loss, native
 from . import modal_pool as pooling
 from .launch import number, where, workspace
 
-__all__ = ["can_run", "has_one_pass", "scalar"]
+__all__ = ["call_plan", "can_run", "has_one_pass", "scalar"]
 
 #: Each block counts the rows for itself; beyond these the library's GEMMs have the better tiles.
 MAX_ROWS = 8192
@@ -59,6 +60,44 @@ def _aligned(head: Tensor) -> Tensor:
     if missing == 0 and sixteen and head.stride(1) == 1:
         return head
     return torch.constant_pad_nd(head, (0, missing)).contiguous()
+
+
+def _head_gradient(dz: Tensor, y: Tensor, classes: int) -> Tensor:
+    """Of the head's weight ``[C, D]``, in the dtype of its operands."""
+    if not torch.is_autocast_enabled(y.device.type):
+        return torch.mm(dz[:, :classes].t(), y)
+    with torch.autocast(y.device.type, enabled=False):
+        return torch.mm(dz[:, :classes].t(), y)
+
+
+def call_plan(p: MFDProblem, places: Places) -> Any:
+    """The native plan of :func:`scalar` for calls like this one; None where :func:`reads_mfd` says so, and where the
+    kernel reads a copy of the head.
+    """
+    rows, loss, pool, module, operand = p.rows, p.loss, p.pool, native(), _operand_dtype(p)
+    if not hasattr(module.cuda, "MFDPlan") or not rows.n_rows or not reads_mfd(p, places, False):
+        return None
+    if p.head_weight.dtype is not operand or _aligned(p.head_weight) is not p.head_weight:
+        return None
+    use_target = p.teacher_features is not None and is_used(p.feature_weight)
+    keep: list[Any] = []
+    return module.cuda.MFDPlan(
+        distill_loss.row_description(module, rows, keep),
+        *pooling.pool_description(module, pool, keep),
+        loss.use_soft,
+        rows.labels is not None and loss.use_hard,
+        row_matrix(p.teacher_features, keep) if use_target and p.teacher_features is not None else NO_ROWS,
+        FEATURE_KINDS[p.feature_kind],
+        p.teacher_pool_weights is not None and is_used(p.pool_weight),
+        DTYPES[operand],
+        p.head_weight.stride(0),
+        0 if p.head_bias is None else DTYPES[p.head_bias.dtype],
+        loss.reduction == "mean",
+        pool.stacked,
+        *temperature_range(rows.dtype),
+        *places.first(),
+        _head_gradient,
+    )
 
 
 def scalar(p: MFDProblem, needs: MFDNeeds) -> tuple[MFDOutput, MFDGradients]:
@@ -128,8 +167,7 @@ def scalar(p: MFDProblem, needs: MFDNeeds) -> tuple[MFDOutput, MFDGradients]:
             *where(device),
         )
         if dz is not None and y is not None:
-            with torch.autocast(device.type, enabled=False):
-                d_head_weight = (dz[:, :classes].t() @ y).to(p.head_weight.dtype)
+            d_head_weight = _head_gradient(dz, y, classes).to(p.head_weight.dtype)
     d_query, d_bias, d_head_bias = sums
     gradients = MFDGradients(d_query, d_bias, d_head_weight, d_head_bias, d_features)
     value, soft, hard, feature = terms

@@ -9,14 +9,25 @@ import torch
 from torch import Tensor
 
 from ...codes import DTYPES
+from ...problems.checks import temperature_range
 from ...problems.pool import PoolProblem
 from .. import allocate
-from ..native import MAX_MODALITIES, NO_ROWS, RowScalar, address, feature_gradients, feature_matrices, row_matrix
+from ..native import (
+    MAX_MODALITIES,
+    NO_ROWS,
+    RowScalar,
+    address,
+    feature_gradients,
+    feature_matrices,
+    reads_pool,
+    row_matrix,
+)
+from ..plans import Places
 from ..protocol import PoolGradients, PoolNeeds
 from . import native, why_not_device
 from .launch import where
 
-__all__ = ["backward", "can_run", "forward", "plan", "pool_description"]
+__all__ = ["backward", "call_plan", "can_run", "forward", "plan", "pool_description"]
 
 
 def can_run(problem: PoolProblem) -> str | None:
@@ -88,6 +99,26 @@ def forward(p: PoolProblem) -> tuple[Tensor, Tensor]:
             *where(p.device),
         )
     return pooled, weights
+
+
+def call_plan(p: PoolProblem, places: Places) -> Any:
+    """The native plan of :func:`forward` and :func:`backward` for calls like this one; None where :func:`reads_pool`
+    says so.
+    """
+    module = native()
+    if not hasattr(module.cuda, "PoolPlan") or not p.leading.numel() or not reads_pool(p, places, False):
+        return None
+    pool, dtypes = pool_description(module, p, [])
+    return module.cuda.PoolPlan(
+        dtypes,
+        pool,
+        DTYPES[p.out_dtype],
+        p.stacked,
+        *temperature_range(p.dtype),
+        places.argument("temperature"),
+        *places.first(),
+        places.given,
+    )
 
 
 def backward(

@@ -9,6 +9,9 @@ import sys
 
 import torch
 
+#: Type of the devices whose tensors compiled kernels read.
+DEVICE = "cuda"
+
 
 def interpreting() -> bool:
     """Whether the environment asks for Triton's interpreter. Triton reads it when kernels are defined."""
@@ -29,3 +32,10 @@ def available() -> str | None:
     if language is not None and (type(language.max).__name__ == "InterpretedFunction") != interpreting():
         return "TRITON_INTERPRET was changed after triton had been imported; set it before Python starts"
     return None
+
+
+def why_not_device(device: torch.device) -> str | None:
+    """None if kernels run on tensors of ``device``, else the reason."""
+    if interpreting():
+        return None if device.type == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
+    return None if device.type == DEVICE else f"the tensors are on {device}, not on a GPU"

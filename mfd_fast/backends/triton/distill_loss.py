@@ -11,17 +11,19 @@ from torch import Tensor
 
 from ...codes import STATISTICS
 from ...divergences import JSD, NKD, TVD, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
-from ...problems.rows import RowLoss, RowProblem, Scalar, check_indices, check_labels_in_range
+from ...problems.rows import DistillProblem, RowLoss, RowProblem, Scalar, check_indices, check_labels_in_range
 from ...reference.distill_loss import parts_of
 from .. import allocate
 from ..limits import beyond_kernels
+from ..plans import Places, label_places
 from ..protocol import ByProducts, RowGradients, RowNeeds, RowOutputs, ScalarLoss
-from . import interpreting
+from . import program, why_not_device
 from .launch import aligned, constants, finish, gradient, kernels, launch, number, realigned, taken
 from .row_arguments import RowArguments, careful, plain_registers, row_arguments
+from .scale import like_gradient, scale_gradients_
 from .teachers import has_exponents, mixture_backward
 
-__all__ = ["can_run", "per_row", "per_row_backward", "scalar"]
+__all__ = ["call_plan", "can_run", "per_row", "per_row_backward", "scalar"]
 
 COUNT_BLOCK, COUNT_WARPS = 8192, 16
 COUNTED_AT_ONCE = 32768  # rows that one program counts: so every other program has one number to read
@@ -41,11 +43,7 @@ def can_run(rows: RowProblem) -> str | None:
         return f"at most {MAX_TEACHERS} teachers"
     if max(logits.shape[-1] for logits in (rows.student, *rows.teachers)) > MAX_COLUMNS:
         return f"at most {MAX_COLUMNS} columns"
-    if interpreting():
-        reason = None if rows.device.type == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
-    else:
-        reason = None if rows.device.type == "cuda" else f"the tensors are on {rows.device}, not on a GPU"
-    return reason or beyond_kernels(rows)
+    return why_not_device(rows.device) or beyond_kernels(rows)
 
 
 def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) -> ScalarLoss:
@@ -99,6 +97,20 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) ->
     launch(kernel, programs, rows.device, common.blocks.warps, taken(kernel, arguments), **more)
     _reduce(terms, numbers["normalizer"], programs, n_counts, value)
     return ScalarLoss(value, None if grad is None or written is None else finish(written, grad), of_terms)
+
+
+def call_plan(rows: RowProblem, loss: RowLoss, places: Places) -> Any:  # noqa: ARG001
+    """The native plan of :func:`scalar` for calls like this one, or None."""
+    if not program.can_plan(places):
+        return None
+    needs_grad = rows.student.requires_grad and torch.is_grad_enabled()
+
+    def forward(problem: DistillProblem) -> Any:
+        return lambda: tuple(scalar(problem.rows, problem.loss, needs_grad=needs_grad, parts=False)[:2])
+
+    gradients = [like_gradient(rows.student)] if needs_grad else []
+    labels = label_places(places, rows)
+    return program.plan(places, rows.dtype, forward, labels, scale=scale_gradients_, gradients=gradients)
 
 
 def is_plain(rows: RowProblem) -> bool:

@@ -13,10 +13,12 @@ from ...codes import FEATURE_KINDS
 from ...problems.features import FeatureProblem, Tap
 from .. import allocate
 from ..layout import RowLayout, row_layout
+from ..plans import Places
 from ..protocol import FeatureGradients, FeatureNeeds
-from . import interpreting
+from . import program, why_not_device
 from .launch import aligned, finish, gradient, kernels, launch, number
 from .reduce_columns import ColumnSums
+from .scale import like_gradient, scale_gradients_
 
 MAX_TAPS = 32  # the kernel is unrolled over them
 MAX_WIDTH = 2**31 - 2**16  # column numbers are int32
@@ -32,9 +34,7 @@ def can_run(problem: FeatureProblem) -> str | None:
         return f"the kernel is unrolled over at most {MAX_TAPS} taps, not {len(problem.taps)}"
     if any(tap.teacher.shape[-1] > MAX_WIDTH for tap in problem.taps):
         return f"at most {MAX_WIDTH} columns"
-    if interpreting():
-        return None if problem.device.type == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
-    return None if problem.device.type == "cuda" else f"the tensors are on {problem.device}, not on a GPU"
+    return why_not_device(problem.device)
 
 
 def _tile(width: int, double: bool) -> tuple[bool, int, int]:
@@ -122,6 +122,19 @@ def scalar(problem: FeatureProblem, needs: Sequence[bool]) -> tuple[Tensor, list
     )
     sums.run()
     return loss, [None if pair is None else finish(*pair) for pair in gradients]
+
+
+def call_plan(problem: FeatureProblem, places: Places) -> Any:
+    """The native plan of :func:`scalar` for calls like this one, or None."""
+    if not program.can_plan(places):
+        return None
+    needs = [student.requires_grad and torch.is_grad_enabled() for student in problem.students]
+
+    def forward(again: FeatureProblem) -> Any:
+        return lambda: scalar(again, needs)
+
+    gradients = [like_gradient(student) for student, need in zip(problem.students, needs, strict=True) if need]
+    return program.plan(places, problem.dtype, forward, scale=scale_gradients_, gradients=gradients)
 
 
 def _count(tap: Tap) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import threading
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -39,13 +40,23 @@ def compile_options(warps: int) -> dict[str, Any]:
     return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False, "maxnreg": registers}
 
 
+class _Recording(threading.local):
+    current: Any = None
+
+
+#: What writes this thread's launches down in place of them (:mod:`.program`), or None.
+recording = _Recording()
+
+
 def launch(
     kernel: Any, programs: int, device: torch.device, warps: int, arguments: dict[str, Any], **more: Any
 ) -> None:
     """Runs ``kernel`` on ``programs`` programs of the current stream of ``device``; ``more``: compiler options."""
+    if recording.current is not None:
+        recording.current.launch(kernel, programs, warps, arguments, more)
+        return
     if interpreting():
-        with _quiet():
-            kernel[(programs,)](**arguments)
+        interpret(kernel, programs, arguments)
         return
     options = compile_options(warps) | more
     if device.index is None or device.index == torch.cuda.current_device():
@@ -53,6 +64,21 @@ def launch(
         return
     with torch.cuda.device(device):
         kernel[(programs,)](**arguments, **options)
+
+
+def interpret(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+    """Runs ``kernel`` in Triton's interpreter."""
+    with _quiet():
+        kernel[(programs,)](**arguments)
+
+
+def head_gradient(dz: Tensor, y: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """The gradient of a head's weight ``[classes, D]``: the first columns of ``dz``, transposed, times ``y [N, D]``."""
+    if recording.current is not None:
+        found: Tensor = recording.current.product(dz, y, classes, dtype)
+        return found
+    with torch.autocast(y.device.type, enabled=False):
+        return (dz[:, :classes].t() @ y).to(dtype)
 
 
 def constants(values: dict[str, Any]) -> dict[str, Any]:

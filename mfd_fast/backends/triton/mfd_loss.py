@@ -20,13 +20,15 @@ from ...problems.rows import Scalar, check_labels_in_range
 from ...types import MFDOutput
 from .. import allocate
 from ..layout import row_layout
+from ..plans import Places, label_places
 from ..protocol import MFDGradients, MFDNeeds
-from . import distill_loss
+from . import distill_loss, program
 from . import modal_pool as pooling
 from .blocks import common_unit
-from .launch import aligned, constants, finish, kernels, launch, number
+from .launch import aligned, constants, finish, head_gradient, kernels, launch, number
 from .reduce_columns import ColumnSums
 from .row_arguments import kind_of, logits_argument, parameters
+from .scale import like_gradient, scale_gradients_
 
 ROWS = 16  # of a program: the least that a tensor core takes
 TILE_BYTES = 256  # of each row of a tile of a matrix product
@@ -128,9 +130,8 @@ def scalar(p: MFDProblem, needs: MFDNeeds) -> tuple[MFDOutput, MFDGradients]:
         sums.run()
         d_head_weight = None
         if need_head_weight:
-            with torch.autocast(device.type, enabled=False):
-                assert dz is not None
-                d_head_weight = (dz[:, :classes].t() @ y).to(p.head_weight.dtype)
+            assert dz is not None
+            d_head_weight = head_gradient(dz, y, classes, p.head_weight.dtype)
     gradients = MFDGradients(
         None if query is None else query[1],
         None if bias is None else bias[1],
@@ -140,6 +141,29 @@ def scalar(p: MFDProblem, needs: MFDNeeds) -> tuple[MFDOutput, MFDGradients]:
     )
     loss, soft, hard, feature = (out for _, out in terms)
     return MFDOutput(loss, soft, hard, feature, weights, predictions), gradients
+
+
+def call_plan(p: MFDProblem, places: Places) -> Any:
+    """The native plan of :func:`scalar` for calls like this one, or None."""
+    if not program.can_plan(places):
+        return None
+    leaves = (p.pool.query, p.pool.bias, p.head_weight, p.head_bias, *p.pool.features)
+    need = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in leaves]
+    of_query, of_bias, of_head_weight, of_head_bias, *of_features = need
+    needs = MFDNeeds(of_query, of_bias, of_head_weight, of_head_bias, of_features)
+
+    def forward(problem: MFDProblem) -> Any:
+        def results() -> Any:
+            outputs, gradients = scalar(problem, needs)
+            return tuple(outputs), [*gradients[:4], *gradients.features]
+
+        return results
+
+    gradients = [
+        like_gradient(t) for t, n in zip((*leaves, *p.pool.features), need, strict=True) if n and t is not None
+    ]
+    labels = label_places(places, p.rows)
+    return program.plan(places, p.rows.dtype, forward, labels, scale=scale_gradients_, gradients=gradients)
 
 
 def _arguments(p: MFDProblem, z: Tensor) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from torch import Tensor
 from ...problems.pool import PoolProblem
 from .. import allocate
 from ..layout import row_layout
+from ..plans import Places
 from ..protocol import PoolGradients, PoolNeeds
-from . import interpreting
+from . import program, why_not_device
 from .launch import aligned, constants, finish, gradient, kernels, launch, number
 from .reduce_columns import ColumnSums
 
@@ -51,9 +52,7 @@ def can_run(problem: PoolProblem) -> str | None:
         return f"the kernel is unrolled over at most {MAX_MODALITIES} modalities, not {problem.modalities}"
     if problem.width > MAX_WIDTH:
         return f"at most {MAX_WIDTH} columns"
-    if interpreting():
-        return None if problem.device.type == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
-    return None if problem.device.type == "cuda" else f"the tensors are on {problem.device}, not on a GPU"
+    return why_not_device(problem.device)
 
 
 def features(tensors: Sequence[Tensor], n: int) -> Any:
@@ -114,6 +113,33 @@ def forward(p: PoolProblem) -> tuple[Tensor, Tensor]:
         kernel = kernels("pool.modal_pool").pool_forward
         launch(kernel, -(-n // blocks.rows), p.device, blocks.warps, common | outputs)
     return finish(written, pooled), weights
+
+
+def call_plan(p: PoolProblem, places: Places) -> Any:
+    """The native plan of :func:`forward` and of the usual :func:`backward`, that of a contiguous dpooled alone, for
+    calls like this one, or None.
+    """
+    if isinstance(p.temperature, Tensor) or not program.can_plan(places):
+        return None
+    leaves = (p.query, p.scores, p.bias, None, *p.features)
+    needs = tuple(t is not None and t.requires_grad and torch.is_grad_enabled() for t in leaves)
+    pooled = torch.empty((*p.leading, p.width), dtype=p.out_dtype, device=p.device)
+    weights = torch.empty((*p.leading, p.modalities), dtype=p.dtype, device=p.device)
+
+    of_query, of_scores, of_bias, of_temperature, *of_features = needs
+    wanted = PoolNeeds(of_query, of_scores, of_bias, of_temperature, of_features)
+
+    def of_backward(again: PoolProblem) -> Any:
+        def gradients() -> Any:
+            found = backward(again, weights, pooled, None, wanted)
+            return *found[:4], *found.features
+
+        return gradients
+
+    def of_forward(again: PoolProblem) -> Any:
+        return lambda: forward(again)
+
+    return program.plan(places, p.dtype, of_forward, backward=program.Backward(of_backward, (weights, pooled), needs))
 
 
 def feature_gradients(

@@ -13,6 +13,11 @@ BLOCK = 4096
 MAX_PROGRAMS = 1024
 
 
+def like_gradient(leaf: Tensor) -> Tensor:
+    """A tensor as the gradient of ``leaf`` is, uninitialised."""
+    return torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+
+
 def scale_gradient_(gradient: Tensor, factor: Tensor) -> Tensor:
     """``gradient *= factor`` (0-d, same device) in place in one kernel, which does nothing where ``factor`` is 1.
 

@@ -1,4 +1,4 @@
-#include "bindings/plans.h"
+#include "bindings/plans/plans.h"
 
 #include <pybind11/stl.h>
 
@@ -247,6 +247,7 @@ class Plans {
       return py::none();
     }
     const py::object plan = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(kept, 0));
+    if (plan.is_none()) return plan;
     const py::object backend = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(kept, 1));
     py::object results = plan.cast<const CallPlan&>().run(reader.call());
     if (results.is_none()) return results;
@@ -257,22 +258,38 @@ class Plans {
     return py::make_tuple(results, backend, tensors, without_tensors(arguments), plan);
   }
 
-  // Keeps `plan` for calls like this one, of which kMost are remembered.
+  // Keeps `plan`, or None: there cannot be one, for calls like this one, of which kMost are remembered.
   void learn(const py::tuple& arguments, const py::object& plan, const py::str& backend) {
     check(arguments);
-    if (!py::isinstance<CallPlan>(plan)) throw py::type_error("a plan is made by the native module");
+    if (!plan.is_none() && !py::isinstance<CallPlan>(plan))
+      throw py::type_error("a plan is made by the native module");
     Reader reader(numbers_, options_);
     if (!reader.read(arguments, context_)) return;
-    if (size() >= kMost) clear();
+    if (PyDict_GET_SIZE(kept_.ptr()) >= kMost) kept_.clear();
     kept_[reader.key()] = py::make_tuple(plan, backend);
   }
 
+  // What was learned of such calls: the plan or None; False: nothing yet.
+  py::object known(const py::tuple& arguments) const {
+    check(arguments);
+    Reader reader(numbers_, options_);
+    if (!reader.read(arguments, context_)) return py::none();
+    PyObject* const kept = PyDict_GetItemWithError(kept_.ptr(), reader.key().ptr());
+    if (!kept && PyErr_Occurred()) throw py::error_already_set();
+    return kept ? py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(kept, 0)) : py::bool_(false);
+  }
+
   void clear() { kept_.clear(); }
-  size_t size() const { return kept_.size(); }
+  // Plans that are kept.
+  size_t size() const {
+    size_t found = 0;
+    for (const auto& [key, kept] : kept_) found += !py::reinterpret_borrow<py::tuple>(kept)[0].is_none();
+    return found;
+  }
   int64_t hits() const { return hits_; }
 
  private:
-  static constexpr size_t kMost = 256;
+  static constexpr Py_ssize_t kMost = 256;
 
   void check(const py::tuple& arguments) const {
     if (arguments.size() != numbers_.size()) throw py::value_error("a plan needs all arguments of its op");
@@ -367,6 +384,23 @@ int thread_count() {
   return static_cast<int>(Torch::integer(Torch::get().get_num_threads));
 }
 
+void* current_stream(DLDevice device) {
+  void* stream = nullptr;
+  if (device.device_type != kCPU &&
+      Torch::get().exchange->current_stream(device.device_type, device.device_id, &stream))
+    throw py::error_already_set();
+  return stream;
+}
+
+py::object CallPlan::backward(const py::tuple&, const py::tuple&, const py::object&, const py::object&,
+                              const py::tuple&) const {
+  return py::none();
+}
+
+bool CallPlan::scale(const py::tuple&, size_t, const py::object& factor) const {
+  return is_plain_one(factor);
+}
+
 py::object new_tensor(DLDataType dtype, DLDevice device, const std::vector<int64_t>& shape) {
   const Torch& torch = Torch::get();
   DLTensor prototype = {
@@ -381,7 +415,8 @@ py::object new_tensor(DLDataType dtype, DLDevice device, const std::vector<int64
 }
 
 py::object new_like(py::handle object, const DLTensor& tensor) {
-  if (bytes_of(tensor) >= kLarge) return Torch::get().allocate.attr("empty_gradient")(object);
+  if (tensor.device.device_type == kCPU && bytes_of(tensor) >= kLarge)
+    return Torch::get().allocate.attr("empty_gradient")(object);
   return new_tensor(tensor.dtype, tensor.device, {tensor.shape, tensor.shape + tensor.ndim});
 }
 
@@ -399,11 +434,12 @@ bool is_plain_one(const py::object& factor) {
 
 void bind_plans(py::module_& m) {
   m.def("is_plain_one", &is_plain_one);
-  py::class_<CallPlan>(m, "Plan");
+  py::class_<CallPlan>(m, "Plan").def("backward", &CallPlan::backward).def("scale", &CallPlan::scale);
   py::class_<Plans>(m, "Plans")
       .def(py::init<std::vector<bool>, py::object, py::set, py::object>())
       .def("run", &Plans::run)
       .def("learn", &Plans::learn)
+      .def("known", &Plans::known)
       .def("clear", &Plans::clear)
       .def_property_readonly("size", &Plans::size)
       .def_property_readonly("hits", &Plans::hits);

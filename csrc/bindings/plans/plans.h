@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "bindings/dlpack.h"
+#include "bindings/plans/dlpack.h"
 #include "common/problems/fusion.h"
 
 namespace mfd {
@@ -109,6 +109,14 @@ class CallPlan {
   virtual ~CallPlan() = default;
   // The op's results, or None where a value is out of its range: then the full checks say so.
   virtual pybind11::object run(const Call& call) const = 0;
+  // Of an op whose backward is planned too, with what autograd has saved of the call, its arguments without
+  // their tensors, the upstream gradients and which gradients are wanted: these, or None as above.
+  virtual pybind11::object backward(const pybind11::tuple& saved, const pybind11::tuple& rest,
+                                    const pybind11::object& d_first, const pybind11::object& d_second,
+                                    const pybind11::tuple& needs) const;
+  // Multiplies the last `count` of `saved`, gradients of a scalar loss, by the gradient of that loss. False:
+  // nothing has happened.
+  virtual bool scale(const pybind11::tuple& saved, size_t count, const pybind11::object& factor) const;
 };
 
 // PyTorch, as a plan needs it.
@@ -126,16 +134,23 @@ DLDataType dl_dtype(Dtype dtype);
 bool is_watched();
 bool is_grad_enabled();
 int thread_count();
+// Whether `factor` is the number 1 in a CPU's memory, and no backward is recorded.
+bool is_plain_one(const pybind11::object& factor);
+// The stream on which PyTorch works now; null on a CPU.
+void* current_stream(DLDevice device);
 // Uninitialised contiguous tensors, as backends/allocate.py gives them.
 pybind11::object new_tensor(DLDataType dtype, DLDevice device, const std::vector<int64_t>& shape);
 pybind11::object new_like(pybind11::handle object, const DLTensor& tensor);
 
 constexpr uint8_t kFloating = 2, kBFloat16 = 4;  // DLDataType::code
-constexpr int32_t kCPU = 1;                      // DLDevice::device_type
+constexpr int32_t kCPU = 1, kCUDA = 2;           // DLDevice::device_type
 // Outputs of at least this many bytes are written past the caches.
 constexpr int64_t kStreamBytes = 4 << 20;
 
 int64_t bytes_of(const DLTensor& tensor);
+inline bool operator==(const DLDevice& a, const DLDevice& b) {
+  return a.device_type == b.device_type && a.device_id == b.device_id;
+}
 
 inline void* data_of(pybind11::handle tensor) {
   DLTensor view;
