@@ -159,9 +159,7 @@ def call_plan(p: MFDProblem, places: Places) -> Any:
 
         return results
 
-    gradients = [
-        like_gradient(t) for t, n in zip((*leaves, *p.pool.features), need, strict=True) if n and t is not None
-    ]
+    gradients = [like_gradient(leaf) for leaf, n in zip(leaves, need, strict=True) if n and leaf is not None]
     labels = label_places(places, p.rows)
     return program.plan(places, p.rows.dtype, forward, labels, scale=scale_gradients_, gradients=gradients)
 

@@ -148,15 +148,20 @@ class Recording(TorchDispatchMode):
         if not self.steps:
             raise UnplannedError("nothing is launched")
 
+        written = set(self.used)
+
         def number_of(result: Any) -> Any:
             if result is None:
                 return None
             if not isinstance(result, Tensor):
                 return _rebuilt(result, number_of, plain=True)
-            places = [k for k, buffer in enumerate(self.buffers) if buffer is result]
-            if not places or places[0] not in self.used:
+            origin, number, offset = self._place(result)
+            like = self.buffers[number] if origin == BUFFER else None
+            if like is None or number not in written or offset or not result.is_contiguous():
                 raise UnplannedError("a result comes from elsewhere")
-            return places[0]
+            if result.shape != like.shape or result.dtype != like.dtype:
+                raise UnplannedError("a result comes from elsewhere")
+            return number
 
         shapes = [
             (0, 0, ()) if k in self.products else (DLPACK.get(b.dtype, 0), 8 * b.itemsize, tuple(b.shape))
@@ -168,7 +173,7 @@ class Recording(TorchDispatchMode):
         if interpreting():
             self.steps.append(Interpreted(kernel, programs, {k: self._traced(v) for k, v in arguments.items()}))
             return
-        compiled = kernel.run(grid=(programs,), warmup=True, **arguments, **compile_options(warps), **more)
+        compiled = kernel.run(grid=(programs,), warmup=True, **arguments, **compile_options(warps) | more)
         metadata, (warps, blocks, shared, *cluster) = compiled.metadata, compiled.packed_metadata
         extra = (
             *("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size", "gsan"),
