@@ -208,6 +208,8 @@ class Plans(Generic[P]):
             numbers = [name in self.numbers for name in self.names]
             self._native = _module.Plans(numbers, environment.USED, OPTIONS, SAVED)
         plan = self._native.known(arguments)
+        if plan is None:
+            return None
         places = Places(self.names, self.numbers, arguments, self.check)
         if plan is False:
             plan = make(*problems, places)

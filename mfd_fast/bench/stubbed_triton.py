@@ -6,6 +6,7 @@ compute capability 9.0. Tensors lie on the CPU, and the outputs are never writte
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,15 @@ _METADATA = {
     "profile_scratch_align": 1,
 }
 
+_handles = itertools.count(1)
+
 Launcher = Callable[[Any, Any], Callable[..., None]]
+
+
+def _target() -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("cuda", 90, 32)
 
 
 class _Driver:
@@ -36,9 +45,7 @@ class _Driver:
         self.utils = utils
 
     def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
+        return _target()
 
     def get_current_device(self) -> int:
         return 0
@@ -51,9 +58,11 @@ class _Compiled:
     """What the binder keeps of a kernel: its signature, launch and handle; no code."""
 
     def __init__(self, src: Any, options: dict[str, Any], launcher: Launcher) -> None:
-        self.src, self.function = src, 1
-        self.metadata = SimpleNamespace(**_METADATA, num_warps=options["num_warps"])
-        self.packed_metadata = (options["num_warps"], 1, 0)
+        from triton.compiler import make_backend
+
+        self.src, self.function = src, next(_handles)
+        self.metadata = SimpleNamespace(**_METADATA, num_warps=options["num_warps"], function=self.function)
+        self.packed_metadata = make_backend(_target()).pack_metadata(self.metadata)
         self.run = launcher(src, self.metadata)
 
     def launch_metadata(self, *_: Any) -> None:

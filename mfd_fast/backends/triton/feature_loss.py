@@ -13,7 +13,7 @@ from ...codes import FEATURE_KINDS
 from ...problems.features import FeatureProblem, Tap
 from .. import allocate
 from ..layout import RowLayout, row_layout
-from ..plans import Places
+from ..plans import Places, each
 from ..protocol import FeatureGradients, FeatureNeeds
 from . import program, why_not_device
 from .launch import aligned, finish, gradient, kernels, launch, number
@@ -126,7 +126,7 @@ def scalar(problem: FeatureProblem, needs: Sequence[bool]) -> tuple[Tensor, list
 
 def call_plan(problem: FeatureProblem, places: Places) -> Any:
     """The native plan of :func:`scalar` for calls like this one, or None."""
-    if not program.can_plan(places):
+    if not program.can_plan(places) or any(place != -1 for place in each(places.tensors["projector"], 1)):
         return None
     needs = [student.requires_grad and torch.is_grad_enabled() for student in problem.students]
 
