@@ -41,6 +41,12 @@ void* workspace(const cuda::Where& where, int64_t bytes, const char* purpose) {
   return pointer(kept(where.device, reinterpret_cast<Address>(where.stream), bytes, purpose).cast<Address>());
 }
 
+// The same for the loss of a call; before anything is allocated.
+cuda::ScalarWorkspace* scalar_workspace(const Call& call) {
+  return static_cast<cuda::ScalarWorkspace*>(
+      workspace(where_of(call.tensors[0].device), sizeof(cuda::ScalarWorkspace), "scalar"));
+}
+
 // The host looks at labels in its own memory alone.
 bool has_bad_label(const RowProblem& p, DLDevice device) {
   if (device.device_type != kCPU || !p.labels) return false;
@@ -78,6 +84,10 @@ bool scale_all(const py::tuple& saved, size_t count, const py::object& factor) {
 class CudaDistillPlan final : public DistillPlan {
   using DistillPlan::DistillPlan;
 
+  py::object run(const Call& call) const override {
+    return scalar_workspace(call) ? DistillPlan::run(call) : py::none();
+  }
+
   bool scale(const py::tuple& saved, size_t count, const py::object& factor) const override {
     return scale_all(saved, count, factor);
   }
@@ -102,6 +112,10 @@ class CudaDistillPlan final : public DistillPlan {
 
 class CudaFeaturePlan final : public FeaturePlan {
   using FeaturePlan::FeaturePlan;
+
+  py::object run(const Call& call) const override {
+    return scalar_workspace(call) ? FeaturePlan::run(call) : py::none();
+  }
 
   bool scale(const py::tuple& saved, size_t count, const py::object& factor) const override {
     return scale_all(saved, count, factor);

@@ -59,7 +59,7 @@ struct MfdPlaces {
 
 // The gradients of query, bias, head and features that a call needs, uninitialised, and where each begins;
 // without `makes_head_weight` that of the head's weight is None, and the op's to replace.
-struct MfdGradients {
+struct [[gnu::visibility("hidden")]] MfdGradients {  // as pybind11 is
   pybind11::list all;
   PoolBackward of_pool{};  // query, bias, head_bias and features
   void* head_weight = nullptr;

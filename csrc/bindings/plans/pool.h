@@ -10,7 +10,7 @@
 
 namespace mfd {
 
-class ModalPoolPlan : public CallPlan {
+class [[gnu::visibility("hidden")]] ModalPoolPlan : public CallPlan {  // as pybind11 is
  public:
   // `pool` for all that is the same in the calls of this plan, which are like that of `given`; `least` and
   // `most` of the temperature, which is the argument number `temperature_argument`.

@@ -7,7 +7,7 @@ from harness import assert_same, evaluate, named_tensors, on, reference64, requi
 from op_db import RECORDS
 from test_values import narrowed
 
-from mfd_fast.backends import cuda
+from mfd_fast.backends import cuda, plans
 from mfd_fast.backends.cuda import feature_loss, modal_pool, scale
 from mfd_fast.problems.pool import check_pool
 from mfd_fast.testing import modal_inputs
@@ -144,7 +144,8 @@ def test_taps_of_unequal_dtypes_and_more_than_a_launch_holds():
         for reduction in ("mean", "sum"):
             own = {**call, "kind": kind, "reduction": reduction}
             found, count = launches(lambda own=own: evaluate(FEATURE, on(FEATURE, "cuda"), own, names=("student",)))
-            assert count == 3  # 16 taps, the rest, and the gradients' factor
+            # 16 taps, the rest, and the gradients' factor; the same by a plan.
+            assert count == 3 * (1 if plans.missing() else 2)
             expected = evaluate(FEATURE, on(FEATURE, "reference"), own, names=("student",))
             assert_same(found, expected, kind, rtol=2e-5, atol=1e-5)
 
