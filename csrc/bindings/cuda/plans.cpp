@@ -130,7 +130,7 @@ class CudaFeaturePlan final : public FeaturePlan {
     for (Tap& tap : taps) tap.stream = false;
     const cuda::FeatureTaps all = {
         taps.data(), weights.data(), counts.data(), static_cast<int64_t>(taps.size()), kind_, is_double_};
-    const cuda::FeatureLoss scalar = {mean_, static_cast<cuda::ScalarWorkspace*>(scratch), loss};
+    const cuda::FeatureScalarLoss scalar = {mean_, static_cast<cuda::ScalarWorkspace*>(scratch), loss};
     start_kernels([&] { cuda::match_taps(all, &scalar, where); });
     return true;
   }
