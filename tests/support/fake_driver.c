@@ -12,7 +12,9 @@ struct config {
 typedef void (*seen_function)(uint64_t function, unsigned programs, unsigned threads, unsigned shared_bytes,
                               void** parameters);
 static seen_function seen;
-void set_seen(seen_function function) { seen = function; }
+void set_seen(seen_function function) {
+  seen = function;
+}
 
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned block_y,
                    unsigned block_z, unsigned shared_bytes, void* stream, void** parameters, void** extra) {
