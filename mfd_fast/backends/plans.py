@@ -189,7 +189,8 @@ class Plans(Generic[P]):
 
     def run(self, arguments: tuple[Any, ...]) -> Any:
         """What the plan of such a call gives, see :class:`Done`; None: there is none, or the call needs its checks."""
-        return None if self._native is None else self._native.run(arguments)
+        kept = self._native  # another thread may forget it
+        return None if kept is None else kept.run(arguments)
 
     def learn(
         self, arguments: tuple[Any, ...], backend: str, make: Callable[..., Any] | None, *problems: Any
@@ -203,17 +204,18 @@ class Plans(Generic[P]):
         global _module
         if make is None or not _enabled or missing() is not None:
             return None
-        if self._native is None:
+        kept = self._native  # another thread may forget it
+        if kept is None:
             _module = native_module()
             numbers = [name in self.numbers for name in self.names]
-            self._native = _module.Plans(numbers, environment.USED, OPTIONS, SAVED)
-        plan = self._native.known(arguments)
+            kept = self._native = _module.Plans(numbers, environment.USED, OPTIONS, SAVED)
+        plan = kept.known(arguments)
         if plan is None:
             return None
         places = Places(self.names, self.numbers, arguments, self.check)
         if plan is False:
             plan = make(*problems, places)
-            self._native.learn(arguments, plan, backend)
+            kept.learn(arguments, plan, backend)
         return None if plan is None else (places.given, _without_tensors(arguments))
 
     def computed(
@@ -244,11 +246,13 @@ class Plans(Generic[P]):
     @property
     def hits(self) -> int:
         """Calls that plans have run since the last :func:`forget`."""
-        return 0 if self._native is None else int(self._native.hits)
+        kept = self._native
+        return 0 if kept is None else int(kept.hits)
 
     @property
     def size(self) -> int:
-        return 0 if self._native is None else int(self._native.size)
+        kept = self._native
+        return 0 if kept is None else int(kept.size)
 
     def forget(self) -> None:
         self._native = None
