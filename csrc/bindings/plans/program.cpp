@@ -46,7 +46,7 @@ void use_driver(const std::string& path) {
 // Where a kernel's parameter comes from: `bits` as they are, the address of input or buffer number `index`
 // plus `bits`, number `index` as float32 or float64, or what rounding it to float32 has lost.
 enum class From : int { kConstant = 0, kInput = 1, kBuffer = 2, kNumber = 3, kLow = 4 };
-struct Parameter {
+struct KernelParameter {
   From from;
   size_t index;
   uint64_t bits;
@@ -64,17 +64,17 @@ uint64_t bits_of(double value, int bytes) {
   return bits;
 }
 
-struct Buffer {
+struct BufferKind {
   DLDataType dtype;
   std::vector<int64_t> shape;
 };
 
 // A launch of the CUDA driver's `function`, or of Python's `call(inputs, buffers, numbers)`, whose result
 // becomes buffer number `out` where that is not negative.
-struct Step {
+struct ProgramStep {
   void* function = nullptr;
   unsigned programs = 0, threads = 0, shared_bytes = 0;
-  std::vector<Parameter> parameters;
+  std::vector<KernelParameter> parameters;
   py::object call;  // or the owner of `function`
   int out = -1;
 };
@@ -98,7 +98,7 @@ class Program {
       buffers_.push_back({{static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1}, shape});
     for (const py::handle& each : steps) {
       const py::tuple fields = py::reinterpret_borrow<py::tuple>(each);
-      Step step;
+      ProgramStep step;
       step.call = fields[0];
       if (fields.size() == 2) {
         step.out = fields[1].cast<int>();
@@ -137,7 +137,7 @@ class Program {
       if (addresses[k] % kAlignment) return py::none();
     }
     void* const stream = current_stream(device);
-    for (const Step& step : steps_) {
+    for (const ProgramStep& step : steps_) {
       if (!step.function) {
         py::object out = call(step, objects, made, numbers);
         if (step.out >= 0) made[static_cast<size_t>(step.out)] = std::move(out);
@@ -147,7 +147,7 @@ class Program {
       std::vector<uint64_t> values(count);
       std::vector<void*> parameters(count);
       for (size_t k = 0; k < count; ++k) {
-        const Parameter& p = step.parameters[k];
+        const KernelParameter& p = step.parameters[k];
         parameters[k] = &values[k];
         switch (p.from) {
           case From::kConstant:
@@ -179,7 +179,7 @@ class Program {
  private:
   static constexpr Address kAlignment = 16;
 
-  static py::object call(const Step& step, const std::vector<PyObject*>& objects,
+  static py::object call(const ProgramStep& step, const std::vector<PyObject*>& objects,
                          const std::vector<py::object>& made, const std::vector<double>& numbers) {
     py::list inputs, buffers, values;
     for (PyObject* object : objects) inputs.append(py::handle(object));
@@ -201,13 +201,13 @@ class Program {
 
   std::string description_;  // of the inputs
   std::vector<Address> alignments_;
-  std::vector<Buffer> buffers_;
-  std::vector<Step> steps_;
+  std::vector<BufferKind> buffers_;
+  std::vector<ProgramStep> steps_;
   py::object results_;
 };
 
 // Labels that the host can read, and what they may be.
-struct LabelFields {
+struct LabelPlaces {
   int labels, mask;
   int64_t classes, ignore_index;
 };
@@ -307,7 +307,7 @@ class ProgramPlan final : public CallPlan {
   Program forward_;
   std::vector<std::pair<double, double>> ranges_;
   std::vector<size_t> arguments_;
-  LabelFields labels_;
+  LabelPlaces labels_;
   std::optional<Program> backward_;
   py::object needs_;
   std::optional<Program> scale_;

@@ -139,7 +139,9 @@ def call_plan(p: PoolProblem, places: Places) -> Any:
     def of_forward(again: PoolProblem) -> Any:
         return lambda: forward(again)
 
-    return program.plan(places, p.dtype, of_forward, backward=program.Backward(of_backward, (weights, pooled), needs))
+    return program.plan(
+        places, p.dtype, of_forward, backward=program.WrittenBackward(of_backward, (weights, pooled), needs)
+    )
 
 
 def feature_gradients(

@@ -46,7 +46,7 @@ class UnplannedError(Exception):
     """A call that cannot be written down."""
 
 
-class Parameter(NamedTuple):
+class Traced(NamedTuple):
     """``origin``; which one of its kind; an offset in bytes, or the bits of a constant; bytes."""
 
     origin: int
@@ -55,16 +55,16 @@ class Parameter(NamedTuple):
     size: int
 
 
-class Launch(NamedTuple):
+class TracedLaunch(NamedTuple):
     kernel: Any  # compiled: it owns the function
     function: int
     programs: int
     threads: int
     shared: int
-    parameters: list[Parameter]
+    parameters: list[Traced]
 
 
-class View(NamedTuple):
+class TracedView(NamedTuple):
     """A tensor of an interpreted launch: elements from the beginning of an argument or of an allocation."""
 
     origin: int
@@ -83,17 +83,17 @@ class Interpreted(NamedTuple):
 
     def __call__(self, inputs: list[Tensor], buffers: list[Tensor], numbers: list[float]) -> None:
         def filled(value: Any) -> Any:
-            if isinstance(value, View):
+            if isinstance(value, TracedView):
                 base = (inputs if value.origin == INPUT else buffers)[value.number]
                 return base.as_strided(value.shape, value.stride, base.storage_offset() + value.offset)
-            if isinstance(value, Parameter):
+            if isinstance(value, Traced):
                 return _number(numbers[value.number], value.origin, value.size)
             return _rebuilt(value, filled)
 
         interpret(self.kernel, self.programs, {name: filled(value) for name, value in self.arguments.items()})
 
 
-class Product(NamedTuple):
+class HeadProduct(NamedTuple):
     """:func:`head_gradient` of two allocations."""
 
     dz: int
@@ -181,11 +181,11 @@ class Recording(TorchDispatchMode):
         )
         if blocks != 1 or any(size != 1 for size in cluster) or any(getattr(metadata, name, None) for name in extra):
             raise UnplannedError("more than a plain launch")
-        parameters: list[Parameter] = []
+        parameters: list[Traced] = []
         for name, kind in compiled.src.signature.items():
             self._parameters(arguments[name], kind, parameters)
-        parameters += [Parameter(CONSTANT, 0, 0, 8)] * 2  # scratch memory of Triton's: none
-        self.steps.append(Launch(compiled, compiled.function, programs, 32 * warps, shared, parameters))
+        parameters += [Traced(CONSTANT, 0, 0, 8)] * 2  # scratch memory of Triton's: none
+        self.steps.append(TracedLaunch(compiled, compiled.function, programs, 32 * warps, shared, parameters))
 
     def product(self, dz: Tensor, y: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
         places = [self._place(t) for t in (dz, y)]
@@ -195,7 +195,7 @@ class Recording(TorchDispatchMode):
         number = len(self.buffers) - 1
         self.products.add(number)
         self.used.add(number)
-        self.steps.append((Product(places[0][1], places[1][1], classes, dtype), number))
+        self.steps.append((HeadProduct(places[0][1], places[1][1], classes, dtype), number))
         return out
 
     def _place(self, tensor: Tensor) -> tuple[int, int, int]:
@@ -218,29 +218,29 @@ class Recording(TorchDispatchMode):
                 return LOW, k
         return None
 
-    def _parameters(self, value: Any, kind: Any, into: list[Parameter]) -> None:
+    def _parameters(self, value: Any, kind: Any, into: list[Traced]) -> None:
         if isinstance(kind, (tuple, list)):
             for one, of_one in zip(value, kind, strict=True):
                 self._parameters(one, of_one, into)
         elif kind == "constexpr":
             return
         elif kind.startswith("*"):
-            into.append(Parameter(*self._place(value), 8))
+            into.append(Traced(*self._place(value), 8))
         elif kind in FLOATS:
             size, traced = struct.calcsize(FLOATS[kind]), self._float(value)
             bits = int.from_bytes(struct.pack(FLOATS[kind], value), "little")
-            into.append(Parameter(CONSTANT, 0, bits, size) if traced is None else Parameter(*traced, 0, size))
+            into.append(Traced(CONSTANT, 0, bits, size) if traced is None else Traced(*traced, 0, size))
         else:
-            into.append(Parameter(CONSTANT, 0, int(value) & (1 << 8 * SIZES[kind]) - 1, SIZES[kind]))
+            into.append(Traced(CONSTANT, 0, int(value) & (1 << 8 * SIZES[kind]) - 1, SIZES[kind]))
 
     def _traced(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             origin, k, offset = self._place(value)
-            return View(origin, k, offset // value.itemsize, tuple(value.shape), value.stride())
+            return TracedView(origin, k, offset // value.itemsize, tuple(value.shape), value.stride())
         if isinstance(value, float):
             traced = self._float(value)
             size = 4 if value != _number(value, NUMBER, 4) else 8
-            return value if traced is None else Parameter(*traced, 0, size if traced[0] == NUMBER else 4)
+            return value if traced is None else Traced(*traced, 0, size if traced[0] == NUMBER else 4)
         return _rebuilt(value, self._traced)
 
 
@@ -276,7 +276,7 @@ def write(inputs: Sequence[Tensor], of: Callable[[Any], Callable[[], Any]], prob
     return native_module().Program(list(inputs), buffers, listed, results)
 
 
-class Backward(NamedTuple):
+class WrittenBackward(NamedTuple):
     """``of(problem)()`` launches it; ``inputs`` beside the call's own, the upstream gradient last; which gradients."""
 
     of: Callable[[Any], Callable[[], Any]]
@@ -292,7 +292,7 @@ def plan(
     *,
     scale: Callable[[Sequence[Tensor], Tensor], None] | None = None,
     gradients: Sequence[Tensor] = (),
-    backward: Backward | None = None,
+    backward: WrittenBackward | None = None,
 ) -> Any:
     """The native plan of a call that :func:`can_plan`; None: it cannot have one.
 
