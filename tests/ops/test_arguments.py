@@ -189,11 +189,11 @@ CODE = "import torch, mfd_fast as mfd; mfd.distill_loss(torch.zeros(2, 3), torch
 )
 def test_bad_variables_are_refused_by_name_and_shown(name, value, need):
     environment_ = {**os.environ, name: value}
-    done = subprocess.run([sys.executable, "-c", CODE], env=environment_, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", CODE], env=environment_, capture_output=True, text=True)
     assert f"ValueError: {name} must be {need}" in done.stderr
     assert "ran" not in done.stdout
     shown = subprocess.run(
-        [sys.executable, "-m", "mfd_fast.cli", "env"], env=environment_, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "mfd_fast.cli", "env"], env=environment_, capture_output=True, text=True
     )
     assert shown.returncode == 0, shown.stderr
     assert " ".join(f"{name} must be {need}".split()) in " ".join(shown.stdout.replace("│", " ").split())
@@ -202,7 +202,6 @@ def test_bad_variables_are_refused_by_name_and_shown(name, value, need):
         env=environment_,
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert bench.returncode == 2
     assert bench.stderr == f"mfd-fast: {name} must be {need}\n"
@@ -214,7 +213,7 @@ def test_the_pool_keeps_little_by_default_and_the_variable_sets_it(monkeypatch, 
     plain = {k: v for k, v in os.environ.items() if k != "MFD_FAST_GRAD_POOL_MB"}
     for extra, limit in (({}, 256 * 2**20), ({"MFD_FAST_GRAD_POOL_MB": "1.5"}, 3 * 2**19)):
         done = subprocess.run(
-            [sys.executable, "-c", code], env=plain | extra, capture_output=True, text=True, timeout=120, check=True
+            [sys.executable, "-c", code], env=plain | extra, capture_output=True, text=True, check=True
         )
         assert int(done.stdout) == limit
     assert cpu.available() is None

@@ -26,7 +26,7 @@ def run(*arguments, **environment):
         [sys.executable, "-m", "mfd_fast.cli", *arguments],
         env={**os.environ, **environment},
         capture_output=True,
-        timeout=300,
+        timeout=600,
     )
 
 
@@ -59,7 +59,7 @@ def test_ctrl_c_ends_the_demo_quietly(seconds, tmp_path):
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     try:
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == cli.INTERRUPTED
