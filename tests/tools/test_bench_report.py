@@ -118,7 +118,7 @@ def test_the_list_names_every_workload(capsys):
 
 def test_a_suite_measures_what_fits_its_time_and_names_the_rest(tmp_path):
     small = tuple(suites.Entry(Workload("distill_loss", {"rows": 8, "classes": c}), ("eager", "fla")) for c in (10, 20))
-    suite = replace(suites.QUICK, entries=small, seconds=0.01)
+    suite = replace(suites.QUICK, entries=small, seconds=0.01, minutes=60.0)
     found = run.run_suite(suite, small, torch.device("cpu"), quiet=True)
     assert [r["workload"]["sizes"]["classes"] for r in found["results"]] == [10, 20]
     assert found["missing"]["fla"]
@@ -137,7 +137,7 @@ def test_a_suite_measures_what_fits_its_time_and_names_the_rest(tmp_path):
 def test_what_a_call_had_no_time_for_is_measured_by_the_next_one(tmp_path, capsys, monkeypatch):
     """With --resume, and without rich."""
     small = tuple(suites.Entry(Workload("distill_loss", {"rows": 8, "classes": c}), ("eager",)) for c in (10, 20))
-    suite = replace(suites.QUICK, entries=small[:1], seconds=0.01)
+    suite = replace(suites.QUICK, entries=small[:1], seconds=0.01, minutes=60.0)
     file = tmp_path / "found.json"
     results.save(run.run_suite(suite, small[:1], torch.device("cpu"), quiet=True), file)
     kept = results.load(file)
