@@ -24,6 +24,9 @@ DIVERGENCES = {
 #: What a sparse teacher leaves to the classes that it does not list.
 TAILS = {"bucket": 0, "renormalize": 1, "zero": 2}
 
+#: The index of a candidate that only pads a sparse teacher's list: kPadding of csrc/common/rows/topk_math.h.
+PADDING = -(2**63)
+
 FEATURE_KINDS = {"mse": 0, "smooth_l1": 1, "cosine": 2}
 
 #: Columns of the statistics that the per-row forward saves for the backward of the same backend: kStats of

@@ -82,7 +82,7 @@ class TopK:
 
     Reverse KL, and AlphaBeta with α ≤ 0 or α+β ≤ 0, are infinite where the teacher is 0 by construction, which is
     outside the listed classes for "zero" and for "bucket" with logits: ValueError.
-    With K = C nothing is left, and all three are ``"renormalize"``. DKD and NKD need the label among the K.
+    With all C classes listed nothing is left. DKD and NKD need the label among those listed.
 
     Args:
         values: ``[..., K]`` floating, 1 <= K <= 1024; ``-inf`` is a class of probability 0. May require grad.
@@ -90,6 +90,10 @@ class TopK:
             the op runs; on a GPU an index out of range and a class listed twice give NaN for their row.
         tail: what becomes of the other classes.
         values_are: "logprobs" (natural, at temperature 1, over all classes) or "logits".
+        mask: bool ``[..., K]``, False where a candidate only pads a shorter list: its value and index are not read
+            (they may be -inf, NaN, -1, any class again), its class counts as not listed, its gradient is 0. A row
+            without candidates has the rest alone, and no distribution where there is none ("renormalize", "logits").
+            None: all K are listed.
 
     Raises:
         TypeError, ValueError: an argument breaks the contract.
@@ -99,6 +103,7 @@ class TopK:
     indices: Tensor
     tail: str = "bucket"
     values_are: str = "logprobs"
+    mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not _is_dense(self.values) or not self.values.is_floating_point():
@@ -114,6 +119,12 @@ class TopK:
             raise ValueError(f"TopK: tail must be one of {', '.join(map(repr, TAILS))}, got {self.tail!r}")
         if self.values_are not in VALUES:
             raise ValueError(f"TopK: values_are must be one of {', '.join(map(repr, VALUES))}, got {self.values_are!r}")
+        if self.mask is not None:
+            if not _is_dense(self.mask) or self.mask.dtype != torch.bool:
+                raise TypeError(f"TopK: mask must be None or a dense bool tensor, got {_kind(self.mask)}")
+            if self.mask.shape != self.values.shape:
+                shapes = f"{list(self.values.shape)} (that of values), got {list(self.mask.shape)}"
+                raise ValueError(f"TopK: mask must be of shape {shapes}")
 
 
 def _is_dense(value: object) -> bool:

@@ -6,7 +6,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/plans/distill.h"
-#include "common/rows/row_math.h"
+#include "common/rows/topk_math.h"
 #include "cpu/runtime/distill.h"
 
 namespace py = pybind11;
@@ -134,6 +134,7 @@ class CpuDistillPlan final : public DistillPlan {
 void bind_distill_loss(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.attr("statistics") = kStats;
+  m.attr("padding") = kPadding;
   py::class_<CpuDistillPlan, CallPlan>(m, "DistillPlan")
       .def(py::init<const RowProblem&, bool, bool, bool, double, double, const Places&, const Places&>());
   m.def("count_rows", &count_rows);

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from ..divergences import CrossEntropy
 from ..problems.rows import RowProblem
 
 
 def beyond_kernels(rows: RowProblem) -> str | None:
     """The reason, None where the kernels do."""
-    if rows.topk is not None and isinstance(rows.divergence, CrossEntropy):
-        return "no kernel has the cross-entropy of a TopK teacher"
     if rows.divergence.near_a_limit:
         return f"{rows.divergence} is so close to a limit that a kernel would lose its digits"
     return None

@@ -34,6 +34,9 @@ check_signature(Trainer._set_signature_columns_if_needed, "self")
 
 __all__ = ["DistillMixin", "DistillTrainer"]
 
+#: Those of a TopK of which a batch has columns.
+TENSORS = ("values", "indices", "mask")
+
 
 class DistillMixin:
     """Makes a ``transformers.Trainer`` distil; put it before the Trainer among the bases.
@@ -47,7 +50,8 @@ class DistillMixin:
             by the model.
         teacher_column: instead of a model, the batch's column of the teacher's logits ``[..., C]``, or of
             :class:`~mfd_fast.TopK` objects; or a mapping ``{"values": column, "indices": column}`` of a TopK's
-            columns, beside which it may hold ``tail`` and ``values_are``. Row i belongs to the student's logits i.
+            columns, which may name one of its ``mask`` too and hold ``tail`` and ``values_are``. Row i belongs to the
+            student's logits i.
         shift: labels belong to the next token, as in causal language models. None asks the Trainer.
         align_vocabulary: compare the classes that both sides have (vocabularies padded at the end).
 
@@ -100,7 +104,7 @@ class DistillMixin:
         column = self.teacher_column
         if column is None or isinstance(column, str):
             return () if column is None else (column,)
-        return column["values"], column["indices"]
+        return tuple(column[name] for name in TENSORS if name in column)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
@@ -136,12 +140,14 @@ class DistillMixin:
                 bare = self.accelerator.unwrap_model(self.teacher_model)
                 return _logits(self.teacher_model(**_accepted(bare, inputs)))
         if isinstance(self.teacher_column, Mapping):
-            names = {name: value for name, value in self.teacher_column.items() if name not in ("values", "indices")}
-            return TopK(stored[0], stored[1], **names)
+            names = [name for name in TENSORS if name in self.teacher_column]
+            return TopK(**dict(self.teacher_column) | dict(zip(names, stored, strict=True)))  # type: ignore[arg-type]
         (teacher,) = stored
         if isinstance(teacher, TopK):  # the Trainer moves tensors only
             device = self.args.device
-            return dataclasses.replace(teacher, values=teacher.values.to(device), indices=teacher.indices.to(device))
+            mask = None if teacher.mask is None else teacher.mask.to(device)
+            values, indices = teacher.values.to(device), teacher.indices.to(device)
+            return dataclasses.replace(teacher, values=values, indices=indices, mask=mask)
         return teacher  # type: ignore[no-any-return]
 
     def _distill(

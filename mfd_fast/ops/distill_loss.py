@@ -377,7 +377,8 @@ def distill_loss(  # type: ignore[misc]  # the options are these
         weight: ``[...]`` factor of both terms per row; a row of weight 0 still counts in the mean.
         ignored_labels: "row": a row whose label is ``ignore_index`` counts as masked. "term": it has no hard term but
             keeps the soft one, and each term is divided by its own count: the hard term by the rows that have a label,
-            as ``F.cross_entropy(ignore_index=...)``, the soft one by all. Not for a divergence that needs labels.
+            as ``F.cross_entropy(ignore_index=...)``, the soft one by all. Not for DKD and NKD, whose soft term compares
+            the label's class with the others: a row without a label has none.
         student_transform, teacher_transform: :class:`~mfd_fast.LogitTransform`.
         scale_by_temperature: multiply the soft term by temperature² (per row).
         reduction: "mean" (sum over rows / number of counted rows, 0 if there are none), "sum", or

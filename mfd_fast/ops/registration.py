@@ -42,7 +42,7 @@ def _to_divergence(values: Sequence[float]) -> Divergence:
 
 
 def _to_topk(values: Sequence[int]) -> TopKRows | None:
-    return TopKRows(list(TAILS)[values[0]], bool(values[1])) if values else None
+    return TopKRows(list(TAILS)[values[0]], bool(values[1]), bool(values[2])) if values else None
 
 
 class _Codec(NamedTuple):
@@ -58,7 +58,7 @@ _CODECS = {
     "float?": _Codec("float?", lambda value: None if value is None else float(value), lambda value: value),
     "LogitTransform": _Codec("float[]", _of_transform, _to_transform),
     "Divergence": _Codec("float[]", lambda d: [float(DIVERGENCES[d.name]), *d.parameters], _to_divergence),
-    "TopKRows": _Codec("int[]", lambda t: [] if t is None else [TAILS[t.tail], int(t.logprobs)], _to_topk),
+    "TopKRows": _Codec("int[]", lambda t: [] if t is None else [TAILS[t.tail], *map(int, t[1:])], _to_topk),
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..codes import FEATURE_KINDS
 from ..divergences import ForwardKL
 from .checks import (
+    by_pytorch,
     check_choice,
     check_device,
     check_divergence,
@@ -135,7 +136,7 @@ def check_mfd_loss(
     if teacher_logits is None:
         check_absent_teacher(op, "teacher_logits", soft_weight)
         # Of the shape of logits, with next to no memory: no kernel reads it.
-        teacher_logits = head_weight.detach().new_zeros(classes, dtype=pool.dtype).expand(*leading, classes)
+        teacher_logits = _no_logits(op, head_weight, leading, pool.dtype)
         check_divergence(op, options["divergence"], labels)
         options["divergence"] = ForwardKL()
     teacher_logits = check_floating(op, "teacher_logits", teacher_logits)
@@ -146,7 +147,7 @@ def check_mfd_loss(
     # Anything of the logits' shape, dtype and device.
     logits = teacher_logits
     if logits.dtype != pool.dtype:
-        logits = head_weight.detach().new_zeros(()).to(pool.dtype).expand(*leading, classes)
+        logits = _no_logits(op, head_weight, leading, pool.dtype)
     rows = check_rows(op, logits, teacher_logits, labels, **options)
     rows.student = teacher_logits
     pool.dtype = pool.out_dtype = rows.dtype
@@ -172,7 +173,9 @@ def check_mfd_loss(
         shape = torch.Size([*leading, pool.modalities])
         teacher_pool_weights = check_row_tensor(op, "teacher_pool_weights", teacher_pool_weights, shape, device, None)
         if absent_pool_weights == "renormalize" and pool.present is not None:
-            teacher_pool_weights = _of_present(teacher_pool_weights, pool.present, rows)
+            given, present = teacher_pool_weights, pool.present
+            named = [("teacher_pool_weights", given), ("present", present)]
+            teacher_pool_weights = by_pytorch(op, lambda: named, lambda: _of_present(given, present, rows))
     return MFDProblem(
         feature_kind=feature_kind,
         head_weight=head_weight,
@@ -185,6 +188,12 @@ def check_mfd_loss(
         rows=rows,
         loss=loss,
     )
+
+
+def _no_logits(op: str, head_weight: Tensor, leading: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros ``[..., C]`` of the kind of ``head_weight``, without memory for each of them."""
+    shape, like = (*leading, head_weight.shape[0]), head_weight.detach()
+    return by_pytorch(op, lambda: [("head_weight", head_weight)], lambda: like.new_zeros((), dtype=dtype).expand(shape))
 
 
 def _of_present(weights: Tensor, present: Tensor, rows: RowProblem) -> Tensor:

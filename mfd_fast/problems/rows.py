@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..codes import PADDING
 from ..divergences import Divergence, ForwardKL
 from ..types import LogitTransform, TopK
 from .checks import (
@@ -58,9 +59,10 @@ class RowProblem(Problem):
         teacher_weights: ``[len(teachers)]`` or ``[N, len(teachers)]`` of ``dtype``, contiguous, >= 0 and summing to 1
             (``check_rows`` has normalised them, still in the graph); None: equal weights.
         labels, mask: ``[N]`` int64 / bool, contiguous, or None.
-        indices: contiguous int64 ``[N, K]``, unchecked, of the classes of a sparse teacher; else None.
+        indices: contiguous int64 ``[N, K]``, unchecked, of the classes of a sparse teacher, PADDING where a candidate
+            only pads the list and its value may not be read; else None.
         topk: None, or the teacher holds ``[..., K]`` values of a sparse teacher. Its ``tail`` is "renormalize"
-            where K = C.
+            where K = C and all are listed.
         divergence: canonical, so JSD has 0 < beta < 1 and the skewed ones 0 < lam < 1.
         ignored_labels: "term" only where there are labels, and of a divergence that does not need them.
         n_rows, classes: N, and the C columns used on both sides.
@@ -147,6 +149,20 @@ class RowProblem(Problem):
     def labelled(self) -> Tensor | None:
         """Bool ``[N]``, True where a row exists and its label is not ignored; None when that is so of all."""
         return counted_rows(self.mask, self.labels, self.ignore_index)
+
+    @property
+    def candidates(self) -> Tensor | None:
+        """Bool ``[N, K]``, False where a candidate only pads the list; None where none does."""
+        if self.topk is None or self.indices is None or not self.topk.padded:
+            return None
+        return self.indices != PADDING
+
+    def lists_all_classes(self) -> Tensor | None:
+        """Bool ``[N, 1]``, True where padded lists of C candidates have all classes; None where no row can."""
+        candidates = self.candidates
+        if candidates is None or candidates.shape[-1] != self.classes:
+            return None
+        return candidates.all(-1, keepdim=True)
 
     def without_teacher(self) -> RowProblem:
         """The same rows where the teacher has no part in the loss: the detached student stands in its place."""
@@ -277,9 +293,13 @@ def check_rows(
     if isinstance(teacher, TopK):
         indices = check_dense(op, "teacher.indices", teacher.indices)
         check_device(op, "teacher.indices", indices, device)
-        check_log_probabilities(op, teacher, counted_rows(*exists))
         topk = check_topk(op, teacher, divergence, teacher_transform, classes)
         indices = indices.reshape(leading.numel(), indices.shape[-1]).to(torch.int64).contiguous()
+        if teacher.mask is not None:
+            candidates = check_dense(op, "teacher.mask", teacher.mask)
+            check_device(op, "teacher.mask", candidates, device)
+            indices = torch.where(candidates.reshape(indices.shape), indices, PADDING)
+        check_log_probabilities(op, teacher, counted_rows(*exists))
     if teacher_weights is not None and not isinstance(teacher, Sequence):
         raise value_error(op, "teacher", teacher, "a sequence of tensors when teacher_weights is given")
     teacher_weights = check_teacher_weights(op, teacher_weights, len(teachers), leading, device, dtype, *exists)
@@ -360,31 +380,46 @@ def check_indices(op: str, rows: RowProblem) -> None:
     """
     if rows.indices is None or not can_read(rows.indices):
         return
-    indices, counted = rows.indices, rows.counted()
+    indices, counted, candidates = rows.indices, rows.counted(), rows.candidates
 
     def first(bad: Tensor) -> int | None:
         """First counted row with a True."""
         found = bad.any(-1) if counted is None else bad.any(-1) & counted
         return int(found.nonzero()[0]) if found.any() else None
 
+    pads = "" if candidates is not None else "; candidates that only pad the list are told by TopK(mask=...)"
     bad = (indices < 0) | (indices >= rows.classes)
+    if candidates is not None:
+        bad &= candidates
     row = first(bad)
     if row is not None:
         value = int(indices[row][bad[row]][0])
-        raise ValueError(f"{op}: teacher.indices must be in [0, {rows.classes}), got {value} in row {row}")
-    ordered = indices.sort(-1).values
-    twice = ordered[:, 1:] == ordered[:, :-1]
-    row = first(twice)
+        raise ValueError(f"{op}: teacher.indices must be in [0, {rows.classes}), got {value} in row {row}{pads}")
+    row = first(listed_twice(indices, candidates))
     if row is not None:
-        value = int(ordered[row, 1:][twice[row]][0])
-        raise ValueError(f"{op}: teacher.indices must differ within a row, got {value} twice in row {row}")
+        ordered = indices[row] if candidates is None else indices[row][candidates[row]]
+        ordered = ordered.sort().values
+        value = int(ordered[1:][ordered[1:] == ordered[:-1]][0])
+        raise ValueError(f"{op}: teacher.indices must differ within a row, got {value} twice in row {row}{pads}")
     if rows.divergence.needs_labels and rows.labels is not None:
-        row = first((indices != rows.labels[:, None]).all(-1, keepdim=True))
+        elsewhere = indices != rows.labels[:, None]
+        if candidates is not None:
+            elsewhere |= ~candidates
+        row = first(elsewhere.all(-1, keepdim=True))
         if row is not None:
             label = int(rows.labels[row])
             raise ValueError(
                 f"{op}: {rows.divergence.name} needs the label among teacher.indices, got label {label} in row {row}"
             )
+
+
+def listed_twice(indices: Tensor, candidates: Tensor | None) -> Tensor:
+    """Bool ``[N, K - 1]`` with a True in every row that lists a class twice."""
+    if candidates is not None:  # each of the others as a negative number of its own
+        own = torch.arange(-indices.shape[-1], 0, device=indices.device)
+        indices = torch.where(candidates, indices, own)
+    ordered = indices.sort(-1).values
+    return ordered[:, 1:] == ordered[:, :-1]
 
 
 def check_row_loss(

@@ -18,10 +18,12 @@ class TopKRows(NamedTuple):
     """How the K values of a sparse teacher are meant; see :class:`mfd_fast.TopK`.
 
     ``tail``: "bucket", "renormalize" or "zero". ``logprobs``: the values are log-probabilities, else logits.
+    ``padded``: candidates whose index is PADDING are none.
     """
 
     tail: str
     logprobs: bool
+    padded: bool
 
 
 def check_topk(op: str, topk: TopK, divergence: Divergence, transform: object, classes: int) -> TopKRows:
@@ -31,7 +33,7 @@ def check_topk(op: str, topk: TopK, divergence: Divergence, transform: object, c
     width = topk.values.shape[-1]
     if width > classes:
         raise ValueError(f"{op}: teacher must list at most {classes} classes (the student's), got K = {width}")
-    tail = "renormalize" if width == classes else topk.tail
+    tail = "renormalize" if width == classes and topk.mask is None else topk.tail
     logprobs = topk.values_are == "logprobs"
     if tail == "zero" and isinstance(divergence, (DKD, NKD)):
         raise ValueError(f"{op}: {divergence.name} needs a whole teacher distribution, got TopK(tail='zero')")
@@ -41,7 +43,7 @@ def check_topk(op: str, topk: TopK, divergence: Divergence, transform: object, c
     ):
         got = f"TopK(tail={tail!r}, values_are={topk.values_are!r})"
         raise ValueError(f"{op}: {divergence} is infinite where the teacher is 0, got {got}")
-    return TopKRows(tail, logprobs)
+    return TopKRows(tail, logprobs, topk.mask is not None)
 
 
 def check_log_probabilities(op: str, topk: TopK, counted: Tensor | None) -> None:
@@ -53,6 +55,8 @@ def check_log_probabilities(op: str, topk: TopK, counted: Tensor | None) -> None
         return
     values = topk.values.detach()
     positive = (values > 64 * torch.finfo(values.dtype).eps) & (values < math.inf)
+    if topk.mask is not None:
+        positive &= topk.mask
     positive = positive.reshape(-1, values.shape[-1])
     if counted is not None and positive.any():
         positive &= counted[:, None]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..divergences import DKD, NKD
 from ..problems.checks import can_read, is_used
-from ..problems.rows import RowLoss, RowProblem, Scalar, check_indices, check_labels_in_range
+from ..problems.rows import RowLoss, RowProblem, Scalar, check_indices, check_labels_in_range, listed_twice
 from ..problems.teachers import TopKRows
 from ..types import DistillOutput, LogitTransform
 from .divergences import decoupled, label_entropy, log_sum_exp, other_entropy, pointwise
@@ -113,26 +113,32 @@ def mass_left(log_p: Tensor) -> Tensor:
     return (-torch.expm1(log_p.gather(-1, top)) - others).clamp_min(0)
 
 
-def sparse_teacher(values: Tensor, topk: TopKRows, temperature: float | Tensor) -> Tensor:
+def sparse_teacher(rows: RowProblem, values: Tensor, temperature: float | Tensor) -> Tensor:
     """log p of the K listed classes and, last, of the rest ``[N, K + 1]``; −inf where nothing is left."""
-    return soften(torch.cat((values, log_rest(values, topk)), -1), temperature)
+    return soften(torch.cat((values, log_rest(rows, values)), -1), temperature)
 
 
-def log_rest(values: Tensor, topk: TopKRows) -> Tensor:
+def log_rest(rows: RowProblem, values: Tensor) -> Tensor:
     """log of what the values leave to the other classes, ``[N, 1]``."""
     nothing = torch.full_like(values[:, :1], -torch.inf)
-    if not topk.logprobs or topk.tail == "renormalize":
+    if rows.topk is None or not rows.topk.logprobs or rows.topk.tail == "renormalize":
         return nothing
-    left = mass_left(values)
-    empty = left == 0
+    left, complete = mass_left(values), rows.lists_all_classes()
+    empty = left == 0 if complete is None else (left == 0) | complete
     return torch.where(empty, nothing, torch.where(empty, torch.ones_like(left), left).log())
 
 
+def for_lists(rows: RowProblem, x: Tensor) -> Tensor:
+    """``[N, C]`` with one class of −inf behind the others for candidates that pad a list."""
+    return x if rows.candidates is None else torch.cat((x, torch.full_like(x[:, :1], -torch.inf)), -1)
+
+
 def sparse_pair(
-    x: Tensor, values: Tensor, indices: Tensor, topk: TopKRows, t: float | Tensor, teacher_t: float | Tensor
+    rows: RowProblem, topk: TopKRows, sides: Sides, indices: Tensor, t: float | Tensor, teacher_t: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """log p and log q over the classes that the tail leaves: K, K + 1, or C; see :class:`mfd_fast.TopK`."""
-    log_p = sparse_teacher(values, topk, teacher_t)
+    x = for_lists(rows, sides.x)
+    log_p = sparse_teacher(rows, sides.ys[0], teacher_t)
     if topk.tail == "renormalize":
         return log_p[:, :-1], soften(x.gather(-1, indices), t)
     log_q = soften(x, t)
@@ -144,7 +150,8 @@ def sparse_pair(
 class Sides(NamedTuple):
     """Both sides' transformed logits, each ``[N, C]`` (a TopK's values ``[N, K]``), and where the label is.
 
-    ``labels`` and ``indices`` are in range; ``label`` is the label's column among the classes compared.
+    ``labels`` and ``indices`` are in range, the latter C where a candidate pads a list; ``label`` is the label's column
+    among the classes compared.
     """
 
     x: Tensor
@@ -165,8 +172,18 @@ def raw_logits(rows: RowProblem) -> tuple[Tensor, list[Tensor]]:
         return values if counted is None else torch.where(counted[:, None], values, torch.full_like(values, uniform))
 
     if rows.topk is not None:
-        return used(rows.student, c, 0.0), [used(rows.teacher, rows.teacher.shape[-1], -math.log(c))]
+        values = used(rows.teacher, rows.teacher.shape[-1], -math.log(c + 1))  # more than K: something is left
+        listed = listed_candidates(rows)
+        return used(rows.student, c, 0.0), [values if listed is None else torch.where(listed, values, -torch.inf)]
     return used(rows.student, c, 0.0), [used(t, c, 0.0) for t in rows.teachers]
+
+
+def listed_candidates(rows: RowProblem) -> Tensor | None:
+    """``rows.candidates`` with True in rows that do not exist, None where nothing is padded."""
+    counted = rows.counted()
+    if rows.candidates is None or counted is None:
+        return rows.candidates
+    return rows.candidates | ~counted[:, None]
 
 
 def with_existing_temperatures(rows: RowProblem) -> RowProblem:
@@ -192,13 +209,14 @@ def both_sides(rows: RowProblem, op: str) -> Sides:
     labels, indices = rows.labels, rows.indices
     bad = x.new_zeros(rows.n_rows, dtype=torch.bool)
     if labels is not None:
-        outside = (labels < 0) | (labels >= rows.classes)
-        labelled = rows.labelled() if rows.ignored_labels == "term" else None
+        outside, labelled = (labels < 0) | (labels >= rows.classes), rows.labelled()
         bad = outside if labelled is None else outside & labelled
         labels = labels.masked_fill(outside, 0)
     if indices is not None:
-        outside = (indices < 0) | (indices >= rows.classes)
+        outside, candidates = (indices < 0) | (indices >= rows.classes), listed_candidates(rows)
         indices = indices.masked_fill(outside, 0)
+        if candidates is not None:
+            outside, indices = outside & candidates, indices.masked_fill(~candidates, rows.classes)
         bad = bad | outside.any(-1)
     label = labels
     if labels is not None and indices is not None and rows.divergence.needs_labels:
@@ -208,8 +226,10 @@ def both_sides(rows: RowProblem, op: str) -> Sides:
     x = transform_logits(x, rows.student_transform)
     if not can_read(x):
         if rows.indices is not None:
-            ordered = rows.indices.sort(-1).values
-            bad = bad | (ordered[:, 1:] == ordered[:, :-1]).any(-1)
+            bad = bad | listed_twice(rows.indices, rows.candidates).any(-1)
+        counted = rows.counted()
+        if counted is not None:  # of the others nothing may reach what all rows share
+            bad = bad & counted
         x = torch.where(bad[:, None], torch.full_like(x, torch.nan), x)
     return Sides(x, [transform_logits(y, rows.teacher_transform) for y in ys], labels, label, indices)
 
@@ -217,7 +237,7 @@ def both_sides(rows: RowProblem, op: str) -> Sides:
 def compared(rows: RowProblem, sides: Sides, t: float | Tensor, teacher_t: float | Tensor) -> tuple[Tensor, Tensor]:
     """log p and log q at the given temperatures, over the classes that are compared."""
     if rows.topk is not None and sides.indices is not None:
-        return sparse_pair(sides.x, sides.ys[0], sides.indices, rows.topk, t, teacher_t)
+        return sparse_pair(rows, rows.topk, sides, sides.indices, t, teacher_t)
     return mix([soften(y, teacher_t) for y in sides.ys], rows.teacher_weights), soften(sides.x, t)
 
 
@@ -286,9 +306,11 @@ def _by_products(
         choice = log_p.argmax(-1) if len(ys) > 1 else ys[0].argmax(-1)
         of_label = log_p
     else:
-        log_p = sparse_teacher(ys[0], rows.topk, rows.teacher_temperature)
-        choice = indices.gather(-1, ys[0].argmax(-1, keepdim=True)).squeeze(-1)
-        of_label = torch.full_like(log_q, -torch.inf).scatter(-1, indices, log_p[:, :-1])
+        log_p = sparse_teacher(rows, ys[0], rows.teacher_temperature)
+        # A candidate of probability 0 comes before one that pads the list.
+        ranked = torch.where(indices == rows.classes, -torch.inf, ys[0].clamp_min(torch.finfo(rows.dtype).min))
+        choice = indices.gather(-1, ranked.argmax(-1, keepdim=True)).squeeze(-1)
+        of_label = torch.full_like(for_lists(rows, log_q), -torch.inf).scatter(-1, indices, log_p[:, :-1])
     q_label = p_label = None
     if labels is not None:
         q_label, p_label = (s.gather(-1, labels[:, None]).squeeze(-1).exp() for s in (log_q, of_label))

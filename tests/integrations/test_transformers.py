@@ -197,6 +197,23 @@ def test_a_column_of_logits_or_of_topk_objects():
     agree(recorded(made), expected)
 
 
+def test_columns_of_padded_lists():
+    """Lists of 3 and 5 tokens, padded by -1 to 5, are those of lists whose other tokens have no mass."""
+    teacher = tiny_llama(1).eval()
+    rows, known = [], []
+    for row in ROWS:
+        with torch.no_grad():
+            top = teacher(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1).topk(5)
+        mask = torch.arange(5) < (3 + 2 * (torch.arange(len(top.values)) % 2))[:, None]
+        values, indices = top.values.masked_fill(~mask, -1e4), top.indices.masked_fill(~mask, -1)
+        rows.append(row | {"v": values.tolist(), "i": indices.tolist(), "m": mask.tolist()})
+        known.append(row | {"v": values.tolist(), "i": top.indices.tolist()})
+    column = {"values": "v", "indices": "i", "mask": "m", "tail": "zero"}
+    found = recorded(trainer(tiny_llama(0), data=rows, teacher_column=column))
+    without = {name: value for name, value in column.items() if name != "mask"}
+    agree(found, recorded(trainer(tiny_llama(0), data=known, teacher_column=without)))
+
+
 class Plain(transformers.PreTrainedModel):
     """A classifier whose forward takes no **kwargs and no labels."""
 

@@ -24,7 +24,8 @@ def numpy_arguments(arguments):
 
     def tree(value):
         if isinstance(value, TopK):
-            return oracle.TopK(value.values.numpy(), value.indices.numpy(), value.tail, value.values_are)
+            tensors = (value.values, value.indices, value.mask)
+            return oracle.TopK(*(t if t is None else t.numpy() for t in tensors), value.tail, value.values_are)
         return convert(map_tensors(value, lambda t: t.numpy()))
 
     converted = {k: tree(v) for k, v in arguments.items()}

@@ -13,7 +13,10 @@ from mfd_fast.testing import assert_bitwise_equal, distill_inputs
 RECORD = RECORDS["distill_loss"]
 TOPK = [b for b in RECORD.backends if "topk" in BACKEND_FEATURES[b]]
 SEVERAL = [b for b in RECORD.backends if "teachers" in BACKEND_FEATURES[b]]
-ORDINARY = ["forward_kl", "reverse_kl", mfd.JSD(0.3), mfd.SkewKL(), mfd.SkewReverseKL(), "tvd", mfd.AlphaBeta(0.6, 0.3)]
+ORDINARY = [
+    *("forward_kl", "cross_entropy", "reverse_kl", mfd.JSD(0.3)),
+    *(mfd.SkewKL(), mfd.SkewReverseKL(), "tvd", mfd.AlphaBeta(0.6, 0.3)),
+]
 LABELLED = ["dkd", "nkd"]
 MIXED = [(b, d) for b in SEVERAL for d in ORDINARY + LABELLED]
 

@@ -210,6 +210,27 @@ def test_vmap(record):
             torch.testing.assert_close(found[name][k], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("teacher", ["dense", "listed"])
+@pytest.mark.parametrize("ignored", ["row", "term"])
+def test_rows_without_a_label_reach_no_shared_temperature_under_a_transform(ignored, teacher):
+    """Where values are not looked at, a label that is ignored, or a list in a row without one, is not a bad one."""
+    given = RECORDS["distill_loss"].samples(dtype=torch.float64)["labels"]
+    arguments = {k: given[k] for k in ("student", "teacher", "labels", "mask")} | {"ignored_labels": ignored}
+    if teacher == "listed":
+        values, indices = given["teacher"].log_softmax(-1).topk(3, -1)
+        exists = given["mask"] & (given["labels"] != -100) if ignored == "row" else given["mask"]
+        arguments["teacher"] = mfd.TopK(values, torch.where(exists[:, None], indices, 10**6))
+
+    def value(temperature):
+        return mfd.distill_loss(**arguments, temperature=temperature, hard_weight=0.5)
+
+    leaf = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(value(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(value)(leaf.detach()), expected)
+    torch.testing.assert_close(torch.func.jvp(value, (leaf.detach(),), (torch.ones_like(leaf),))[1], expected)
+
+
 def test_explain_says_why_no_kernel_runs_under_a_transform():
     x = torch.zeros(2, 3)
     reasons = []

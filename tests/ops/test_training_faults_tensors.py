@@ -112,6 +112,17 @@ def test_a_subclass_that_pytorch_cannot_compute_is_named(record):
         record.op(**{**richest(record), first: masked})
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+@pytest.mark.parametrize(("sample", "name"), [("ignored_term", "teacher_pool_weights"), ("no_teacher", "head_weight")])
+def test_what_the_checks_of_mfd_loss_compute_with_is_named(sample, name):
+    arguments = RECORDS["mfd_loss"].samples()[sample]
+    masked = masked_tensor(arguments[name], torch.ones_like(arguments[name], dtype=torch.bool))
+    with pytest.raises(
+        TypeError, match=f"^mfd_loss: {name} must be a tensor that PyTorch can compute with, got Masked"
+    ):
+        mfd.mfd_loss(**{**arguments, name: masked})
+
+
 @each_case
 def test_uninitialized_parameters_are_named(record, backend):
     first = record.differentiable[0]

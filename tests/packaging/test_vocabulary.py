@@ -26,7 +26,19 @@ MIRRORS = {
     # what a checked call is, and what crosses the border to native code
     *("RowProblem", "PoolProblem", "Tap", "TopK", "Scalar", "RowMatrix", "RowScalar", "ScalarLoss", "Places", "Plans"),
     # the divergences, and what a row has of them
-    *("Divergence", "AlphaBeta", "ForwardKL", "JSD", "ReverseKL", "SkewKL", "SkewReverseKL", "TVD", "Point", "Slopes"),
+    *(
+        "Divergence",
+        "AlphaBeta",
+        "CrossEntropy",
+        "ForwardKL",
+        "JSD",
+        "ReverseKL",
+        "SkewKL",
+        "SkewReverseKL",
+        "TVD",
+        "Point",
+        "Slopes",
+    ),
     *("TopKSlopes", "Side", "TopKRow", "Listed", "RowTerms"),
     # the gradients of a call: tensors, addresses, or what computes them
     *("RowGradients", "PoolGradients", "TeacherGradients"),

@@ -138,8 +138,8 @@ def distill_terms(student, teacher, labels=None, **options):
     if isinstance(teacher, mfd.TopK):
         tt = options.get("teacher_temperature", options.get("temperature", 1.0))
         own = divergences.sparse_teacher(teacher, _per_row(tt))
-        log_p = divergences.dense(own[..., : teacher.values.shape[-1]], teacher.indices, student.shape[-1])
-        teacher_entropy = -(own.exp() * own).sum(-1)
+        log_p = divergences.dense(own[..., : teacher.values.shape[-1]], teacher, student.shape[-1])
+        teacher_entropy = -(own.exp() * own.masked_fill(own == -torch.inf, 0)).sum(-1)
     else:
         teacher_entropy = -(log_p.exp() * log_p).sum(-1)
     q, p = log_q.exp(), log_p.exp()

@@ -48,7 +48,7 @@ def divergence(kind, log_p, log_q, label):
     if name == "forward_kl":
         return kl(log_p, log_q)
     if name == "cross_entropy":
-        return -(log_p.exp() * log_q).sum(-1)
+        return -(log_p.exp() * log_q.masked_fill(log_p == -torch.inf, 0)).sum(-1)
     if name == "reverse_kl":
         return kl(log_q, log_p)
     if name == "jsd":
@@ -73,13 +73,19 @@ def of_label(log_p, log_q, label):
     return -p * log_q
 
 
-def dense(log_p, indices, classes):
+def dense(log_p, topk, classes):
     """Log-probabilities of all classes, −inf where nothing is listed."""
-    return torch.full((*log_p.shape[:-1], classes), -torch.inf, dtype=log_p.dtype).scatter(-1, indices, log_p)
+    wide = torch.full((*log_p.shape[:-1], classes + 1), -torch.inf, dtype=log_p.dtype)
+    return wide.scatter(-1, columns(topk, classes), log_p)[..., :-1]
+
+
+def columns(topk, classes):
+    """The indices; where a candidate pads the list, the column behind the classes."""
+    return topk.indices if topk.mask is None else topk.indices.masked_fill(~topk.mask, classes)
 
 
 def sparse_teacher(topk, temperature):
-    values = topk.values
+    values = topk.values if topk.mask is None else topk.values.masked_fill(~topk.mask, -torch.inf)
     if topk.values_are == "logprobs" and topk.tail != "renormalize":
         values = torch.cat([values, torch.log1p(-values.exp().sum(-1, keepdim=True))], -1)
     return torch.log_softmax(values / temperature, -1)
@@ -89,7 +95,8 @@ def sparse_pair(x, topk, temperature, teacher_temperature):
     """log p and log q over the classes that are compared."""
     log_p, log_q = sparse_teacher(topk, teacher_temperature), torch.log_softmax(x / temperature, -1)
     k = topk.values.shape[-1]
-    listed = log_q.gather(-1, topk.indices)
+    wide = torch.cat([log_q, torch.full_like(log_q[..., :1], -torch.inf)], -1)
+    listed = wide.gather(-1, columns(topk, x.shape[-1]))
     if topk.tail == "renormalize":
         return log_p, torch.log_softmax(listed, -1)
     if topk.tail == "zero":  # of the forward KL, to which a class of p = 0 adds nothing

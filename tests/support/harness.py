@@ -70,7 +70,8 @@ def map_tensors(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return f(value)
     if isinstance(value, mfd.TopK):
-        return dataclasses.replace(value, values=f(value.values), indices=f(value.indices))
+        mask = None if value.mask is None else f(value.mask)
+        return dataclasses.replace(value, values=f(value.values), indices=f(value.indices), mask=mask)
     if isinstance(value, dict):
         return {k: map_tensors(v, f) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -86,6 +87,7 @@ def named_tensors(arguments: Arguments) -> dict[str, Tensor]:
             found[name] = value
         elif isinstance(value, mfd.TopK):
             found.update({f"{name}.values": value.values, f"{name}.indices": value.indices})
+            found.update({} if value.mask is None else {f"{name}.mask": value.mask})
         elif isinstance(value, (list, tuple)):
             found.update({f"{name}[{i}]": v for i, v in enumerate(value) if isinstance(v, Tensor)})
     return found

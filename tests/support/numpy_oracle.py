@@ -113,7 +113,7 @@ def distill_rows(
     divergence = named(divergence)
     lead = student.shape[:-1]
     topk = teacher if isinstance(teacher, TopK) else None
-    given = [topk.values] if topk else teacher if isinstance(teacher, list) else [teacher]
+    given = [topk.known] if topk else teacher if isinstance(teacher, list) else [teacher]
     z, *ts_ = (t.reshape(-1, t.shape[-1]).astype(np.float64) for t in (student, *given))
     n, count = len(z), len(given)
     weights = np.full((n, count), 1 / count)
@@ -161,9 +161,10 @@ def distill_terms(student: Array, teacher: Any, labels: Array | None = None, **o
     # What the teacher says of all classes: of a sparse one the listed classes, and its rest for the entropy.
     dense, own = pair.p, pair.p
     if rows.topk is not None:
-        indices = rows.topk.indices.reshape(len(keep), -1)
-        own, dense = pair.each[0], np.zeros_like(pair.full_q)
+        indices = rows.topk.columns(*pair.full_q.shape)
+        own, dense = pair.each[0], np.zeros((len(keep), pair.full_q.shape[-1] + 1))
         np.put_along_axis(dense, indices, own[:, : indices.shape[-1]], -1)
+        dense = dense[:, :-1]
     at_label: dict[str, Array | None] = {"student_label_prob": None, "teacher_label_prob": None, "hard": None}
     if rows.label is not None:
         index = np.arange(len(keep))

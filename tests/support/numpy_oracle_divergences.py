@@ -19,8 +19,19 @@ Array = npt.NDArray[Any]
 class TopK:
     values: Array
     indices: Array
+    mask: Array | None
     tail: str
     values_are: str
+
+    @property
+    def known(self) -> Array:
+        """The values, −inf where a candidate pads the list."""
+        return self.values if self.mask is None else np.where(self.mask, self.values, -np.inf)
+
+    def columns(self, rows: int, classes: int) -> Array:
+        """The indices ``[N, K]``; where a candidate pads the list, the column behind the classes."""
+        columns = self.indices if self.mask is None else np.where(self.mask, self.indices, classes)
+        return columns.reshape(rows, -1)
 
 
 def kl(p: Array, q: Array) -> Array:
@@ -39,7 +50,8 @@ def evaluate(divergence: Any, p: Array, q: Array, label: Array | None) -> tuple[
     if name == "forward_kl":
         return kl(p, q), q * p.sum(-1, keepdims=True) - p, np.log(one / q) + 1
     if name == "cross_entropy":
-        return -(p * np.log(np.where(p > 0, q, 1.0))).sum(-1), q * p.sum(-1, keepdims=True) - p, -np.log(q)
+        safe = np.where(q > 0, q, 1.0)
+        return -(p * np.log(np.where(p > 0, q, 1.0))).sum(-1), q * p.sum(-1, keepdims=True) - p, -np.log(safe)
     if name == "reverse_kl":
         r = np.log(p / q)
         big = -(q * r).sum(-1, keepdims=True)
@@ -133,19 +145,20 @@ def compare(
     if topk is None:
         each = [softmax(y / tt[:, None]) for y in ys]
         return Pair(sum(weights[:, [k]] * p for k, p in enumerate(each)), full_q, full_q, each, label)
-    indices = topk.indices.reshape(len(x), -1)
+    indices = topk.columns(*x.shape)
+    wide = np.pad(full_q, ((0, 0), (0, 1)))
     p = softmax(sparse_logits(ys[0], topk, x.shape[-1]) / tt[:, None])
-    listed, k = np.take_along_axis(full_q, indices, -1), indices.shape[-1]
+    listed, k = np.take_along_axis(wide, indices, -1), indices.shape[-1]
     at = None if label is None else (indices == label[:, None]).argmax(-1)
     if topk.tail == "renormalize":
         return Pair(p, listed / listed.sum(-1, keepdims=True), full_q, [p], at)
     if topk.tail == "zero":
-        dense = np.zeros_like(full_q)
+        dense = np.zeros_like(wide)
         np.put_along_axis(dense, indices, p[:, :k], -1)
-        return Pair(dense, full_q, full_q, [p], label)
+        return Pair(dense[:, :-1], full_q, full_q, [p], label)
     rest_p = p[:, k:] if p.shape[-1] > k else np.zeros((len(x), 1))
     both = np.concatenate((p[:, :k], rest_p), -1)
-    rest = full_q.copy()
+    rest = wide.copy()
     np.put_along_axis(rest, indices, 0.0, -1)
     return Pair(both, np.concatenate((listed, rest.sum(-1, keepdims=True)), -1), full_q, [p], at)
 
@@ -154,13 +167,13 @@ def back_to_student(pair: Pair, du: Array, topk: TopK | None) -> Array:
     """dD/du over all C classes."""
     if topk is None or topk.tail == "zero":
         return du
-    indices = topk.indices.reshape(len(du), -1)
+    indices = topk.columns(*pair.full_q.shape)
     k = indices.shape[-1]
-    full = np.zeros_like(pair.full_q)
+    full = np.zeros_like(np.pad(pair.full_q, ((0, 0), (0, 1))))
     if topk.tail == "bucket":
-        full = du[:, [k]] * pair.full_q / pair.q[:, [k]]
+        full[:, :-1] = du[:, [k]] * pair.full_q / pair.q[:, [k]]
     np.put_along_axis(full, indices, du[:, :k], -1)
-    return full
+    return full[:, :-1]
 
 
 def back_to_teachers(
@@ -175,13 +188,13 @@ def back_to_teachers(
         else:
             v, weight = sparse_logits(y, topk, pair.full_q.shape[-1]), 1.0
             if topk.tail == "zero":
-                h = np.take_along_axis(h, topk.indices.reshape(len(y), -1), -1)
+                h = np.take_along_axis(np.pad(h, ((0, 0), (0, 1))), topk.columns(*pair.full_q.shape), -1)
             known = min(h.shape[-1], p.shape[-1])
             b = np.zeros_like(p)
             b[:, :known] = p[:, :known] * h[:, :known]
         of_weights[:, j] = b.sum(-1)
         dv = weight * (b - p * b.sum(-1, keepdims=True))
-        slope -= (dv * v).sum(-1) / tt**2
+        slope -= (dv * np.where(dv == 0, 0.0, v)).sum(-1) / tt**2
         dy = dv[:, : y.shape[-1]]
         if v.shape[-1] > y.shape[-1]:  # d log(1 − Σ e^y)/dy = −e^y/(1 − Σ e^y)
             dy = dy - dv[:, -1:] * np.exp(y) / (1 - np.exp(y).sum(-1, keepdims=True))

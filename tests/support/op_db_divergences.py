@@ -65,6 +65,12 @@ def samples(dtype: torch.dtype, distance: str, seed: int, rows: int, classes: in
         given = values if values_are == "logprobs" else base.teacher.gather(-1, indices)
         return mfd.TopK(given, indices, tail=tail, values_are=values_are)
 
+    # Lists of K, K − 1, … classes, of which the label is always one.
+    candidates = torch.arange(k) < k - torch.arange(rows)[:, None] % k
+
+    def padded(given: torch.Tensor, by: float) -> torch.Tensor:
+        return given.masked_fill(~candidates, by)
+
     # TVD's slope is the sign of p − q, which has no meaning below the resolution of float32.
     apart = distill_inputs(
         (rows, classes), distance="near" if distance == "almost" else distance, dtype=dtype, seed=seed
@@ -89,6 +95,13 @@ def samples(dtype: torch.dtype, distance: str, seed: int, rows: int, classes: in
             "student": base.student,
             "teacher": sparse("renormalize"),
             "divergence": "nkd",
+        },
+        "topk_padded": {
+            **listed,
+            **per_row,
+            "student": base.student,
+            "teacher": mfd.TopK(padded(values, torch.nan), padded(indices, -1), mask=candidates),
+            "divergence": "cross_entropy",
         },
         "topk_zero": {"student": base.student, "teacher": sparse("zero"), "mask": mask, **per_row},
         "topk_logits": {

@@ -6,6 +6,13 @@
 
 namespace mfd {
 
+// The index of a candidate that only pads a list: neither it nor its value is one of a class.
+constexpr int64_t kPadding = INT64_MIN;
+
+MFD_ROW_FN bool is_padding(int64_t index) {
+  return index == kPadding;
+}
+
 // Sums over the other classes relative to `max`, little more than their largest logit: e_s of (x - max)/T, h
 // at T = 1, and e_s^degree.
 struct RestSums {
@@ -116,8 +123,10 @@ MFD_ROW_FN void settle_points(const RowProblem& p, bool whole, const ClassPoint&
   s.mean_h = listed.h + rest.h;
   s.value = listed.value + rest.value;
   // With q - p, which g is, rounding of the logarithms of the sums has no part in the value near p = q.
-  if (!is_pointwise(p.divergence)) s.value += s.mean_g;
+  if (p.divergence == Divergence::kForwardKL) s.value += s.mean_g;
   if (s.value < 0 && (whole || p.divergence == Divergence::kAlphaBeta)) s.value = 0;
+  // Without a distribution on one of the sides no class may be there to show it.
+  if (s.lse_s != s.lse_s || s.lse_t != s.lse_t) s.value = kNan;
   if (s.value != s.value) s.mean_g = s.mean_h = kNan;
   s.rest_u = rest.g - s.q * s.mean_g;
   s.rest_v = rest.h - s.p * s.mean_h;

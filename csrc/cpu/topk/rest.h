@@ -9,7 +9,8 @@
 namespace mfd::MFD_ISA {
 namespace {
 
-// The arrays of a row's listed classes, K <= kBlock elements each.
+// The arrays of a row's listed classes, K <= kBlock elements each. A candidate that pads the list has the
+// logit and the value -inf, of which nothing comes in any sum.
 template <class S>
 struct Listed {
   typedef typename S::T T;
@@ -30,6 +31,7 @@ struct TopKRow {
   int64_t row, label, blocks;
   double ts, tt;
   bool use_hard, renormalized, decoupled, unit, entropies;
+  bool padded;       // the list is shorter than K
   bool all_classes;  // something depends on the classes that are not listed
   bool powers;       // the divergence of a class without teacher is not proportional to q
   double pass_t;     // temperature of the pass over all classes
@@ -67,11 +69,28 @@ struct TopKRow {
               pass.teacher.listed,
               pass.teacher.indices + row * pass.teacher.listed,
               -1};
-    for (int64_t k = 0; label >= 0 && k < listed.count; ++k)
-      if (listed.indices[k] == label) listed.label = k;
-    columns = blocks == 1 ? listed.indices : scratch.columns;
+    padded = false;
+    for (int64_t k = 0; k < listed.count; ++k) {
+      padded = padded || pads(k);
+      if (label >= 0 && listed.indices[k] == label) listed.label = k;
+    }
+    columns = in_order() ? listed.indices : scratch.columns;
     slots = scratch.slots;
     first = scratch.first;
+  }
+
+  bool pads(int64_t k) const { return is_padding(listed.indices[k]); }
+
+  // The listed classes are those of one block, as they are.
+  bool in_order() const { return blocks == 1 && !padded; }
+
+  // Whether no class is left to the rest.
+  bool lists_all() const { return !padded && listed.count == p.classes; }
+
+  // -inf in the places of the candidates that pad the list.
+  void clear_padding(T* array) const {
+    for (int64_t k = 0; padded && k < listed.count; ++k)
+      if (pads(k)) array[k] = static_cast<T>(-kInf);
   }
 
   // The classes that are not listed have gradients proportional to one exponential.
@@ -85,7 +104,7 @@ struct TopKRow {
   }
 };
 
-// Where a row has one block, its classes are in order as they are: the same for all rows.
+// Where a row has one block and no padding, its classes are in order as they are.
 static void list_one_block(const Scratch& scratch, int64_t listed) {
   for (int64_t k = 0; k < listed; ++k) scratch.slots[k] = k;
   scratch.first[0] = 0;
@@ -96,12 +115,14 @@ static void list_one_block(const Scratch& scratch, int64_t listed) {
 // positions in `slots`.
 template <class S>
 static void group_by_block(const TopKRow<S>& c) {
-  if (c.blocks == 1) return;
+  if (c.in_order()) return list_one_block(c.scratch, c.listed.count);
   int64_t* first = c.scratch.first;
   for (int64_t b = 0; b < c.blocks + 2; ++b) first[b] = 0;
-  for (int64_t k = 0; k < c.listed.count; ++k) ++first[c.listed.indices[k] / kBlock + 2];
+  for (int64_t k = 0; k < c.listed.count; ++k)
+    if (!c.pads(k)) ++first[c.listed.indices[k] / kBlock + 2];
   for (int64_t b = 2; b < c.blocks + 2; ++b) first[b] += first[b - 1];
   for (int64_t k = 0; k < c.listed.count; ++k) {
+    if (c.pads(k)) continue;
     const int64_t place = first[c.listed.indices[k] / kBlock + 1]++;
     c.scratch.columns[place] = c.listed.indices[k];
     c.scratch.slots[place] = k;
@@ -127,7 +148,8 @@ static void gather_listed(const TopKRow<S>& c) {
   const int64_t size = dtype_size(gathered.dtype);
   const char* row = static_cast<const char*>(gathered.data) + c.x.offset * size;
   char* raw = static_cast<char*>(c.scratch.block_y);
-  for (int64_t k = 0; k < l.count; ++k) copy_element(row + l.indices[k] * size, size, raw + k * size);
+  for (int64_t k = 0; k < l.count; ++k)
+    copy_element(row + (c.pads(k) ? 0 : l.indices[k]) * size, size, raw + k * size);
   gathered.data = raw;
   copy_block<S>({&gathered, 0, -1, c.x.centre}, l.count, l.x);
 }

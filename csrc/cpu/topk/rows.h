@@ -10,6 +10,18 @@
 namespace mfd::MFD_ISA {
 namespace {
 
+// Position of the largest value among the candidates; -1 without one, or where one is NaN.
+template <class S>
+static int64_t first_listed_argmax(const TopKRow<S>& c) {
+  const auto* y = c.listed.y;
+  int64_t best = -1;
+  for (int64_t k = 0; k < c.listed.count; ++k) {
+    if (y[k] != y[k]) return -1;
+    if (!c.pads(k) && (best < 0 || y[k] > y[best])) best = k;
+  }
+  return best;
+}
+
 template <class S>
 static void write_topk_by_products(const TopKRow<S>& c) {
   typedef typename S::T T;
@@ -38,9 +50,7 @@ static void write_topk_by_products(const TopKRow<S>& c) {
     put<T>(f.teacher_label_prob, c.row, teacher);
   }
   if (!f.agreement) return;
-  const View y = {&c.p.teacher, row_offset(c.p.teacher, c.row), -1, {}};
-  const int64_t best = first_argmax<S>(c.x, c.p.classes, c.scratch);
-  const int64_t choice = first_argmax<S>(y, l.count, c.scratch);
+  const int64_t best = first_argmax<S>(c.x, c.p.classes, c.scratch), choice = first_listed_argmax<S>(c);
   f.agreement[c.row] = best >= 0 && choice >= 0 && best == l.indices[choice];
 }
 
@@ -141,7 +151,7 @@ static void write_values_gradient(const TopKRow<S>& c, const SoftTerm& s) {
     if (!c.decoupled || k != l.label)
       g = f.soft * l.to_v[k] - (c.unit ? f.target_loss * exp(y - s.max_t - f.lse_u) : 0.0);
     if (f.rest != 0) g -= f.rest * exp(y - s.rest);
-    l.out[k] = static_cast<T>(g);
+    l.out[k] = static_cast<T>(c.pads(k) ? 0.0 : g);
   }
   convert_out(l.out, l.count, side.dtype, false,
               static_cast<char*>(c.pass.d_values) + c.row * side.width * dtype_size(side.dtype));
@@ -160,6 +170,7 @@ static void topk_row(const TopKPass& pass, int64_t row, const Scratch& scratch) 
   } else {
     gather_listed<S>(c);
   }
+  c.clear_padding(l.x);
   if (c.entropies) write_topk_by_products<S>(c);
   const double label = c.label >= 0 ? logit_at<S>(c.x, c.label, scratch) : 0.0;
   if (c.decoupled) l.x[l.label] = static_cast<T>(-kInf);
@@ -202,7 +213,6 @@ static void skip_topk_row(const TopKPass& pass, int64_t row) {
 
 template <class S>
 static void topk_rows_of(const TopKPass& pass, int64_t begin, int64_t end, const Scratch& scratch) {
-  if (block_count(pass.forward.problem.classes) == 1) list_one_block(scratch, pass.teacher.listed);
   for (int64_t row = begin; row < end; ++row) {
     if (is_counted(pass.forward.problem, row)) {
       topk_row<S>(pass, row, scratch);

@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "common/vector/topk_divergences.h"
 #include "cpu/distill/slopes.h"
 #include "cpu/simd/log.h"
 #include "cpu/topk/rest.h"
@@ -23,7 +24,9 @@ static double log_of_rest(const typename S::T* y, int64_t n) {
 template <class S>
 static double load_values(const TopKRow<S>& c) {
   copy_block<S>({&c.p.teacher, row_offset(c.p.teacher, c.row), -1, {}}, c.listed.count, c.listed.y);
-  return c.pass.teacher.logprobs && !c.renormalized ? log_of_rest<S>(c.listed.y, c.listed.count) : -kInf;
+  c.clear_padding(c.listed.y);
+  const bool has_rest = c.pass.teacher.logprobs && !c.renormalized && !c.lists_all();
+  return has_rest ? log_of_rest<S>(c.listed.y, c.listed.count) : -kInf;
 }
 
 // The largest of n values and, in the compute dtype, one more.
@@ -80,7 +83,7 @@ static ClassPoint points_of(const D& divergence, const TopKRow<S>& c, const Soft
 template <class S>
 static ClassPoint listed_points(const TopKRow<S>& c, const SoftTerm& s) {
   ClassPoint sums{};
-  with_divergence<S>(c.p, s.far, [&](const auto& divergence) { sums = points_of<S>(divergence, c, s); });
+  with_topk_divergence<S>(c.p, s.far, [&](const auto& divergence) { sums = points_of<S>(divergence, c, s); });
   return sums;
 }
 
@@ -102,7 +105,7 @@ static void pointwise_value(const TopKRow<S>& c, double powers, SoftTerm& s) {
     rest = power_point(p, powers);
   } else if (!c.renormalized) {
     const double seen = whole ? s.p : 0.0, log_seen = whole ? s.log_p : -kInf;
-    with_divergence<F64>(p, s.far, [&](const auto& divergence) {
+    with_topk_divergence<F64>(p, s.far, [&](const auto& divergence) {
       const Point<F64> point = divergence(s.q, seen, log_seen - s.log_q, s.log_q, log_seen);
       rest = {point.value, point.g, point.h};
     });
@@ -174,7 +177,7 @@ static void listed_slopes(const TopKRow<S>& c, const SoftTerm& s) {
                                l.x, l.y, l.count, b);
       return;
     }
-    with_divergence<S>(c.p, s.far, [&](const auto& divergence) {
+    with_topk_divergence<S>(c.p, s.far, [&](const auto& divergence) {
       pointwise_slopes<S, kClose>(divergence, logs, l.x, l.y, l.count, s.mean_g, s.mean_h, b);
     });
   });

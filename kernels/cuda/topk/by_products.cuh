@@ -72,8 +72,9 @@ MFD_INLINE void write_by_products(const Row& r, const Found& found) {
   r.put(f.teacher_label_prob, of_label == 0 && !found.bad ? 0.0 : of_label / sum_t);
   if (!f.agreement) return;
   const int64_t column = at_max[0] == -kInf ? 0 : static_cast<int64_t>(-at_max[0]);
-  const int64_t choice = at_max[1] == -kInf ? 0 : static_cast<int64_t>(-at_max[1]);
-  f.agreement[r.row] = at_max[2] == 0 && !found.bad && r.indices[choice] == column;
+  const bool chosen = at_max[1] != -kInf;
+  const int64_t choice = chosen ? static_cast<int64_t>(-at_max[1]) : 0;
+  f.agreement[r.row] = at_max[2] == 0 && !found.bad && chosen && r.indices[choice] == column;
 }
 
 }  // namespace device

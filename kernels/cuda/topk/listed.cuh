@@ -4,6 +4,7 @@
 
 #include "common/rows/topk_math.h"
 #include "common/vector/slopes.h"
+#include "common/vector/topk_divergences.h"
 #include "cuda/rows/rows.cuh"
 
 namespace mfd {
@@ -101,7 +102,7 @@ MFD_INLINE Point<S> point_of(const Row& row, const Divergence& divergence, const
 template <class S, class Row>
 MFD_INLINE void list_points(const Row& row, ClassPoint* listed, ClassPoint* rest) {
   double v[6] = {};
-  with_divergence<S>(row.p, row.state->s.far, [&](const auto& divergence) {
+  with_topk_divergence<S>(row.p, row.state->s.far, [&](const auto& divergence) {
     over_shares<S>(row, [&](const ClassShare<S>& c, bool is_rest) {
       const Point<S> point = point_of<S>(row, divergence, c);
       const double value = static_cast<double>(point.value), g = static_cast<double>(point.g),
@@ -135,7 +136,7 @@ MFD_INLINE void over_slopes(const Row& row, const Act& act) {
     const ClassShare<S> c = scales.of_listed(row, k);
     T to_u = 0, to_v = 0;
     if (!row.is_decoupling()) {
-      with_divergence<S>(row.p, s.far, [&](const auto& divergence) {
+      with_topk_divergence<S>(row.p, s.far, [&](const auto& divergence) {
         const Point<S> point = point_of<S>(row, divergence, c);
         to_u = point.g - c.q * mean_g;
         to_v = point.h - c.p * mean_h;
@@ -204,8 +205,13 @@ MFD_INLINE void write_listed(const Row& row, double dot) {
     row.put_value(k, static_cast<T>(of_value));
   });
   if (!row.g.d_values || row.group.part() != 0) return;
-  for (int64_t k = row.group.rank(); k < row.listed; k += row.group.threads())
-    if (row.indices[k] < 0 || row.indices[k] >= p.classes) row.put_value(k, static_cast<T>(kNan));
+  for (int64_t k = row.group.rank(); k < row.listed; k += row.group.threads()) {
+    if (is_padding(row.indices[k])) {
+      row.put_value(k, T(0));
+    } else if (row.indices[k] < 0 || row.indices[k] >= p.classes) {
+      row.put_value(k, static_cast<T>(kNan));
+    }
+  }
 }
 
 }  // namespace device

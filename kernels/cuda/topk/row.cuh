@@ -121,6 +121,7 @@ struct TopKRow {
     const int size = size_of(p.student.dtype), of_value = size_of(p.teacher.dtype);
     for (int64_t k = group.rank(); k < listed; k += group.threads()) {
       const int64_t column = indices[k];
+      if (is_padding(column)) continue;
       bad = bad || column < 0 || column >= p.classes;
       if (!is_mine(column)) continue;
       lx[k] = transformed<S>(x, load_one<T>(x.data + column * size, p.student.dtype), true);
@@ -141,8 +142,9 @@ struct TopKRow {
       own = rest_of_thread<S>(group, x, span, bits, p.classes, wanted, by_ts, hard, by_power);
     double most[4] = {static_cast<double>(own.max), static_cast<double>(S::kLowest),
                       static_cast<double>(S::kLowest), bad ? 1.0 : 0.0};
-    double sums[9] = {};
+    double sums[10] = {};
     over_listed([&](int64_t k, int64_t column) {
+      sums[9] += 1;
       if (g.topk.logprobs && !is_renormalized()) sums[6] += exp(static_cast<double>(ly[k]));
       if (column == label) {
         sums[7] += static_cast<double>(ly[k]);
@@ -164,7 +166,7 @@ struct TopKRow {
     group.template reduce<Sum>(sums);
     double rest_y = -kInf;
     if (g.topk.logprobs && !is_renormalized()) {
-      const double left = 1 - sums[6];
+      const double left = sums[9] == static_cast<double>(p.classes) ? 0.0 : 1 - sums[6];
       rest_y = left <= 0 ? -kInf : log(left);
     }
     const double max_s = is_renormalized() ? most[1] : over_all;

@@ -25,7 +25,8 @@ SKEW = tl.constexpr(6)
 SKEW_REVERSE = tl.constexpr(7)
 TVD = tl.constexpr(8)
 ALPHA_BETA = tl.constexpr(9)
-FORWARD_POINT = tl.constexpr(10)  # FORWARD where p need not sum to 1
+FORWARD_POINT = tl.constexpr(10)  # FORWARD and CROSS_ENTROPY where p need not sum to 1
+CROSS_ENTROPY_POINT = tl.constexpr(11)
 
 # |r| of a class that one side rules out: exp(-FAR) is 0 in every dtype.
 FAR = tl.constexpr(1000.0)
@@ -147,7 +148,7 @@ def alpha_beta(qs, ps, log_q, log_p, r, no_q, no_p, a, b):
 @triton.jit
 def pointwise(q, p, qs, ps, log_q, log_p, r, no_q, no_p, a, b, DIVERGENCE: tl.constexpr):
     """f, q g, p h and p q/m of every class; the last is 0 but for SKEW and SKEW_REVERSE, see `centred`. Of ALPHA_BETA
-    alone: q and p to the power a + b, qs and ps, and the logarithms.
+    alone: q and p to the power a + b, qs and ps, and the logarithms, of which CROSS_ENTROPY_POINT has log_q.
 
     a, b: beta and 1-beta of JSD, lambda and 1-lambda of SKEW, 1-lambda and lambda of SKEW_REVERSE (the shares of p
     and q in the mixture m), the exponents of ALPHA_BETA. no_q, no_p: where the logit is -inf.
@@ -166,6 +167,10 @@ def pointwise(q, p, qs, ps, log_q, log_p, r, no_q, no_p, a, b, DIVERGENCE: tl.co
             f = tl.where(no_q & (p > 0), INF, kl_term(p, q, r))
             qg = tl.where(r > 0, p, -q) * expm1(-tl.abs(r))
             ph = p * r
+        elif DIVERGENCE == CROSS_ENTROPY_POINT:
+            f = tl.where(p > 0, -p * log_q, p)
+            qg = tl.where(r > 0, p, -q) * expm1(-tl.abs(r))
+            ph = f
         elif DIVERGENCE == TVD:
             sign = tl.where(r > 0, 0.5, tl.where(r < 0, -0.5, r))
             f = -0.5 * tl.maximum(q, p) * expm1(-tl.abs(r))
@@ -194,8 +199,8 @@ def pointwise(q, p, qs, ps, log_q, log_p, r, no_q, no_p, a, b, DIVERGENCE: tl.co
 
 @triton.jit
 def slope_of_p(r, a, b, DIVERGENCE: tl.constexpr):
-    """h of `pointwise`, also where p has no representation; REVERSE and ALPHA_BETA, whose h overflows there, have
-    `far_slope_of_p`.
+    """h of `pointwise` for several teachers, also where p has no representation; REVERSE and ALPHA_BETA, whose h
+    overflows there, have `far_slope_of_p`.
     """
     if DIVERGENCE == FORWARD_POINT:
         h = r

@@ -10,6 +10,7 @@ from ..rows.sides import read
 from .divergences import (
     ALPHA_BETA,
     CROSS_ENTROPY,
+    CROSS_ENTROPY_POINT,
     DKD,
     FAR,
     FORWARD,
@@ -203,6 +204,8 @@ def pointwise_tile(x, y, s, t, k, how):
     no_q, no_p = x == -INF, y == -INF
     r = log_quotient(dx, dy, no_q | no_p, s, t, k)
     qs, ps, log_q, log_p = q, p, q, p
+    if how.DIVERGENCE == CROSS_ENTROPY_POINT:
+        log_q = log_probability(dx, s.c[:, None, None], k.ss[:, None, None])
     if how.DIVERGENCE == ALPHA_BETA:
         dx, dy = tl.where(no_q, 0.0, dx), tl.where(no_p, 0.0, dy)
         qs = raised(dx, s.c[:, None, None], k.ss[:, None, None], k.a + k.b)

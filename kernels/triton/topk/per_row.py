@@ -59,7 +59,7 @@ def agreement(v, x, top, at):
     rest_top = v.rest.top - v.shift
     ix = tl.where(rest_top > top, v.rest.column, tl.where(rest_top == top, tl.minimum(ix, v.rest.column), ix))
     nans = v.rest.nans + over_tile((v.listed & ((v.x != v.x) | (v.y != v.y))).to(tl.int32))
-    return at.counted & (v.bad == 0) & (ix == iy) & (nans == 0)
+    return at.counted & (v.bad == 0) & (slot != LAST) & (ix == iy) & (nans == 0)
 
 
 @triton.jit

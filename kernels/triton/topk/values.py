@@ -23,10 +23,11 @@ from .rest import Rest, mark_listed, n_words, no_rest, over_tile, rest_sums
 BUCKET = tl.constexpr(0)
 RENORMALIZE = tl.constexpr(1)
 ZERO = tl.constexpr(2)
+PADDING = tl.constexpr(-(2**63))
 
 
 class Listed(NamedTuple):
-    """The listed classes: indices [N, K] and, per row, a bitmap for `rest`.
+    """The listed classes: indices [N, K], PADDING where one only pads the list, and, per row, a bitmap for `rest`.
 
     TAIL: what is made of the other classes. LOGPROBS: the teacher gives log-probabilities. SLOTS: room for K + 1.
     tile: the listed classes and the rest as whole rows of a divergence alone.
@@ -118,6 +119,7 @@ def load_slots(p, bits, at, col, n_listed, how):
     listed = at.counted[:, None, None] & (slot < n_listed)
     at_rest = at.counted[:, None, None] & (slot == n_listed) & (p.TAIL != RENORMALIZE)
     index = tl.load(p.indices_ptr + (at.row * n_listed)[:, None, None] + slot, mask=listed, other=0)
+    listed = listed & (index != PADDING)
     inside = listed & (index >= 0) & (index < at.classes)
     column = tl.where(inside, index, 0).to(tl.int32)
     bad = at.bad | mark_listed(bits, column, inside, n_words(at.classes), col, how.LANES * how.VEC)
@@ -173,6 +175,7 @@ def compare(s, t, p, slots, bits, at, col, a, b, how):
     if p.LOGPROBS and p.TAIL != RENORMALIZE:
         left = (1.0 - over_tile(tl.exp(y.to(tl.float64)))).to(none.dtype)
         left = tl.where(left < 0.0, 0.0, left)
+        left = tl.where(over_tile(slots.listed.to(tl.int32)) == at.classes, 0.0, left)
     rest_y = tl.where(left == 0.0, -INF, tl.log(left))
     y = tl.where(slots.at_rest, rest_y[:, None, None], y)
     return Compared(x, y, shift, over_all - shift, over_all, left, rest_y, of_label, spread, rest)

@@ -23,6 +23,7 @@ from ...reference.distill_loss import (
     combine_with_parts,
     compared,
     divergence_value,
+    for_lists,
     log_rest,
     mix,
     raw_logits,
@@ -188,11 +189,13 @@ def _chain(
         width = indices.shape[-1]
         if tail != "zero":
             # A rest is the log-sum-exp of its classes: each takes its share q_j / q_rest.
-            spread = torch.zeros_like(x)
+            whole = for_lists(rows, x)
+            spread = torch.zeros_like(whole)
             if tail == "bucket":
-                others = soften(x, t).scatter(-1, indices, -torch.inf) - log_q[:, -1:]
+                others = soften(whole, t).scatter(-1, indices, -torch.inf) - log_q[:, -1:]
                 spread = torch.where(log_q[:, -1:] == -torch.inf, spread, du[:, -1:] * others.exp())
             du = spread.scatter_add(-1, indices, du[:, :width])
+        du = du[:, : rows.classes]
         dy, slope = _sparse_teacher_gradient(rows, ys[0], b, indices, teacher_t)
         teachers, teacher_slope = [dy], slope
     else:
@@ -221,8 +224,8 @@ def _sparse_teacher_gradient(
         b = b.gather(-1, indices)
     if b.shape[-1] == values.shape[-1]:
         b = torch.cat((b, torch.zeros_like(b[:, :1])), -1)
-    dv = project(b, sparse_teacher(values, rows.topk, teacher_t).exp())
-    rest = log_rest(values, rows.topk)
+    dv = project(b, sparse_teacher(rows, values, teacher_t).exp())
+    rest = log_rest(rows, values)
     # d log(1 − Σ e^y)/dy = −e^y / (1 − Σ e^y)
     share = torch.where(rest == -torch.inf, torch.zeros_like(values), (values - rest).exp())
     dy = dv[:, :-1] - dv[:, -1:] * share

@@ -38,6 +38,9 @@ KINDS = {
     "nkd": "NKD",
 }
 
+# Of a teacher that need not sum to 1.
+POINTS = {ForwardKL: "FORWARD_POINT", CrossEntropy: "CROSS_ENTROPY_POINT"}
+
 
 def constant(module: str, name: str) -> int:
     """A number that the kernels know by a name."""
@@ -157,8 +160,8 @@ def row_arguments(rows: RowProblem, widths: tuple[int, ...], heavy: bool = False
     if rows.topk is None:
         return RowArguments(problem, None, numbers, options, blocks, unit)
     numbers |= {"n_listed": rows.teacher.shape[-1]}
-    if rows.topk.tail == "zero" and isinstance(rows.divergence, ForwardKL):
-        options["DIVERGENCE"] = constant("distill.divergences", "FORWARD_POINT")
+    if rows.topk.tail == "zero" and type(rows.divergence) in POINTS:
+        options["DIVERGENCE"] = constant("distill.divergences", POINTS[type(rows.divergence)])
     whole = {"SQUARED": False, "CONTIGUOUS": True, "LOOP": False, "ROWS": 1, "LANES": slots(rows), "VEC": 1}
     tile = RowArguments(problem, None, numbers, options | whole, blocks, unit).how(hard=False, smooth=False)
     return RowArguments(problem, _listed(rows, rows.topk, tile), numbers, options, blocks, unit)

@@ -93,6 +93,7 @@ def test_numbers_and_widths_are_those_of_the_native_module():
     assert native.tails == codes.TAILS
     assert native.feature_kinds == codes.FEATURE_KINDS
     assert native.statistics == codes.STATISTICS
+    assert native.padding == codes.PADDING
 
 
 def test_numbers_of_the_triton_kernels_are_those_of_python():
@@ -100,6 +101,7 @@ def test_numbers_of_the_triton_kernels_are_those_of_python():
     assert {name: getattr(tails, name.upper()).value for name in codes.TAILS} == codes.TAILS
     arithmetic = importlib.import_module("mfd_fast.kernels.triton.rows.arithmetic")
     assert arithmetic.STATISTICS.value == codes.STATISTICS
+    assert tails.PADDING.value == codes.PADDING
 
 
 @every_divergence

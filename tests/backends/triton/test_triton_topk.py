@@ -10,6 +10,7 @@ from mfd_fast.backends.triton import distill_loss
 
 DIVERGENCES = [
     mfd.ForwardKL(),
+    mfd.CrossEntropy(),
     mfd.ReverseKL(),
     mfd.JSD(0.3),
     mfd.SkewKL(0.2),
