@@ -81,7 +81,7 @@ def hits_of(call):
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize(("backend", "name"), [(b, n) for b in BACKENDS for n in PLANNED])
-def test_the_second_call_is_planned_and_equal(backend, name, scale):
+def test_the_second_call_of_a_backend_is_planned_and_equal(backend, name, scale):
     op, arguments = PLANNED[name]
     expected = checked(op, arguments(), backend, scale)
     for k in range(2):
@@ -94,7 +94,7 @@ CHANGES = [(name, argument) for name, call in CALLS.items() for argument in call
 
 @pytest.mark.rest
 @pytest.mark.parametrize(("backend", "name", "argument"), [(b, *c) for b in BACKENDS for c in CHANGES])
-def test_a_change_of_one_argument_is_never_overlooked(backend, name, argument):
+def test_a_backend_overlooks_no_change_of_one_argument(backend, name, argument):
     op, arguments, changes = CALLS[name]
     changed = arguments() | {argument: changes[argument]()}
     expected = checked(op, changed, backend)
@@ -116,7 +116,7 @@ def test_a_change_of_one_argument_is_never_overlooked(backend, name, argument):
         ({"hard_weight": float("nan")}, "hard_weight must be a finite number"),
     ],
 )
-def test_no_message_is_lost(backend, changes, message):
+def test_a_backend_loses_no_message(backend, changes, message):
     for _ in range(2):
         run(mfd.distill_loss, labelled(), backend)
     for _ in range(2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -228,33 +229,46 @@ def convert_and_pack(machine: Machine, decoded: Decoded) -> None:
     machine.write(decoded.operands[0], low | high << np.uint32(16), decoded.mask)
 
 
-@executes("HADD2")
-def add_halves(machine: Machine, decoded: Decoded) -> None:
-    """As a conversion: -0 + x, x the half of a register."""
-    if "F32" not in decoded.modifiers:
-        raise NotImplementedError(decoded.instruction.text)
-    a, b = decoded.operands[1:3]
-    machine.write(decoded.operands[0], machine.full(machine.single(b if a.is_nothing else a)), decoded.mask)
-
-
 def _halves(machine: Machine, operand: Any, bfloat: bool) -> list[Values]:
     """The two 16-bit numbers of a register, as float32."""
-    bits = machine.full(machine.integer(operand))
+    bits = machine.full(machine.integer(dataclasses.replace(operand, negative=False, absolute=False)))
     parts = [bits & np.uint32(0xFFFF), bits >> np.uint32(16)]
-    if bfloat:
-        return [from_bfloat16(part) for part in parts]
-    return [part.astype(np.uint16).view(np.float16).astype(np.float32) for part in parts]
+    if operand.half in ("H0_H0", "H1_H1"):
+        parts = [parts[int(operand.half[1])]] * 2
+    widened = [from_bfloat16(x) if bfloat else x.astype(np.uint16).view(np.float16).astype(np.float32) for x in parts]
+    return [machine._signed(x, operand) for x in widened]
 
 
-@executes("HFMA2")
-def multiply_add_halves(machine: Machine, decoded: Decoded) -> None:
-    """Only as a constant: -0*0 + (high, low)."""
-    if not (decoded.operands[1].is_nothing and decoded.operands[2].is_nothing):
-        raise NotImplementedError(decoded.instruction.text)
-    narrow = to_bfloat16 if any("BF16" in m for m in decoded.modifiers) else to_half
-    immediate = [np.float32(o.value if o.kind == "float" else 0) for o in decoded.operands[3:5]]
-    high, low = (narrow(np.asarray([value], np.float32))[0] for value in immediate)
-    machine.write(decoded.operands[0], machine.full(np.uint32(int(high) << 16 | int(low))), decoded.mask)
+def _pairs(machine: Machine, decoded: Decoded, bfloat: bool) -> list[list[Values]]:
+    """(low, high) of every source, in float64. A pair of numbers, (high, low), may stand in place of a register."""
+    values, left = [], list(decoded.operands[1:])
+    while left:
+        operand = left.pop(0)
+        if operand.kind in ("float", "integer"):
+            pair = [np.float32(o.value if o.kind == "float" else 0) for o in (left.pop(0), operand)]
+            values.append([machine.full(x).astype(np.float64) for x in pair])
+        else:
+            values.append([half.astype(np.float64) for half in _halves(machine, operand, bfloat)])
+    return values
+
+
+@executes("HFMA2", "HADD2", "HMUL2")
+def compute_halves(machine: Machine, decoded: Decoded) -> None:
+    """HADD2.F32 converts: -0 + x, x the half of a register."""
+    if "F32" in decoded.modifiers:
+        a, b = decoded.operands[1:3]
+        machine.write(decoded.operands[0], machine.full(machine.single(b if a.is_nothing else a)), decoded.mask)
+        return
+    bfloat = any("BF16" in m for m in decoded.modifiers)
+    narrow = to_bfloat16 if bfloat else to_half
+    values = _pairs(machine, decoded, bfloat)
+    compute: Callable[..., Values] = {
+        "HFMA2": lambda a, b, c: a * b + c,
+        "HADD2": lambda a, b: a + b,
+        "HMUL2": lambda a, b: a * b,
+    }[decoded.instruction.name]
+    low, high = (narrow(compute(*(value[k] for value in values)).astype(np.float32)) for k in (0, 1))
+    machine.write(decoded.operands[0], low | high << np.uint32(16), decoded.mask)
 
 
 @executes("HMNMX2", "VHMNMX")
@@ -266,6 +280,20 @@ def least_or_greatest_halves(machine: Machine, decoded: Decoded) -> None:
     narrow = to_bfloat16 if bfloat else to_half
     low, high = (narrow(np.where(least, *(how.reduce(values) for how in chosen))) for values in columns)
     machine.write(decoded.operands[0], low | high << np.uint32(16), decoded.mask)
+
+
+@executes("HSETP2")
+def compare_halves(machine: Machine, decoded: Decoded) -> None:
+    """A predicate for each half."""
+    if {"H_AND", "OR", "XOR"} & decoded.modifiers:
+        raise NotImplementedError(decoded.instruction.text)
+    bfloat = any("BF16" in modifier for modifier in decoded.modifiers)
+    how = next(m for m in decoded.instruction.modifiers if m not in ("BF16_V2", "FTZ", "AND"))
+    other = machine.predicate(decoded.operands[4])
+    halves = [_halves(machine, operand, bfloat) for operand in decoded.operands[2:4]]
+    for k in (0, 1):
+        found = machine.full(compare(how, halves[0][k], halves[1][k])) & other
+        machine.write(decoded.operands[k], found, decoded.mask)
 
 
 @executes("FRND")

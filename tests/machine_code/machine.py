@@ -24,6 +24,8 @@ SHARED_WINDOW = 0x20000
 RANK_BITS = 24
 #: Shared memory of one block; sm_90 has 227 KiB.
 SHARED_BYTES = 233 * 1024
+#: Of each thread's local memory.
+STACK_BYTES = 1 << 12
 
 Handler = Callable[["Machine", "Decoded"], None]
 HANDLERS: dict[str, Handler] = {}
@@ -150,6 +152,7 @@ class Machine:
         self.held_by = np.zeros(total, np.int64)  # the number of the reconvergence point
         self.calls: list[list[int]] = [[] for _ in range(total)]
         self.shared = np.zeros((cluster, SHARED_BYTES), np.uint8)
+        self.local = np.zeros(total * STACK_BYTES, np.uint8)
         self.memory = HostMemory()
         self.trace = Trace()
         self._parameters = np.frombuffer(bytearray(parameters) + bytearray(64), np.uint8)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .machine import RANK_BITS, SHARED_WINDOW, Access, Decoded, Machine, Values, executes
+from .machine import RANK_BITS, SHARED_WINDOW, STACK_BYTES, Access, Decoded, Machine, Values, executes
 from .operands import Operand
 
 OFFSET = (1 << RANK_BITS) - 1
@@ -112,6 +112,25 @@ def store(machine: Machine, decoded: Decoded) -> None:
     addresses, active = address(machine, decoded.operands[0]), machine.active(decoded.mask)
     for place, at, threads in _places(machine, addresses, active, size, decoded.instruction.text):
         _store(place, at, size, _words(machine, decoded.operands[1], size, threads))
+
+
+def _own_local(machine: Machine, addresses: Values) -> Values:
+    """Positions in the threads' own stacks, which end at address 0."""
+    return np.arange(machine.threads) * STACK_BYTES + (addresses & (STACK_BYTES - 1))
+
+
+@executes("LDL")
+def load_local(machine: Machine, decoded: Decoded) -> None:
+    size, active = decoded.instruction.bytes_per_thread, machine.active(decoded.mask)
+    at = _own_local(machine, address(machine, decoded.operands[1]))
+    _put(machine, decoded.operands[0], _read(machine.local, at[active], size), active)
+
+
+@executes("STL")
+def store_local(machine: Machine, decoded: Decoded) -> None:
+    size, active = decoded.instruction.bytes_per_thread, machine.active(decoded.mask)
+    at = _own_local(machine, address(machine, decoded.operands[0]))
+    _store(machine.local, at[active], size, _words(machine, decoded.operands[1], size, active))
 
 
 @executes("LDS")
