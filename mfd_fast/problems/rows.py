@@ -298,7 +298,7 @@ def check_rows(
         if teacher.mask is not None:
             candidates = check_dense(op, "teacher.mask", teacher.mask)
             check_device(op, "teacher.mask", candidates, device)
-            indices = torch.where(candidates.reshape(indices.shape), indices, PADDING)
+            indices = torch.where(candidates.reshape(indices.shape), indices, PADDING).contiguous()
         check_log_probabilities(op, teacher, counted_rows(*exists))
     if teacher_weights is not None and not isinstance(teacher, Sequence):
         raise value_error(op, "teacher", teacher, "a sequence of tensors when teacher_weights is given")
