@@ -30,9 +30,12 @@ def save(ctx: Any, problems: tuple[Problem, ...], *more: Tensor | None) -> None:
     ctx.save_for_backward(*tensors, *more)
 
 
-def saved(ctx: Any) -> tuple[list[Any], list[Any]]:
-    """The problems with their tensors, and the further tensors."""
-    tensors = iter(ctx.saved_tensors)
+def saved(ctx: Any, kept: Sequence[Tensor] | None = None) -> tuple[list[Any], list[Any]]:
+    """The problems with their tensors, and the further tensors.
+
+    ``kept``: what ``ctx.saved_tensors`` gave already: a checkpoint gives it once.
+    """
+    tensors = iter(ctx.saved_tensors if kept is None else kept)
     return [problem.with_tensors(tensors).check_memory() for problem in ctx.problems], list(tensors)
 
 
@@ -65,13 +68,13 @@ def reference_gradients(
 
 
 def ready_gradients(
-    ctx: Any, grad_loss: Tensor, backend: str, tensors: int, again: Callable[[], Sequence[Tensor | None]]
+    ctx: Any, gradients: Sequence[Tensor | None], grad_loss: Tensor, backend: str, again: Callable[[], Sequence[Any]]
 ) -> Sequence[Tensor | None]:
-    """Gradients of a scalar loss that were saved behind ``tensors`` others, times ``grad_loss``, without a copy.
+    """``gradients`` of a scalar loss, which were saved, times ``grad_loss``, without a copy.
 
     The first backward gives them away; a later one runs the pass once more: ``again()``.
     """
-    found = again() if hasattr(ctx, "given") else _given_away(ctx, ctx.saved_tensors[tensors:])
+    found = again() if hasattr(ctx, "given") else _given_away(ctx, gradients)
     scale_backend(backend).scale_gradients_([g for g in found if g is not None], upstream(grad_loss))
     return found
 
@@ -82,16 +85,19 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     return (gradient.to(wide) * factor).to(gradient.dtype)
 
 
-def planned_gradients(ctx: Any, grad_loss: Tensor, tensors: int, plan: Any) -> Sequence[Tensor | None] | None:
+def planned_gradients(
+    ctx: Any, kept: Sequence[Tensor], grad_loss: Tensor, place: int, plan: Any
+) -> Sequence[Tensor | None] | None:
     """:func:`ready_gradients` of the usual backward: the first one, which nobody records, of a call that ``plan`` has
     run, or of a loss on a CPU that is what is differentiated; else None.
+
+    ``kept``: what ``ctx.saved_tensors`` gave, which is read once; the gradients are those from ``place`` on.
     """
     if hasattr(ctx, "given") or torch.compiler.is_compiling():
         return None
-    saved_tensors = ctx.saved_tensors
-    if not (is_plain_one(grad_loss) if plan is None else plan.scale(saved_tensors, -tensors, grad_loss)):
+    if not (is_plain_one(grad_loss) if plan is None else plan.scale(kept, -place, grad_loss)):
         return None
-    return _given_away(ctx, saved_tensors[tensors:])
+    return _given_away(ctx, kept[place:])
 
 
 def apply_of_plans(node: type[torch.autograd.Function]) -> Callable[..., Any]:

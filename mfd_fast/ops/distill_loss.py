@@ -56,11 +56,12 @@ class _ScalarLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
         backend, rest, plan = ctx.call
-        if (gradients := planned_gradients(ctx, grad_output, -1, plan)) is not None:
+        kept = ctx.saved_tensors
+        if (gradients := planned_gradients(ctx, kept, grad_output, -1, plan)) is not None:
             return gradients[0], None
 
         def problem() -> DistillProblem:
-            return _PLANS.problem(rest, iter(ctx.saved_tensors))
+            return _PLANS.problem(rest, iter(kept))
 
         if needs_reference(grad_output):
             return _second_order(problem(), grad_output), None
@@ -69,7 +70,7 @@ class _ScalarLoss(torch.autograd.Function):
             p = problem()
             return [row_backend(backend).scalar(p.rows, p.loss, needs_grad=True, parts=False).student]
 
-        return ready_gradients(ctx, grad_output, backend, -1, again)[0], None
+        return ready_gradients(ctx, kept[-1:], grad_output, backend, again)[0], None
 
 
 def _second_order(p: DistillProblem, grad_output: Tensor) -> Tensor | None:

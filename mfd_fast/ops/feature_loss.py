@@ -87,12 +87,13 @@ class _ScalarLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         backend, rest, place, plan = ctx.call
-        if (gradients := planned_gradients(ctx, grad_loss, place, plan)) is not None:
+        kept = ctx.saved_tensors
+        if (gradients := planned_gradients(ctx, kept, grad_loss, place, plan)) is not None:
             return (None, *gradients)
         needs = ctx.needs_input_grad[1:]
 
         def problem() -> FeatureProblem:
-            return _PLANS.problem(rest, iter(ctx.saved_tensors))
+            return _PLANS.problem(rest, iter(kept))
 
         if needs_reference(grad_loss):
             p = problem()
@@ -108,7 +109,7 @@ class _ScalarLoss(torch.autograd.Function):
         def again() -> list[Tensor | None]:
             return feature_backend(backend).scalar(problem(), needs)[1]
 
-        return (None, *ready_gradients(ctx, grad_loss, backend, place, again))
+        return (None, *ready_gradients(ctx, kept[place:], grad_loss, backend, again))
 
 
 # -------------------------------------------------------------------------------------------------- per row

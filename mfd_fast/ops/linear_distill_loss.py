@@ -79,9 +79,9 @@ class _ScalarLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad[6:]
+        needs, kept = ctx.needs_input_grad[6:], ctx.saved_tensors
         if wants_reference("linear_distill_loss", ctx.sharded, grad_loss):
-            rows, loss, heads = saved(ctx)[0]
+            rows, loss, heads = saved(ctx, kept)[0]
 
             def value(leaves: list[Any]) -> list[Tensor]:
                 return [combine_rows(rows, loss, *_values(rows, loss, heads, leaves))]
@@ -89,10 +89,10 @@ class _ScalarLoss(torch.autograd.Function):
             return (*(None,) * 6, *reference_gradients(leaves_of(rows, heads), value, [grad_loss], needs))
 
         def again() -> LinearGradients:
-            rows, loss, heads = saved(ctx)[0]
+            rows, loss, heads = saved(ctx, kept)[0]
             return _scalar(ctx.backend, rows, loss, heads, LinearGradients(*needs), ctx.sharded).gradients
 
-        return *(None,) * 6, *ready_gradients(ctx, grad_loss, ctx.backend, ctx.count, again)
+        return *(None,) * 6, *ready_gradients(ctx, kept[ctx.count :], grad_loss, ctx.backend, again)
 
 
 class _RowTerms(torch.autograd.Function):

@@ -43,11 +43,12 @@ class _Pool(torch.autograd.Function):
         if d_pooled is None and d_weights is None:
             return (None,) * len(ctx.needs_input_grad)
         (backend, rest, plan), needs = ctx.call, ctx.needs_input_grad[1:]
+        kept = ctx.saved_tensors  # once: a checkpoint gives it once
         if plan is not None and not torch.compiler.is_compiling():
-            found = plan.backward(ctx.saved_tensors, rest, d_pooled, d_weights, needs)
+            found = plan.backward(kept, rest, d_pooled, d_weights, needs)
             if found is not None:
                 return None, *found
-        *tensors, weights = ctx.saved_tensors
+        *tensors, weights = kept
         problem = _PLANS.problem(rest, iter(tensors))
         if needs_reference(d_pooled, d_weights):
 
