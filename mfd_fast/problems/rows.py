@@ -397,8 +397,7 @@ def check_indices(op: str, rows: RowProblem) -> None:
         raise ValueError(f"{op}: teacher.indices must be in [0, {rows.classes}), got {value} in row {row}{pads}")
     row = first(listed_twice(indices, candidates))
     if row is not None:
-        ordered = indices[row] if candidates is None else indices[row][candidates[row]]
-        ordered = ordered.sort().values
+        ordered = (indices[row] if candidates is None else indices[row][candidates[row]]).sort().values
         value = int(ordered[1:][ordered[1:] == ordered[:-1]][0])
         raise ValueError(f"{op}: teacher.indices must differ within a row, got {value} twice in row {row}{pads}")
     if rows.divergence.needs_labels and rows.labels is not None:

@@ -1,8 +1,7 @@
 """Second oracle: values and analytic gradients in float64 NumPy, from formulas and not from the reference.
 
 Sources: Hinton et al. arXiv:1503.02531 (soft term, T²); Szegedy et al. arXiv:1512.00567 (label smoothing).
-Per row: x, y student and teacher logits after their transform; u = x/Ts, v = y/Tt; q, p their softmax. The
-divergences are in numpy_oracle_divergences.
+Per row: x, y transformed logits of both; u = x/Ts, v = y/Tt; q, p softmax. Divergences: numpy_oracle_divergences.
 """
 
 from __future__ import annotations
