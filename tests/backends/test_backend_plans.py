@@ -3,12 +3,12 @@
 import pytest
 import torch
 from harness import map_tensors
-from plan_calls import CALLS, head, labelled, modalities, random, stacked, taps
+from plan_calls import CALLS, assert_same_bits, head, labelled, modalities, random, stacked, taps, tensors_in
 
 import mfd_fast as mfd
 from mfd_fast.backends import plans
 from mfd_fast.backends.triton import program
-from mfd_fast.testing import assert_bitwise_equal, planned_calls, poison, without_plans
+from mfd_fast.testing import planned_calls, poison, without_plans
 
 pytestmark = pytest.mark.skipif(plans.missing() is not None, reason="plans need PyTorch's C table")
 
@@ -45,12 +45,6 @@ def _planned(monkeypatch):
     plans.forget()
 
 
-def tensors_in(value):
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [t for v in value for t in tensors_in(v)] if isinstance(value, (list, tuple)) else []
-
-
 def run(op, arguments, backend, scale=1.0):
     """Outputs and gradients of fresh leaves."""
     arguments = map_tensors(arguments, lambda t: t.detach().requires_grad_(t.requires_grad))
@@ -66,13 +60,6 @@ def checked(*call, **options):
         return run(*call, **options)
 
 
-def assert_same(a, b):
-    for one, other in zip(a, b, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            assert_bitwise_equal(one.detach(), other.detach())
-
-
 def hits_of(call):
     before = planned_calls()
     call()
@@ -86,7 +73,7 @@ def test_the_second_call_of_a_backend_is_planned_and_equal(backend, name, scale)
     expected = checked(op, arguments(), backend, scale)
     for k in range(2):
         with poison():
-            assert hits_of(lambda: assert_same(run(op, arguments(), backend, scale), expected)) == k
+            assert hits_of(lambda: assert_same_bits(run(op, arguments(), backend, scale), expected)) == k
 
 
 CHANGES = [(name, argument) for name, call in CALLS.items() for argument in call[2] if argument != "backend"]
@@ -101,8 +88,8 @@ def test_a_backend_overlooks_no_change_of_one_argument(backend, name, argument):
     for _ in range(2):
         run(op, arguments(), backend)
     for _ in range(2):
-        assert_same(run(op, changed, backend), expected)
-    assert_same(run(op, arguments(), backend), checked(op, arguments(), backend))
+        assert_same_bits(run(op, changed, backend), expected)
+    assert_same_bits(run(op, arguments(), backend), checked(op, arguments(), backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -139,7 +126,7 @@ def test_a_backward_of_something_else_takes_the_checks(backend):
     with without_plans():
         expected = every_way()
     for k in range(2):
-        assert hits_of(lambda: assert_same(every_way(), expected)) == k
+        assert hits_of(lambda: assert_same_bits(every_way(), expected)) == k
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -156,7 +143,7 @@ def test_backwards_of_a_planned_loss(backend):
     with without_plans():
         expected = every_way()
     every_way()
-    assert hits_of(lambda: assert_same(every_way(), expected)) == 1
+    assert hits_of(lambda: assert_same_bits(every_way(), expected)) == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -172,6 +159,6 @@ def test_a_pointer_that_is_aligned_otherwise(backend):
         given = at(offset)
         loss = mfd.distill_loss(**given, backend=backend)
         (gradient,) = torch.autograd.grad(loss, given["student"], random(seed=5))
-        assert_same([loss, gradient], expected[offset])
+        assert_same_bits([loss, gradient], expected[offset])
     # Triton compiles for alignments: the second call is another one.
     assert planned_calls() == (2 if backend == "cuda" else 1)

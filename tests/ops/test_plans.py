@@ -9,13 +9,13 @@ import weakref
 import pytest
 import torch
 from harness import map_tensors
-from plan_calls import CALLS, labelled, logits, random
+from plan_calls import CALLS, assert_same_bits, labelled, logits, random, tensors_in
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 import mfd_fast as mfd
 from mfd_fast.backends import plans
-from mfd_fast.testing import assert_bitwise_equal, planned_calls, poison, without_plans
+from mfd_fast.testing import planned_calls, poison, without_plans
 
 pytestmark = pytest.mark.skipif(plans.missing() is not None, reason="plans need PyTorch's C table")
 
@@ -31,12 +31,6 @@ def _no_plans():
     plans.forget()
 
 
-def tensors_in(value):
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [t for v in value for t in tensors_in(v)] if isinstance(value, (list, tuple)) else []
-
-
 def run(op, arguments):
     """Outputs and gradients."""
     arguments = map_tensors(arguments, lambda t: t.detach().requires_grad_(t.requires_grad))
@@ -48,13 +42,6 @@ def run(op, arguments):
         upstream = [3 * random(*end.shape, seed=5) for end in ends]
         found += torch.autograd.grad(ends, wanted, upstream, allow_unused=True)
     return [None if t is None else t.detach() for t in found]
-
-
-def assert_same(a, b):
-    for one, other in zip(a, b, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            assert_bitwise_equal(one, other)
 
 
 def checked(op, arguments):
@@ -73,7 +60,7 @@ def test_the_second_call_is_planned_and_equal(name):
     op, arguments, _ = CALLS[name]
     expected = checked(op, arguments())
     for k in range(3):
-        assert hits_of(lambda: assert_same(run(op, arguments()), expected)) == (k > 0)
+        assert hits_of(lambda: assert_same_bits(run(op, arguments()), expected)) == (k > 0)
 
 
 @pytest.mark.parametrize("owner", plans._all, ids=[p.op for p in plans._all])
@@ -91,8 +78,8 @@ def test_a_change_of_one_argument_is_never_overlooked(name, argument):
     for _ in range(2):
         run(op, arguments())
     for _ in range(2):
-        assert_same(run(op, changed), expected)
-    assert_same(run(op, arguments()), checked(op, arguments()))
+        assert_same_bits(run(op, changed), expected)
+    assert_same_bits(run(op, arguments()), checked(op, arguments()))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +108,7 @@ def test_another_dtype_layout_or_kind_has_no_part_in_a_plan(argument, value):
     same_metadata = (
         argument == "student" and value.requires_grad and value.is_contiguous() and value.dtype == torch.float32
     )
-    assert hits_of(lambda: assert_same(run(mfd.distill_loss, changed), expected)) == same_metadata
+    assert hits_of(lambda: assert_same_bits(run(mfd.distill_loss, changed), expected)) == same_metadata
 
 
 @pytest.mark.parametrize("rows", [0, 1])
@@ -148,7 +135,7 @@ def test_calls_of_no_rows_and_of_one(rows):
     for op, arguments in calls:
         expected = checked(op, arguments)
         for k in range(2):
-            assert hits_of(lambda op=op, a=arguments, e=expected: assert_same(run(op, a), e)) == k, op
+            assert hits_of(lambda op=op, a=arguments, e=expected: assert_same_bits(run(op, a), e)) == k, op
 
 
 @each_op
@@ -187,7 +174,7 @@ def test_threads_are_counted_in_every_call(monkeypatch):
     try:
         for threads in (2, 1, 4):
             torch.set_num_threads(threads)
-            assert_same(run(mfd.distill_loss, arguments), expected)
+            assert_same_bits(run(mfd.distill_loss, arguments), expected)
             native = sorted(line for line in os.listdir("/proc/self/task"))
             assert len(native) >= threads
     finally:
@@ -229,9 +216,9 @@ def test_labels_are_counted_in_every_call():
     arguments = labelled()
     for ignored in (0, 3, 6):
         arguments["labels"] = torch.tensor([-100] * ignored + [1] * (6 - ignored))
-        assert_same(run(mfd.distill_loss, arguments), checked(mfd.distill_loss, arguments))
+        assert_same_bits(run(mfd.distill_loss, arguments), checked(mfd.distill_loss, arguments))
         run(mfd.distill_loss, arguments)
-        assert_same(run(mfd.distill_loss, arguments), checked(mfd.distill_loss, arguments))
+        assert_same_bits(run(mfd.distill_loss, arguments), checked(mfd.distill_loss, arguments))
 
 
 class Subclass(torch.Tensor):
@@ -331,7 +318,7 @@ def test_backwards_of_a_planned_call():
     with without_plans():
         expected = every_way()
     every_way()
-    assert hits_of(lambda: assert_same(every_way(), expected)) == 1
+    assert hits_of(lambda: assert_same_bits(every_way(), expected)) == 1
 
 
 @pytest.mark.parametrize("name", ["modal_pool", "modal_pool of stacked features"])
@@ -347,9 +334,9 @@ def test_what_hooks_give_back_may_lie_otherwise(name):
 
     expected = checked(op, transposed())
     for _ in range(2):
-        assert_same(run(op, transposed()), expected)
+        assert_same_bits(run(op, transposed()), expected)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.contiguous().clone()):
-            assert_same(run(op, transposed()), expected)
+            assert_same_bits(run(op, transposed()), expected)
 
 
 def test_outputs_of_plans_are_poisoned_too():
@@ -393,7 +380,7 @@ def test_four_threads_at_once():
             for k in range(300):
                 rows = (first + k) % 8 + 1
                 arguments = {"student": random(rows, 5).requires_grad_(), "teacher": random(rows, 5, seed=1)}
-                assert_same(run(mfd.distill_loss, arguments), expected[rows])
+                assert_same_bits(run(mfd.distill_loss, arguments), expected[rows])
                 if k % 50 == 49:
                     plans.forget()
         except BaseException as error:
@@ -416,7 +403,7 @@ def test_a_forked_process_has_plans_that_work():
         code = 1
         try:
             before = planned_calls()
-            assert_same(run(mfd.distill_loss, labelled()), expected)
+            assert_same_bits(run(mfd.distill_loss, labelled()), expected)
             code = 0 if planned_calls() == before + 1 else 2
         finally:
             os._exit(code)
@@ -448,5 +435,5 @@ def test_a_pytorch_without_the_table_checks_every_call(monkeypatch):
     monkeypatch.setattr(plans, "missing", lambda: "no table")
     expected = checked(mfd.distill_loss, labelled())
     for _ in range(3):
-        assert_same(run(mfd.distill_loss, labelled()), expected)
+        assert_same_bits(run(mfd.distill_loss, labelled()), expected)
     assert plans.learned() == 0

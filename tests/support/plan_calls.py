@@ -3,10 +3,26 @@
 import torch
 
 import mfd_fast as mfd
+from mfd_fast.testing import assert_bitwise_equal
 
 
 def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tensors_in(value):
+    """Those of nested lists and tuples, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for v in value for t in tensors_in(v)] if isinstance(value, (list, tuple)) else []
+
+
+def assert_same_bits(a, b):
+    """Of two lists of tensors or None."""
+    for one, other in zip(a, b, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_bitwise_equal(one.detach(), other.detach())
 
 
 def logits():

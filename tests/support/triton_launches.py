@@ -115,18 +115,11 @@ def calls():
     yield "mfd_loss", mfd.mfd_loss, head, {"temperature": 3.0, "feature_weight": 0.9, "pool_weight": 0.2}
 
 
-def tensors_in(value):
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [t for v in value for t in tensors_in(v)] if isinstance(value, (list, tuple)) else []
-
-
 def main(folder):
     sys.setdlopenflags(os.RTLD_LAZY)  # the driver has what is used, not all that Triton knows
     import torch
     from harness import map_tensors
+    from plan_calls import tensors_in
     from triton import knobs
     from triton.backends.nvidia.driver import CudaUtils
 
