@@ -81,16 +81,22 @@ bool scale_all(const py::tuple& saved, size_t count, const py::object& factor) {
   return true;
 }
 
-class CudaDistillPlan final : public DistillPlan {
-  using DistillPlan::DistillPlan;
+// A plan of one loss: its workspace is there before anything is allocated.
+template <class Plan>
+class OfScalarLoss : public Plan {
+  using Plan::Plan;
 
   py::object run(const Call& call) const override {
-    return scalar_workspace(call) ? DistillPlan::run(call) : py::none();
+    return scalar_workspace(call) ? Plan::run(call) : py::none();
   }
 
   bool scale(const py::tuple& saved, size_t count, const py::object& factor) const override {
     return scale_all(saved, count, factor);
   }
+};
+
+class CudaDistillPlan final : public OfScalarLoss<DistillPlan> {
+  using OfScalarLoss::OfScalarLoss;
 
   bool start(Forward& f, Scalars scalars, void* loss, const DLTensor& student, int) const override {
     const RowProblem& problem = f.problem;
@@ -110,16 +116,8 @@ class CudaDistillPlan final : public DistillPlan {
   }
 };
 
-class CudaFeaturePlan final : public FeaturePlan {
-  using FeaturePlan::FeaturePlan;
-
-  py::object run(const Call& call) const override {
-    return scalar_workspace(call) ? FeaturePlan::run(call) : py::none();
-  }
-
-  bool scale(const py::tuple& saved, size_t count, const py::object& factor) const override {
-    return scale_all(saved, count, factor);
-  }
+class CudaFeaturePlan final : public OfScalarLoss<FeaturePlan> {
+  using OfScalarLoss::OfScalarLoss;
 
   bool start(std::vector<Tap> taps, void* loss, DLDevice device, int) const override {
     const cuda::Where where = where_of(device);
