@@ -139,7 +139,7 @@ class ClassSharded:
             hard.scatter_add_(-1, column, (e - 1) * here[:, None].to(hard.dtype))
             d = d + grad_hard[:, None] * torch.where(self._has_label(rows)[:, None], hard, torch.nan)
         d = d if slope is None else d * slope
-        return RowGradients(d.to(student_dtype or d.dtype), None, None, None, [None])
+        return RowGradients(d, None, None, None, [None]).with_student_of(student_dtype)
 
 
 def _softened(rows: RowProblem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:

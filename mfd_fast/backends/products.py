@@ -74,6 +74,14 @@ def hidden_gradient(d_logits: Tensor, weight: Tensor, dtype: torch.dtype, out: T
     return out
 
 
+def head_gradient(dz: Tensor, y: Tensor, classes: int) -> Tensor:
+    """That of a head's weight ``[classes, D]``: the first columns of ``dz``, transposed, times ``y [N, D]``."""
+    if not torch.is_autocast_enabled(y.device.type):
+        return torch.mm(dz[:, :classes].t(), y)
+    with torch.autocast(y.device.type, enabled=False):
+        return torch.mm(dz[:, :classes].t(), y)
+
+
 def add_weight_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
     """``total += d_logitsᵀ · hidden``: ``[C, N] · [N, H]`` into ``[C, H]``."""
     if d_logits.dtype == total.dtype:

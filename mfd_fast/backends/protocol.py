@@ -42,6 +42,10 @@ class RowGradients(NamedTuple):
     teacher_weights: Tensor | None
     teachers: Sequence[Tensor | None]
 
+    def with_student_of(self, dtype: torch.dtype | None) -> RowGradients:
+        """The same with the student's in ``dtype``; None: as it is."""
+        return self if dtype is None or self.student is None else self._replace(student=self.student.to(dtype))
+
 
 class ByProducts(NamedTuple):
     """``[N]`` each; the label's are None without labels."""

@@ -202,6 +202,4 @@ def per_row_backward(
             not in_place and any(t is not None and t.nbytes >= STREAM_BYTES for t in (found.student, *found.teachers)),
             torch.get_num_threads(),
         )
-    if found.student is not None and student_dtype not in (None, found.student.dtype):
-        found = found._replace(student=found.student.to(student_dtype))
-    return found
+    return found.with_student_of(student_dtype)

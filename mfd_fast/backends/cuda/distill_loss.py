@@ -199,6 +199,4 @@ def per_row_backward(
             _scratch(module, problem, topk, rows, True, keep),
             *where(device),
         )
-    if found.student is not None and student_dtype not in (None, found.student.dtype):
-        found = found._replace(student=found.student.to(student_dtype))
-    return found
+    return found.with_student_of(student_dtype)

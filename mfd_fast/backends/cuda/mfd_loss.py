@@ -19,6 +19,7 @@ from ...types import MFDOutput
 from .. import allocate
 from ..native import NO_ROWS, address, dense, feature_gradients, reads_mfd, row_matrix
 from ..plans import Places
+from ..products import head_gradient
 from ..protocol import MFDGradients, MFDNeeds
 from . import distill_loss, native
 from . import modal_pool as pooling
@@ -62,14 +63,6 @@ def _aligned(head: Tensor) -> Tensor:
     return torch.constant_pad_nd(head, (0, missing)).contiguous()
 
 
-def _head_gradient(dz: Tensor, y: Tensor, classes: int) -> Tensor:
-    """Of the head's weight ``[C, D]``, in the dtype of its operands."""
-    if not torch.is_autocast_enabled(y.device.type):
-        return torch.mm(dz[:, :classes].t(), y)
-    with torch.autocast(y.device.type, enabled=False):
-        return torch.mm(dz[:, :classes].t(), y)
-
-
 def call_plan(p: MFDProblem, places: Places) -> Any:
     """The native plan of :func:`scalar` for calls like this one; None where :func:`reads_mfd` says so, and where the
     kernel reads a copy of the head.
@@ -96,7 +89,7 @@ def call_plan(p: MFDProblem, places: Places) -> Any:
         pool.stacked,
         *temperature_range(rows.dtype),
         *places.first(),
-        _head_gradient,
+        head_gradient,
     )
 
 
@@ -167,7 +160,7 @@ def scalar(p: MFDProblem, needs: MFDNeeds) -> tuple[MFDOutput, MFDGradients]:
             *where(device),
         )
         if dz is not None and y is not None:
-            d_head_weight = _head_gradient(dz, y, classes).to(p.head_weight.dtype)
+            d_head_weight = head_gradient(dz, y, classes).to(p.head_weight.dtype)
     d_query, d_bias, d_head_bias = sums
     gradients = MFDGradients(d_query, d_bias, d_head_weight, d_head_bias, d_features)
     value, soft, hard, feature = terms

@@ -73,12 +73,12 @@ def per_row_backward(
     """Gradients of Σ grad_soft·soft + grad_hard·hard."""
     found = _gradients(rows, grad_soft, grad_hard)
     return RowGradients(
-        found.student.to(student_dtype or found.student.dtype) if needs.student else None,
+        found.student if needs.student else None,
         found.temperature if needs.temperature else None,
         found.teacher_temperature if needs.teacher_temperature else None,
         found.teacher_weights if needs.teacher_weights else None,
         [g if need else None for g, need in zip(found.teachers, needs.teachers, strict=True)],
-    )
+    ).with_student_of(student_dtype)
 
 
 class _Gradients(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import allocate
+from .. import allocate, products
 from . import interpreting
 
 REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor
@@ -73,12 +73,11 @@ def interpret(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
 
 
 def head_gradient(dz: Tensor, y: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """The gradient of a head's weight ``[classes, D]``: the first columns of ``dz``, transposed, times ``y [N, D]``."""
+    """:func:`products.head_gradient` in ``dtype``."""
     if recording.current is not None:
         found: Tensor = recording.current.product(dz, y, classes, dtype)
         return found
-    with torch.autocast(y.device.type, enabled=False):
-        return (dz[:, :classes].t() @ y).to(dtype)
+    return products.head_gradient(dz, y, classes).to(dtype)
 
 
 def constants(values: dict[str, Any]) -> dict[str, Any]:
