@@ -17,23 +17,29 @@ Files = list[tuple[str, dict[str, Any]]]  # paths, seen from the document, and c
 
 
 def combined(found: dict[str, Any], more: Files) -> dict[str, Any]:
-    """``found`` with the results of ``more`` in place of its own of the same ops.
+    """``found`` with the results of ``more`` in place of its own of the same workloads, or after them.
 
-    A result that another instruction set gave says so in its name.
+    A result that another instruction set gave says so in its name and replaces none. One of an op that has other sizes
+    today is dropped.
     """
-    ops = {result["workload"]["op"] for _, other in more for result in other["results"]}
-    kept = [result for result in found["results"] if result["workload"]["op"] not in ops]
-    left_out = [left for left in found["left_out"] if left["name"].split()[0] not in ops]
+    today = {r["workload"]["op"]: list(r["workload"]["sizes"]) for _, other in more for r in other["results"]}
+    kept = {
+        result["workload"]["name"]: result
+        for result in found["results"]
+        if today.get(result["workload"]["op"]) in (None, list(result["workload"]["sizes"]))
+    }
+    left_out = {left["name"]: left for left in found["left_out"]}
     missing = dict(found["missing"])
     for _, other in more:
         isa = other["machine"]["isa"]
         mark = "" if isa == found["machine"]["isa"] else f" ({isa})"
         for result in other["results"]:
-            workload = {**result["workload"], "name": result["workload"]["name"] + mark}
-            kept.append({**result, "workload": workload})
-        left_out += [{**left, "name": left["name"] + mark} for left in other["left_out"]]
+            name = result["workload"]["name"] + mark
+            kept[name] = {**result, "workload": {**result["workload"], "name": name}}
+            left_out.pop(name, None)
+        left_out |= {left["name"] + mark: {**left, "name": left["name"] + mark} for left in other["left_out"]}
         missing |= other["missing"]
-    return {**found, "results": kept, "left_out": left_out, "missing": missing}
+    return {**found, "results": list(kept.values()), "left_out": list(left_out.values()), "missing": missing}
 
 
 def render(found: dict[str, Any], raw: str, pictures: list[str], more: Files | None = None) -> str:
@@ -49,6 +55,7 @@ def render(found: dict[str, Any], raw: str, pictures: list[str], more: Files | N
         _red(found["results"]),
         _missed(found["results"]),
         *(_op(found["results"], op) for op in dict.fromkeys(r["workload"]["op"] for r in found["results"])),
+        _inside(found["results"]),
         _growth(found["growth"]),
         _pictures(pictures),
         _absent(found),
@@ -110,21 +117,28 @@ def _further(more: Files) -> str:
     rows = []
     for raw, found in more:
         machine, share = found["machine"], found["machine"]["neighbours"]
-        ops = dict.fromkeys(result["workload"]["op"] for result in found["results"])
+        shapes: dict[str, dict[str, None]] = {}
+        for result in found["results"]:
+            shapes.setdefault(result["workload"]["op"], {})[result["workload"]["shape"]] = None
         rows.append(
             [
-                ", ".join(f"`{op}`" for op in ops),
+                "; ".join(f"`{op}` {', '.join(which)}" for op, which in shapes.items()),
                 f"[{Path(raw).name}]({raw})",
                 machine["date"],
                 f"`{machine['commit']}`",
                 f"{machine['isa']}, {machine['threads']} threads",
                 "unknown" if share is None else f"{100 * share:.0f} %",
                 f"{found['ceilings']['gemm_gflop_s']:.4g} GFLOP/s",
-                f"`python -m benchmarks --suite {found['suite']} --publish`",
+                f"`{_variables(machine)}python -m benchmarks --suite {found['suite']} --publish`",
             ]
         )
-    head = ("ops", "file", "date", "commit", "instruction set", "taken by others", "GEMM, float32", "command")
+    head = ("workloads", "file", "date", "commit", "instruction set", "taken by others", "GEMM, float32", "command")
     return "These results come from files of their own:\n\n" + _table(head, rows, left=len(head))
+
+
+def _variables(machine: dict[str, Any]) -> str:
+    """What stood before the command."""
+    return "".join(f"{name}={value} " for name, value in machine["environment"].items() if value != "a path")
 
 
 def _clock(machine: dict[str, Any]) -> str:
@@ -214,6 +228,24 @@ def _op(found: list[Result], op: str) -> str:
         )
     head = ("workload", "runs on", "mfd_fast", "floor", "x floor", "target", "x eager", "target", "x compile", "target")
     return f"## {op}\n\n" + _table((*head, "best other", "peak extra", "targets"), rows, left=2)
+
+
+def _inside(found: list[Result]) -> str:
+    rows = []
+    for result in found:
+        ratio = results.inside(result)
+        if ratio is None:
+            continue
+        times = [results.entry(result, name) for name in ("mfd_fast:inside", "compile")]
+        own, target = results.primary(result), result["workload"]["targets"].get("inside")
+        cells = [_name(result), *("" if m is None else milliseconds(m["median"]) for m in (*times, own))]
+        rows.append([*cells, f"{number(ratio)} x", "" if target is None else f"≥ {target:g}"])
+    if not rows:
+        return ""
+    return (
+        "## Inside torch.compile\n\nA compiled function with the op in it, beside the same one in plain PyTorch.\n\n"
+        + _table(("workload", "with the op", "without", "the op not compiled", "times as fast", "target"), rows)
+    )
 
 
 def _growth(grown: list[dict[str, Any]] | None) -> str:

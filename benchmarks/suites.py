@@ -203,6 +203,37 @@ def _heads() -> tuple[Entry, ...]:
 #: From hidden states: seconds a call.
 HEADS = Suite("heads", "cpu", _heads(), 3.0, 5, 14.0, 420.0)
 
+_INSIDE = (*BASELINES, "mfd_fast:inside")
+_STEP = Goals(inside=1.0)
+#: What the instruction sets differ in, and calls so short that the kernel is not the cost: MFD_FAST_CPU_ISA=avx2.
+ISA = Suite(
+    "isa",
+    "cpu",
+    (
+        Entry(distill(64, 100, targets=Goals(eager=2.5, inside=1.0)), (*_INSIDE, "liger")),
+        Entry(pool(128, 2, 512, targets=Goals(eager=2.5, compile=2, inside=1.0)), _INSIDE),
+        Entry(features(64, 4, 256, targets=Goals(eager=2, inside=1.0)), _INSIDE),
+        *both(head(64, 2, 512, 31, targets=Goals(eager=3, compile=1.8, inside=1.0)), _INSIDE),
+        *both(head(256, 3, 512, 100, targets=Goals(compile=1.8)), _INSIDE),
+        *both(head(1024, 3, 768, 1000, targets=Goals(compile=1.05)), _INSIDE),
+        Entry(distill(65536, 112, targets=Goals(floor=1.8, compile=4))),
+        Entry(distill(20000, 101)),
+        Entry(distill(65536, 21)),
+        Entry(distill(4096, 1000, targets=Goals(floor=1.4, compile=4)), ("compile",)),
+        *both(distill(512, 32000, targets=Goals(floor=2.0, eager=10))),
+        Entry(distill(2048, 32000, targets=Goals(floor=2.0)), ("compile",)),
+        Entry(distill(777, 50257, targets=Goals(floor=2.0)), ("compile",)),
+        *both(replace(step(100, 3, 32, 10, 32), targets=_STEP), _INSIDE),
+        *both(replace(step(64, 2, 512, 31, 512), targets=_STEP), _INSIDE),
+        *both(replace(step(256, 3, 512, 100, 1024), targets=_STEP), _INSIDE),
+        *both(replace(step(1024, 3, 768, 1000, 1024), targets=_STEP), _INSIDE),
+    ),
+    1.0,
+    5,
+    14.0,
+    420.0,
+)
+
 QUICK = Suite(
     "cpu-quick",
     "cpu",
@@ -288,4 +319,4 @@ GPU_FIRST = Suite(
     100.0,
 )
 
-SUITES = {suite.name: suite for suite in (CPU, QUICK, HEADS, GPU, GPU_FIRST)}
+SUITES = {suite.name: suite for suite in (CPU, QUICK, HEADS, ISA, GPU, GPU_FIRST)}

@@ -56,6 +56,13 @@ def _no_compiler(device: torch.device) -> str | None:
     return None
 
 
+INSIDE = "mfd_fast:inside"
+
+
+def _inside(workload: Workload, _: torch.device) -> Compute:
+    return torch.compile(of(workload).call(options_of(workload), None), dynamic=False)
+
+
 BASELINES = (
     Implementation("eager", "eager PyTorch", lambda workload, _: eager_call(workload)),
     Implementation(
@@ -68,6 +75,7 @@ BASELINES = (
         _gpu_only,
         compiles=True,
     ),
+    Implementation(INSIDE, "mfd_fast inside torch.compile", _inside, _no_compiler, strict=True, compiles=True),
     Implementation("compile-graph", "torch.compile, CUDA graphs", _graphed, _gpu_only, compiles=True),
 )
 

@@ -15,7 +15,7 @@ import torch
 
 from .. import __version__
 
-VARIABLES = ("MFD_FAST_", "OMP_", "GOMP_", "KMP_", "MKL_", "TORCHINDUCTOR_")
+VARIABLES = ("MFD_FAST_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "ATEN_", "TORCHINDUCTOR_")
 PEERS = ("liger-kernel", "trl", "fla-core", "speculators", "cut-cross-entropy", "torchdistill")
 
 

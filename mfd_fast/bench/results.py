@@ -117,10 +117,18 @@ def targets(result: Result) -> list[TargetCheck]:
         dtype = (result["workload"]["plain"] or {}).get("dtype")
         what = f"x {dtype}" if dtype else "x plain call"
         checks.append(TargetCheck(what, wanted["plain"], times_plain(result), False))
+    if wanted.get("inside") is not None:
+        checks.append(TargetCheck("inside torch.compile, x torch.compile", wanted["inside"], inside(result), True))
     if wanted.get("extra") is not None:
         held = None if own is None or own["extra_bytes"] is None else own["extra_bytes"] / 2**20
         checks.append(TargetCheck("peak extra, MiB", round(wanted["extra"] / 2**20, 1), held, False))
     return checks
+
+
+def inside(result: Result) -> float | None:
+    """How many times as fast torch.compile is with the op as without it."""
+    own, other = entry(result, "mfd_fast:inside"), entry(result, "compile")
+    return None if own is None or other is None else float(other["median"] / own["median"])
 
 
 def times_plain(result: Result) -> float | None:

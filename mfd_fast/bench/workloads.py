@@ -18,7 +18,8 @@ class Goals:
 
     ``floor``: at most this many times the measured floor; ``eager``, ``compile``: at least this many times as fast;
     ``milliseconds``: at most; ``plain``: at most this many times the same op's plain call (see ``Workload.plain``);
-    ``rivals``: at least this many times as fast as each of these; ``extra``: most bytes beyond the inputs.
+    ``rivals``: at least this many times as fast as each of these; ``extra``: most bytes beyond the inputs;
+    ``inside``: the op inside torch.compile, at least this many times as fast as torch.compile of plain PyTorch.
     """
 
     floor: float | None = None
@@ -28,6 +29,7 @@ class Goals:
     plain: float | None = None
     rivals: Mapping[str, float] = field(default_factory=dict)
     extra: int | None = None
+    inside: float | None = None
 
 
 @dataclass(frozen=True)

@@ -165,16 +165,41 @@ def test_the_published_page_is_its_raw_file():
     assert page == report.render(found, raw, command.published(pictures), more)
 
 
-def test_another_suites_file_replaces_the_results_of_its_ops():
+def test_another_suites_file_replaces_the_results_of_its_workloads():
     found, other = bench_samples.document(), bench_samples.document()
-    other["suite"], other["results"] = "heads", other["results"][1:2]
-    other["machine"]["isa"], other["left_out"] = "avx2", []
+    other["suite"], other["results"], other["left_out"] = "heads", other["results"][1:2], []
+    other["results"][0]["measurements"][2]["median"] = 5.0
     text = report.render(found, "raw.json", [], [("more.json", other)])
-    assert text.count("`mfd_loss 256x3x512x100 float32 (avx2)` | reference | torch.compile | 6 ms") == 1
-    assert "`mfd_loss 256x3x512x100 float32`" not in text
-    assert "| `mfd_loss` | [more.json](more.json) |" in text
+    assert text.count("`mfd_loss 256x3x512x100 float32` | reference | torch.compile | 6 ms | 5 ms") == 1
+    assert "torch.compile | 6 ms | 3 ms" not in text
+    assert "| `mfd_loss` 256x3x512x100 | [more.json](more.json) |" in text
     assert "`python -m benchmarks --suite heads --publish`" in text
+    found["results"][1]["workload"] |= {"name": "mfd_loss 7x7", "sizes": {"rows": 7, "classes": 7}}
+    assert "`mfd_loss 7x7" not in report.render(found, "raw.json", [], [("more.json", other)])
+
+
+def test_another_instruction_sets_results_stand_beside_the_pages():
+    found, other = bench_samples.document(), bench_samples.document()
+    other["suite"], other["results"], other["left_out"] = "heads", other["results"][1:2], []
+    other["machine"] |= {"isa": "avx2", "environment": {"MFD_FAST_CPU_ISA": "avx2", "MKL_CACHE": "a path"}}
+    text = report.render(found, "raw.json", [], [("more.json", other)])
+    for mark in ("", " (avx2)"):
+        assert text.count(f"`mfd_loss 256x3x512x100 float32{mark}` | reference | torch.compile | 6 ms") == 1
+    assert "`MFD_FAST_CPU_ISA=avx2 python -m benchmarks --suite heads --publish`" in text
     assert command.results_name(other).endswith("-heads-avx2")
+
+
+def test_the_op_inside_a_compiled_function_has_a_table():
+    found = bench_samples.document()
+    slow = found["results"][1]
+    assert "Inside torch.compile" not in report.render(found, "raw.json", [])
+    slow["workload"]["targets"]["inside"] = 1.0
+    slow["measurements"].append(bench_samples.measured("mfd_fast:inside", "mfd_fast inside torch.compile", 4.0))
+    text = report.render(found, "raw.json", [])
+    assert "| `mfd_loss 256x3x512x100 float32` | 4 ms | 3 ms | 6 ms | 0.75 x | ≥ 1 |" in text
+    assert (
+        "| `mfd_loss 256x3x512x100 float32` | reference | inside torch.compile, x torch.compile | 0.75 | ≥ 1 |" in text
+    )
 
 
 def test_result_files_name_no_place_and_no_person():
