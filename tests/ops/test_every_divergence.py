@@ -25,8 +25,8 @@ CASES = [
 @pytest.mark.parametrize(("record", "backend", "divergence", "dtype"), CASES)
 def test_values_and_gradients_of_every_divergence(record, backend, divergence, dtype):
     def arguments_of(seed):
-        arguments = record.samples(dtype=DTYPES[dtype], distance="near", seed=seed, rows=4, classes=7)["plain"]
-        labels = torch.arange(4) % 7 if DIVERGENCES[divergence].needs_labels else None
+        arguments = record.samples(dtype=DTYPES[dtype], distance="near", seed=seed, rows=16, classes=7)["plain"]
+        labels = torch.arange(16) % 7 if DIVERGENCES[divergence].needs_labels else None
         return {**arguments, "divergence": DIVERGENCES[divergence], "labels": labels}
 
     context = f"{record.name} {backend} {divergence}"

@@ -63,7 +63,7 @@ TURNS = zip(dict.fromkeys((r, n) for r, _, n in ROAD), itertools.cycle(("cpu", "
 IN_TURN = [(r, b, n) for (r, n), b in TURNS]
 
 
-@pytest.mark.quick("name")
+@pytest.mark.quick("record")
 @pytest.mark.parametrize(("record", "backend", "name"), IN_TURN, ids=[f"{r.name}-{b}-{n}" for r, b, n in IN_TURN])
 def test_opcheck(record, name, backend):
     seen = set()

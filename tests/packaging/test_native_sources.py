@@ -48,6 +48,7 @@ def all_errors(headers: list[Path]) -> dict[str, str]:
     return {str(path.relative_to(ROOT)): text[:500] for path, text in found.items() if text}
 
 
+@pytest.mark.rest
 def test_every_header_stands_alone(tmp_path):
     assert len(HOST) > 30
     assert all_errors(HOST) == {}

@@ -199,6 +199,7 @@ def _tools() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+@functools.cache
 def resources(cubin: Path) -> dict[str, tuple[int, int]]:
     """Registers and bytes of stack of each kernel, by its mangled name."""
     usage = _output(_tools() / "cuobjdump", "-res-usage", cubin)

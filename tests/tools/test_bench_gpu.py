@@ -56,6 +56,7 @@ def test_a_graph_is_warmed_up_captured_and_replayed(gpu):
     assert gpu["replay"] == 1
 
 
+@pytest.mark.rest
 def test_a_workload_has_device_time_host_time_and_graphs(gpu):
     found = measure.measure(SMALL, measure.Settings(GPU, ("eager",), seconds=0.0, least=2, graphs=True))
     named = {m["name"]: m for m in found["measurements"]}
@@ -70,6 +71,7 @@ def test_a_workload_has_device_time_host_time_and_graphs(gpu):
     json.dumps(found)
 
 
+@pytest.mark.rest
 def test_what_cannot_be_captured_is_named(gpu, monkeypatch):
     def refuses(*args, **kwargs):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")

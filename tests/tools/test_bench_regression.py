@@ -35,6 +35,7 @@ def _one_thread():
 
 
 @pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.rest
 def test_not_slower_than_before(name):
     bound, workload = BOUNDS[name]
     best = 0.0

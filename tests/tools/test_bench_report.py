@@ -116,6 +116,7 @@ def test_the_list_names_every_workload(capsys):
     assert "modal_pool 1024x3x768 float32  against eager, compile" in said
 
 
+@pytest.mark.rest
 def test_a_suite_measures_what_fits_its_time_and_names_the_rest(tmp_path):
     small = tuple(suites.Entry(Workload("distill_loss", {"rows": 8, "classes": c}), ("eager", "fla")) for c in (10, 20))
     suite = replace(suites.QUICK, entries=small, seconds=0.01, minutes=60.0)
@@ -134,6 +135,7 @@ def test_a_suite_measures_what_fits_its_time_and_names_the_rest(tmp_path):
     assert [left["reason"] for left in spent["left_out"]] == ["the suite's time was spent"] * 2
 
 
+@pytest.mark.rest
 def test_what_a_call_had_no_time_for_is_measured_by_the_next_one(tmp_path, capsys, monkeypatch):
     """With --resume, and without rich."""
     small = tuple(suites.Entry(Workload("distill_loss", {"rows": 8, "classes": c}), ("eager",)) for c in (10, 20))

@@ -21,6 +21,7 @@ def measured(op, rounds):
 
 @pytest.mark.skipif(plans.missing() is not None, reason="plans need PyTorch's C table")
 @pytest.mark.parametrize("op", call_overhead.LIMITS["cpu"])
+@pytest.mark.rest
 def test_no_call_costs_more_than_its_limit(op):
     """Least times of calls in turns: one quiet moment for each is enough, and on a busy machine it may be rare."""
     found = min((measured(op, 400) for _ in range(3)), key=lambda each: each.ratio)
@@ -29,6 +30,7 @@ def test_no_call_costs_more_than_its_limit(op):
 
 @pytest.mark.skipif(plans.missing() is not None, reason="plans need PyTorch's C table")
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.rest
 def test_no_call_costs_more_than_its_limit_where_nothing_is_launched(backend):
     tries = [call_overhead.measure_all(backend, 400) for _ in range(2)]
     for op, limit in call_overhead.LIMITS[backend].items():
@@ -36,6 +38,7 @@ def test_no_call_costs_more_than_its_limit_where_nothing_is_launched(backend):
         assert found.ratio <= limit, found
 
 
+@pytest.mark.rest
 def test_a_regression_is_noticed():
     """Without plans, every call is far above its limit."""
     with without_plans():
@@ -43,6 +46,7 @@ def test_a_regression_is_noticed():
             assert measured(op, 100).ratio > limit
 
 
+@pytest.mark.rest
 def test_every_backend_is_measured_in_a_process_of_its_own(tmp_path, capsys):
     file = tmp_path / "overhead.json"
     call_overhead.main(["--rounds", "3", "--json", str(file)])

@@ -36,6 +36,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"mfd-fast {mfd.__version__}\n"
 
 
+@pytest.mark.rest
 def test_an_ascii_terminal_gets_plain_characters():
     done = run("bench", *TINY, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr.decode()
@@ -45,6 +46,7 @@ def test_an_ascii_terminal_gets_plain_characters():
 
 
 @pytest.mark.parametrize("seconds", [0.1, 5])
+@pytest.mark.rest
 def test_ctrl_c_ends_the_demo_quietly(seconds, tmp_path):
     """SIGINT to the whole group, as a terminal sends it, while worker processes start and train."""
     process = subprocess.Popen(

@@ -82,6 +82,7 @@ def outcomes(supervisor):
 # ----------------------------------------------------------------------------------------------------- processes
 
 
+@pytest.mark.rest
 def test_what_hangs_is_killed_and_named_and_the_rest_runs(stub):
     one = stub("a,hangs,b")
     (note,) = one.run(["all:0/1"])
@@ -135,6 +136,7 @@ def test_at_the_end_of_its_time_a_part_leaves_the_rest_open(stub, monkeypatch):
     assert one.journal.total("part", ["all:0/1"]) == 3
 
 
+@pytest.mark.rest
 def test_a_killed_call_leaves_no_process_and_is_gone_on_with(stub, tmp_path):
     """SIGKILL of the parent: nothing of it can clean up."""
     one = stub("a,b,hangs")
