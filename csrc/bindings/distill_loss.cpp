@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "bindings/bindings.h"
@@ -22,12 +23,12 @@ double run_forward(const Forward& f, const TopK* topk, bool wants_sum, int threa
 }
 
 // Values per row of the two terms and, with the soft one, of both entropies.
-struct Parts {
-  static constexpr int kCount = 4;
+struct RowParts {
   std::vector<char> rows;  // of the compute dtype, in room for double
   int64_t n;
 
-  Parts(Forward& f, int64_t n_rows) : rows(static_cast<size_t>(kCount * n_rows) * sizeof(double)), n(n_rows) {
+  RowParts(Forward& f, int64_t n_rows)
+      : rows(static_cast<size_t>(kParts * n_rows) * sizeof(double)), n(n_rows) {
     f.soft = row(0);
     if (f.use_hard) f.hard = row(1);
     if (!f.use_soft) return;
@@ -39,7 +40,7 @@ struct Parts {
   // sum weight*value of each, times what its mean divides by, in the fixed order of the rows.
   template <class T>
   void sum(const Forward& f, double share, double hard_share, T* out) {
-    for (int k = 0; k < kCount; ++k) {
+    for (int k = 0; k < kParts; ++k) {
       const T* values = reinterpret_cast<const T*>(row(k));
       const bool used = k == 1 ? f.use_hard : f.use_soft;
       double total = 0;
@@ -50,9 +51,23 @@ struct Parts {
   }
 };
 
-// Writes the weighted sum of the row losses to `loss`, and its gradient to `grad` where that is not 0. To
-// `parts`, if not 0, the weighted sums of soft and hard term and of both entropies, times `share` or
-// `hard_share`.
+// Where the weighted sum of the row losses goes; and, unless they are null, the weighted sums of soft and
+// hard term and of both entropies, times `share` or `hard_share`.
+struct Loss {
+  void *value, *parts;
+  double share, hard_share;
+};
+
+void run_scalar(Forward& f, const TopK* topk, const Loss& loss, int threads) {
+  const RowProblem& problem = f.problem;
+  std::optional<RowParts> rows;
+  if (loss.parts) rows.emplace(f, problem.n_rows);
+  put_value(reinterpret_cast<Address>(loss.value), problem.is_double, run_forward(f, topk, true, threads));
+  if (rows && problem.is_double) rows->sum(f, loss.share, loss.hard_share, static_cast<double*>(loss.parts));
+  if (rows && !problem.is_double) rows->sum(f, loss.share, loss.hard_share, static_cast<float*>(loss.parts));
+}
+
+// The gradient goes to `grad` where that is not 0.
 void scalar(const RowProblem& problem, const TopK* topk, bool use_soft, bool use_hard, Address weight,
             double soft_factor, double hard_factor, Address loss, Address grad, bool stream, Address parts,
             double share, double hard_share, int threads) {
@@ -65,14 +80,7 @@ void scalar(const RowProblem& problem, const TopK* topk, bool use_soft, bool use
   f.hard_factor = hard_factor;
   f.grad = pointer(grad);
   f.stream = stream;
-  if (!parts) return put_value(loss, problem.is_double, run_forward(f, topk, true, threads));
-  Parts rows(f, problem.n_rows);
-  put_value(loss, problem.is_double, run_forward(f, topk, true, threads));
-  if (problem.is_double) {
-    rows.sum(f, share, hard_share, pointer<double>(parts));
-  } else {
-    rows.sum(f, share, hard_share, pointer<float>(parts));
-  }
+  run_scalar(f, topk, {pointer(loss), pointer(parts), share, hard_share}, threads);
 }
 
 // Per-row values; the last five addresses are all 0 or all but the label probabilities are not.
@@ -111,7 +119,8 @@ void per_row_backward(const RowProblem& problem, const TopK* topk, Address stats
 class CpuDistillPlan final : public DistillPlan {
   using DistillPlan::DistillPlan;
 
-  bool start(Forward& f, Scalars scalars, void* loss, const DLTensor& student, int threads) const override {
+  bool start(Forward& f, Scalars scalars, Outputs outputs, const DLTensor& student,
+             int threads) const override {
     const RowProblem& problem = f.problem;
     int64_t counted = problem.n_rows;
     if (problem.labels || problem.mask) counted = count_rows(problem);
@@ -124,7 +133,7 @@ class CpuDistillPlan final : public DistillPlan {
     f.hard_factor = scalars.hard_weight / hard_divisor;
     f.stream = f.grad && bytes_of(student) >= kStreamBytes;
     const py::gil_scoped_release release;
-    put_value(reinterpret_cast<Address>(loss), problem.is_double, forward(f, true, threads));
+    run_scalar(f, nullptr, {outputs.loss, outputs.parts, 1.0 / scalars.divisor, 1.0 / hard_divisor}, threads);
     return true;
   }
 };
@@ -136,7 +145,8 @@ void bind_distill_loss(py::module_& m) {
   m.attr("statistics") = kStats;
   m.attr("padding") = kPadding;
   py::class_<CpuDistillPlan, CallPlan>(m, "DistillPlan")
-      .def(py::init<const RowProblem&, bool, bool, bool, double, double, const Places&, const Places&>());
+      .def(py::init<const RowProblem&, bool, bool, bool, bool, double, double, const Places&,
+                    const Places&>());
   m.def("count_rows", &count_rows);
   m.def("count_labelled", &count_labelled);
   m.def("lists_are_valid", &lists_are_valid, release());

@@ -48,7 +48,7 @@ class _ScalarLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, done: Done) -> Tensor:  # noqa: ARG004
-        (value, gradient), backend, tensors, rest, plan = done
+        (value, gradient, _), backend, tensors, rest, plan = done
         ctx.save_for_backward(*tensors, gradient)
         ctx.call = backend, rest, plan
         return value
@@ -417,7 +417,8 @@ def distill_loss(  # type: ignore[misc]  # the options are these
         *(teacher_transform, scale_by_temperature, reduction, normalizer, return_parts, process_group, backend),
     )
     if not torch.compiler.is_compiling() and (done := _PLANS.run(arguments)) is not None:
-        return done[0][0] if done[2] is None else _apply(student, done)
+        value = done[0][0] if done[2] is None else _apply(student, done)
+        return DistillOutput(value, *done[0][2].unbind()) if return_parts else value
 
     check_not_traced("distill_loss", backend)
     problem = _PLANS.check(arguments)
@@ -458,10 +459,9 @@ def distill_loss(  # type: ignore[misc]  # the options are these
         with torch.no_grad():
             value, gradient, found = row_backend(name).scalar(rows, loss, needs_grad=needs_grad, parts=return_parts)
         parts = [] if found is None else list(found.unbind())
-        # A plan has one result, and a number where it reads one.
-        planned = not return_parts and not isinstance(normalizer, (tuple, list))
-        plan = getattr(row_backend(name), "call_plan", None) if planned else None
-        done = _PLANS.computed((value, gradient), name, problem, arguments, plan, rows, loss)
+        # A plan has a number where it reads one.
+        plan = None if isinstance(normalizer, (tuple, list)) else getattr(row_backend(name), "call_plan", None)
+        done = _PLANS.computed((value, gradient, found), name, problem, arguments, plan, rows, loss, return_parts)
         if needs_grad:
             value = _ScalarLoss.apply(rows.student, done)
     return DistillOutput(value, *parts) if return_parts else value

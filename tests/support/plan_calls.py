@@ -40,6 +40,10 @@ def labelled():
     }
 
 
+def with_parts():
+    return labelled() | {"ignored_labels": "term", "return_parts": True}
+
+
 def taps():
     return {
         "student": [random(4, 3).requires_grad_(), random(2, 3, 5).requires_grad_()],
@@ -112,6 +116,21 @@ CALLS = {
             "reduction": lambda: "sum",
             "normalizer": lambda: 2.5,
             "backend": lambda: "cpu",
+        },
+    ),
+    "distill_loss with its parts": (
+        mfd.distill_loss,
+        with_parts,
+        {
+            "student": lambda: random(6, 5, dtype=torch.bfloat16).requires_grad_(),
+            "labels": lambda: torch.tensor([-100, 1, -100, 3, 4, 0]),
+            "soft_weight": lambda: 0.0,
+            "hard_weight": lambda: 0.0,
+            "weight": lambda: None,
+            "ignored_labels": lambda: "row",
+            "reduction": lambda: "sum",
+            "normalizer": lambda: 2.5,
+            "return_parts": lambda: False,
         },
     ),
     "feature_loss": (

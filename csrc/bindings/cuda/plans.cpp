@@ -98,7 +98,7 @@ class OfScalarLoss : public Plan {
 class CudaDistillPlan final : public OfScalarLoss<DistillPlan> {
   using OfScalarLoss::OfScalarLoss;
 
-  bool start(Forward& f, Scalars scalars, void* loss, const DLTensor& student, int) const override {
+  bool start(Forward& f, Scalars scalars, Outputs outputs, const DLTensor& student, int) const override {
     const RowProblem& problem = f.problem;
     const cuda::Where where = where_of(student.device);
     void* const scratch = workspace(where, sizeof(cuda::ScalarWorkspace), "scalar");
@@ -110,7 +110,7 @@ class CudaDistillPlan final : public OfScalarLoss<DistillPlan> {
                                 {nullptr, scalars.divisor},
                                 scalars.counts && (problem.labels || problem.mask),
                                 static_cast<cuda::ScalarWorkspace*>(scratch),
-                                loss};
+                                outputs.loss};
     start_kernels([&] { cuda::forward(f, &s, where); });
     return true;
   }
@@ -281,7 +281,8 @@ void bind_cuda_plans(py::module_& m) {
   if (!py::detail::get_type_info(typeid(CallPlan))) py::module_::import("mfd_fast._C");
   const py::module_local local;
   py::class_<CudaDistillPlan, CallPlan>(m, "DistillPlan", local)
-      .def(py::init<const RowProblem&, bool, bool, bool, double, double, const Places&, const Places&>());
+      .def(py::init<const RowProblem&, bool, bool, bool, bool, double, double, const Places&,
+                    const Places&>());
   py::class_<CudaFeaturePlan, CallPlan>(m, "FeaturePlan", local)
       .def(py::init<std::vector<Tap>, int, bool, bool, std::vector<int>, std::vector<int>, std::vector<int>,
                     std::vector<int>>());

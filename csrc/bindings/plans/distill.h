@@ -7,15 +7,20 @@
 
 namespace mfd {
 
+// Of a loss, detached: soft and hard term, and the entropies of student and teacher.
+constexpr int64_t kParts = 4;
+
 class DistillPlan : public CallPlan {
  public:
   // `problem` for all that is the same in the calls of this plan; `least` and `most` of a temperature.
-  DistillPlan(const RowProblem& problem, bool use_soft, bool use_hard, bool mean, double least, double most,
-              const Places& tensors, const Places& numbers)
+  // `parts`: the call returns them too.
+  DistillPlan(const RowProblem& problem, bool use_soft, bool use_hard, bool mean, bool parts, double least,
+              double most, const Places& tensors, const Places& numbers)
       : problem_(problem),
         use_soft_(use_soft),
         use_hard_(use_hard),
         mean_(mean),
+        parts_(parts),
         rows_{place(tensors, "student"),
               place(tensors, "teacher"),
               place(tensors, "labels"),
@@ -45,15 +50,17 @@ class DistillPlan : public CallPlan {
     f.use_hard = use_hard_;
     f.weight = {call.data(weight_), 1, 1.0};
     const size_t student = static_cast<size_t>(rows_.student);
-    const uint8_t bits = f.problem.is_double ? 64 : 32;
-    pybind11::object value = new_tensor({kFloating, bits, 1}, call.tensors[student].device, {}),
-                     gradient = none;
+    const DLDataType dtype = {kFloating, static_cast<uint8_t>(f.problem.is_double ? 64 : 32), 1};
+    const DLDevice device = call.tensors[student].device;
+    pybind11::object value = new_tensor(dtype, device, {}), gradient = none, parts = none;
+    if (parts_) parts = new_tensor(dtype, device, {kParts});
     if (call.needs_grad) {
       gradient = new_like(call.objects[student], call.tensors[student]);
       f.grad = data_of(gradient);
     }
-    if (!start(f, scalars, data_of(value), call.tensors[student], call.threads)) return none;
-    return pybind11::make_tuple(value, gradient);
+    const Outputs outputs = {data_of(value), parts_ ? data_of(parts) : nullptr};
+    if (!start(f, scalars, outputs, call.tensors[student], call.threads)) return none;
+    return pybind11::make_tuple(value, gradient, parts);
   }
 
  protected:
@@ -64,12 +71,18 @@ class DistillPlan : public CallPlan {
     bool counts;
   };
 
-  // Writes the loss to `loss` and its gradient to `f.grad`; false: the full checks have something to say.
-  virtual bool start(Forward& f, Scalars scalars, void* loss, const DLTensor& student, int threads) const = 0;
+  // Where the loss goes and, unless null, its parts.
+  struct Outputs {
+    void *loss, *parts;
+  };
+
+  // Writes these and the gradient to `f.grad`; false: the full checks have something to say.
+  virtual bool start(Forward& f, Scalars scalars, Outputs outputs, const DLTensor& student,
+                     int threads) const = 0;
 
  private:
   RowProblem problem_;
-  bool use_soft_, use_hard_, mean_;
+  bool use_soft_, use_hard_, mean_, parts_;
   RowPlaces rows_;
   int weight_, soft_weight_, hard_weight_, normalizer_;
 };

@@ -109,14 +109,15 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) ->
     return ScalarLoss(value, gradient, of_terms)
 
 
-def call_plan(rows: RowProblem, loss: RowLoss, places: Places) -> Any:
+def call_plan(rows: RowProblem, loss: RowLoss, parts: bool, places: Places) -> Any:
     """The native plan of :func:`scalar` for calls like this one; None where :func:`reads_rows` says so."""
     if not reads_rows(rows, loss, places):
         return None
     module, mean = native(), loss.reduction == "mean"
     use_hard = rows.labels is not None and loss.use_hard
     problem = row_description(module, rows, [])
-    return module.DistillPlan(problem, loss.use_soft, use_hard, mean, *temperature_range(rows.dtype), *places.first())
+    terms = loss.use_soft, use_hard, mean, parts
+    return module.DistillPlan(problem, *terms, *temperature_range(rows.dtype), *places.first())
 
 
 def _divide(factor: float, divisor: float) -> float:

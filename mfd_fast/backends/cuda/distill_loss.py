@@ -117,15 +117,15 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) ->
     return ScalarLoss(value, gradient, torch.stack(parts_of(all_rows, whole, soft_rows, hard_rows, *entropies)))
 
 
-def call_plan(rows: RowProblem, loss: RowLoss, places: Places) -> Any:
+def call_plan(rows: RowProblem, loss: RowLoss, parts: bool, places: Places) -> Any:
     """The native plan of :func:`scalar` for calls like this one; None where :func:`reads_rows` says so."""
     module = native()
-    if not hasattr(module.cuda, "DistillPlan") or not rows.n_rows or not reads_rows(rows, loss, places):
+    if parts or not hasattr(module.cuda, "DistillPlan") or not rows.n_rows or not reads_rows(rows, loss, places):
         return None
     use_hard = rows.labels is not None and loss.use_hard
     read = rows if loss.use_soft else rows.replace(teachers=[rows.student])
     problem = row_description(module, read, [])
-    more = loss.use_soft, use_hard, loss.reduction == "mean", *temperature_range(rows.dtype), *places.first()
+    more = loss.use_soft, use_hard, loss.reduction == "mean", parts, *temperature_range(rows.dtype), *places.first()
     return module.cuda.DistillPlan(problem, *more)
 
 

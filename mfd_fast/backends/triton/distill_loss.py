@@ -99,14 +99,14 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) ->
     return ScalarLoss(value, None if grad is None or written is None else finish(written, grad), of_terms)
 
 
-def call_plan(rows: RowProblem, loss: RowLoss, places: Places) -> Any:  # noqa: ARG001
+def call_plan(rows: RowProblem, loss: RowLoss, parts: bool, places: Places) -> Any:  # noqa: ARG001
     """The native plan of :func:`scalar` for calls like this one, or None."""
-    if not program.can_plan(places):
+    if parts or not program.can_plan(places):
         return None
     needs_grad = rows.student.requires_grad and torch.is_grad_enabled()
 
     def forward(problem: DistillProblem) -> Any:
-        return lambda: tuple(scalar(problem.rows, problem.loss, needs_grad=needs_grad, parts=False)[:2])
+        return lambda: tuple(scalar(problem.rows, problem.loss, needs_grad=needs_grad, parts=parts))
 
     gradients = [like_gradient(rows.student)] if needs_grad else []
     labels = label_places(places, rows)
