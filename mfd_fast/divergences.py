@@ -70,6 +70,10 @@ class Divergence:
         """The value is a small difference or quotient of large terms; only the reference keeps its digits."""
         return False
 
+    def why_no_kernel(self) -> str | None:
+        """None if kernels compute it, else the reason."""
+        return f"{self} is so close to a limit that a kernel would lose its digits" if self.near_a_limit else None
+
     def canonical(self) -> Divergence:
         """The simplest divergence that is exactly this one; what the backends receive."""
         return self

@@ -4,7 +4,6 @@
 
 #include "common/rows/target_math.h"
 #include "cpu/distill/sums.h"
-#include "cpu/rows/log_scale.h"
 #include "cpu/rows/rows.h"
 #include "cpu/runtime/kernels.h"
 #include "cpu/simd/log.h"

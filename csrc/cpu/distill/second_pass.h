@@ -6,7 +6,6 @@
 #include "common/vector/divergences.h"
 #include "cpu/distill/first_pass.h"
 #include "cpu/distill/gradient.h"
-#include "cpu/rows/log_scale.h"
 #include "cpu/rows/rows.h"
 
 namespace mfd::MFD_ISA {

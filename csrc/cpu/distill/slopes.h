@@ -7,7 +7,7 @@
 #include "common/vector/mixture.h"
 #include "common/vector/slopes.h"
 #include "cpu/distill/first_pass.h"
-#include "cpu/rows/log_scale.h"
+#include "cpu/simd/exp.h"
 
 namespace mfd::MFD_ISA {
 namespace {

@@ -1,4 +1,4 @@
-// exp(t/T) for t <= 0, and tanh.
+// exp(t/T) for t <= 0, the logarithm of a softened probability, and tanh.
 //
 // exp(t/T) = 2^z, z = t*c, c = log2(e)/T = c_hi + c_lo; k = round(z), f = z - k in [-1/2, 1/2];
 // 2^f by polynomial, 2^k through the exponent bits. Exactly 0 where the result would
@@ -86,6 +86,25 @@ MFD_INLINE typename S::V power(typename S::V e) {
   const typename S::V square = e * e;
   return N == 2 ? square : N == 3 ? square * e : square * square;
 }
+
+// (x - max)/T - lse for a block: a factor and two offsets, so that x - block max is exact.
+struct LogScale {
+  double block_max, inverse, shift;
+  LogScale(double block, double row_max, double temperature, double lse)
+      : block_max(block), inverse(1.0 / temperature), shift((block - row_max) / temperature - lse) {}
+};
+
+// log q or log p of a vector of logits.
+template <class S>
+struct LogOf {
+  typedef typename S::V V;
+  V max, inverse, shift;
+  explicit LogOf(const LogScale& scale)
+      : max(S::splat(static_cast<typename S::T>(scale.block_max))),
+        inverse(S::splat(static_cast<typename S::T>(scale.inverse))),
+        shift(S::splat(static_cast<typename S::T>(scale.shift))) {}
+  __attribute__((always_inline)) inline V operator()(V x) const { return S::fused(x - max, inverse, shift); }
+};
 
 // tanh: an odd polynomial (Cephes tanhf) below 0.625, else 1 - 2/(exp(2|x|) + 1).
 F32::V F32::tanh_of(V x) {

@@ -1,4 +1,4 @@
-"""Native CPU kernels: availability, instruction set, and the pool of gradient buffers.
+"""Native CPU kernels: availability, instruction set, where outputs are written, and the pool of gradient buffers.
 
 ``MFD_FAST_CPU_ISA`` (baseline, avx2, avx512) overrides the instruction set; ``MFD_FAST_GRAD_POOL_MB`` bounds the
 memory that lies idle in the pool (default 256), 0 turns the pool off.
@@ -20,6 +20,8 @@ __all__ = ["BufferPoolStats", "available", "buffer_pool_stats", "clear_buffer_po
 
 #: Gradients below this many bytes come from PyTorch's allocator.
 POOL_MIN_BYTES = 1 << 20
+#: Outputs of at least this many bytes in one call are written past the caches.
+STREAM_BYTES = 4 << 20
 
 _POOLED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -75,6 +77,11 @@ def isa() -> str:
     """Instruction set in use: "baseline", "avx2" or "avx512"."""
     name: str = native().current_isa()
     return name
+
+
+def streams(*outputs: Tensor | None) -> bool:
+    """Whether these outputs of one call are written past the caches."""
+    return sum(t.nbytes for t in outputs if t is not None) >= STREAM_BYTES
 
 
 def _recycled(shape: torch.Size, dtype: torch.dtype) -> Tensor | None:

@@ -12,12 +12,10 @@ from ...codes import STATISTICS
 from ...problems.checks import label_error, temperature_range
 from ...problems.rows import RowLoss, RowProblem, check_indices
 from .. import allocate
-from ..limits import beyond_kernels
 from ..native import RowScalar, address, native_rows, native_topk, reads_rows
 from ..plans import Places
 from ..protocol import ByProducts, RowGradients, RowNeeds, RowOutputs, ScalarLoss
-from . import native
-from .streams import STREAM_BYTES, streams
+from . import STREAM_BYTES, native, streams
 
 __all__ = ["call_plan", "can_run", "count", "per_row", "per_row_backward", "row_description", "scalar"]
 
@@ -26,7 +24,7 @@ def can_run(rows: RowProblem) -> str | None:
     """Why the native kernels cannot take this call, None if they can."""
     if rows.device.type != "cpu":
         return f"the tensors are on {rows.device}"
-    return beyond_kernels(rows)
+    return rows.divergence.why_no_kernel()
 
 
 def _temperature(value: float | Tensor) -> RowScalar:

@@ -15,8 +15,7 @@ from .. import allocate
 from ..native import address, dense, reads_taps, row_matrix
 from ..plans import Places
 from ..protocol import FeatureGradients, FeatureNeeds
-from . import native
-from .streams import streams
+from . import native, streams
 
 __all__ = ["call_plan", "can_run", "distances", "distances_backward", "scalar"]
 

@@ -16,10 +16,9 @@ from .. import allocate
 from ..native import NO_ROWS, address, cast, dense, feature_gradients, reads_mfd, row_matrix
 from ..plans import Places
 from ..protocol import MFDGradients, MFDNeeds
-from . import distill_loss, native
+from . import distill_loss, native, streams
 from . import modal_pool as pooling
 from .gemm import NATIVE_PRODUCTS, has_pair_product, linear, pair_product
-from .streams import streams
 
 __all__ = ["call_plan", "can_run", "has_one_pass", "scalar"]
 

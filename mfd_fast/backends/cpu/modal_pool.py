@@ -26,8 +26,7 @@ from ..native import (
 )
 from ..plans import Places
 from ..protocol import PoolGradients, PoolNeeds
-from . import POOL_MIN_BYTES, native
-from .streams import streams
+from . import POOL_MIN_BYTES, native, streams
 
 __all__ = ["backward", "call_plan", "can_run", "forward", "pool_description"]
 

@@ -13,7 +13,6 @@ from ...problems.checks import temperature_range
 from ...problems.rows import RowLoss, RowProblem, check_indices, check_labels_in_range
 from ...reference.distill_loss import parts_of
 from .. import allocate
-from ..limits import beyond_kernels
 from ..native import RowScalar, address, native_rows, native_topk, reads_rows
 from ..plans import Places
 from ..protocol import ByProducts, RowGradients, RowNeeds, RowOutputs, ScalarLoss
@@ -29,7 +28,7 @@ def can_run(rows: RowProblem) -> str | None:
     """None if the kernels cover this call, else the reason."""
     if len(rows.teachers) > MAX_TEACHERS:
         return f"at most {MAX_TEACHERS} teachers"
-    return beyond_kernels(rows) or why_not_device(rows.device)
+    return rows.divergence.why_no_kernel() or why_not_device(rows.device)
 
 
 def row_description(module: ModuleType, rows: RowProblem, keep: list[Any]) -> Any:

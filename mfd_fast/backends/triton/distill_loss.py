@@ -14,7 +14,6 @@ from ...divergences import JSD, NKD, TVD, ForwardKL, ReverseKL, SkewKL, SkewReve
 from ...problems.rows import DistillProblem, RowLoss, RowProblem, Scalar, check_indices, check_labels_in_range
 from ...reference.distill_loss import parts_of
 from .. import allocate
-from ..limits import beyond_kernels
 from ..plans import Places, label_places
 from ..protocol import ByProducts, RowGradients, RowNeeds, RowOutputs, ScalarLoss
 from . import program, why_not_device
@@ -43,7 +42,7 @@ def can_run(rows: RowProblem) -> str | None:
         return f"at most {MAX_TEACHERS} teachers"
     if max(logits.shape[-1] for logits in (rows.student, *rows.teachers)) > MAX_COLUMNS:
         return f"at most {MAX_COLUMNS} columns"
-    return why_not_device(rows.device) or beyond_kernels(rows)
+    return why_not_device(rows.device) or rows.divergence.why_no_kernel()
 
 
 def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) -> ScalarLoss:
