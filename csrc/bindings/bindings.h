@@ -88,16 +88,6 @@ inline void set_gradients(PoolBackward& g, const std::vector<Address>& d_feature
 
 // The classes that describe problems, to kernels of all backends.
 void bind_problems(pybind11::module_& m);
-// Plans of calls, before the ops.
-void bind_plans(pybind11::module_& m);
-void bind_programs(pybind11::module_& m);
-// The CPU's ops.
-void bind_distill_loss(pybind11::module_& m);
-void bind_modal_pool(pybind11::module_& m);
-void bind_feature_loss(pybind11::module_& m);
-void bind_mfd_loss(pybind11::module_& m);
-void bind_product(pybind11::module_& m);
-void bind_gradient_buffers(pybind11::module_& m);
 // The launchers of the CUDA kernels, in the submodule "cuda".
 void bind_cuda(pybind11::module_& m);
 // Those of the fusion kernels, into that submodule.

@@ -8,6 +8,21 @@
 
 namespace py = pybind11;
 
+namespace mfd {
+
+// Plans of calls, before the ops.
+void bind_plans(py::module_& m);
+void bind_programs(py::module_& m);
+// The CPU's ops.
+void bind_distill_loss(py::module_& m);
+void bind_modal_pool(py::module_& m);
+void bind_feature_loss(py::module_& m);
+void bind_mfd_loss(py::module_& m);
+void bind_product(py::module_& m);
+void bind_gradient_buffers(py::module_& m);
+
+}  // namespace mfd
+
 PYBIND11_MODULE(_C, m) {
   using mfd::Address;
   using mfd::pointer;

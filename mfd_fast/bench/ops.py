@@ -7,6 +7,7 @@ composition around public ops: one whole step of a small student without its opt
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mfd_fast as mfd
+from mfd_fast.backends import protocol
 from mfd_fast.testing import DISTANCES, distill_inputs
 
 from . import eager
@@ -246,9 +248,9 @@ _MFD_SIZES = {"batch": 1024, "modalities": 3, "width": 768, "classes": 1000}
 _MFD_OPTIONS = {"divergence": "forward_kl", "temperature": 2.0, "hard_weight": 0.5, "feature_weight": 0.5}
 _MFD_ROWS = frozenset({"features", "teacher_logits", "labels", "teacher_features"})
 
-OPS: dict[str, BenchOp] = {
-    record.name: record
-    for record in (
+#: How each public op is measured: alone, and in what is made of it.
+_MEASURED: dict[str, tuple[BenchOp, ...]] = {
+    "distill_loss": (
         BenchOp(
             "distill_loss",
             sizes={"rows": 4096, "classes": 1000},
@@ -262,6 +264,20 @@ OPS: dict[str, BenchOp] = {
             work=_distill_work,
         ),
         BenchOp(
+            "topk_loss",
+            sizes={"rows": 4096, "classes": 1000, "listed": 64},
+            options={"temperature": 2.0},
+            inputs=_topk_inputs,
+            rows=frozenset({"student", "values", "indices"}),
+            leaves=frozenset({"student"}),
+            call=_topk_call,
+            eager=eager.topk_loss,
+            choice=_topk_choice,
+            work=_topk_work,
+        ),
+    ),
+    "distill_terms": (
+        BenchOp(
             "distill_terms",
             sizes={"rows": 4096, "classes": 1000},
             options={"temperature": 2.0},
@@ -273,19 +289,22 @@ OPS: dict[str, BenchOp] = {
             choice=_explained(mfd.distill_terms),
             work=_terms_work,
         ),
+    ),
+    "linear_distill_loss": (
         BenchOp(
-            "topk_loss",
-            public="distill_loss",
-            sizes={"rows": 4096, "classes": 1000, "listed": 64},
-            options={"temperature": 2.0},
-            inputs=_topk_inputs,
-            rows=frozenset({"student", "values", "indices"}),
-            leaves=frozenset({"student"}),
-            call=_topk_call,
-            eager=eager.topk_loss,
-            choice=_topk_choice,
-            work=_topk_work,
+            "linear_distill",
+            sizes={"rows": 1024, "hidden": 512, "teacher": 512, "classes": 32000},
+            options={"divergence": "forward_kl", "temperature": 2.0, "soft_weight": 1.0, "hard_weight": 0.0},
+            inputs=_linear_inputs,
+            rows=frozenset({"student_hidden", "teacher_hidden", "labels"}),
+            leaves=frozenset({"student_hidden", "student_weight"}),
+            call=_linear_call,
+            eager=eager.linear_distill,
+            choice=_explained(mfd.linear_distill_loss),
+            work=_linear_work,
         ),
+    ),
+    "modal_pool": (
         BenchOp(
             "modal_pool",
             sizes={"batch": 1024, "modalities": 3, "width": 768},
@@ -299,6 +318,8 @@ OPS: dict[str, BenchOp] = {
             work=_pool_work,
             mean=False,
         ),
+    ),
+    "feature_loss": (
         BenchOp(
             "feature_loss",
             sizes={"rows": 2048, "taps": 12, "width": 768},
@@ -311,6 +332,8 @@ OPS: dict[str, BenchOp] = {
             choice=_explained(mfd.feature_loss),
             work=_feature_work,
         ),
+    ),
+    "mfd_loss": (
         BenchOp(
             "mfd_loss",
             sizes=_MFD_SIZES,
@@ -324,21 +347,7 @@ OPS: dict[str, BenchOp] = {
             work=_mfd_work,
         ),
         BenchOp(
-            "linear_distill",
-            public="linear_distill_loss",
-            sizes={"rows": 1024, "hidden": 512, "teacher": 512, "classes": 32000},
-            options={"divergence": "forward_kl", "temperature": 2.0, "soft_weight": 1.0, "hard_weight": 0.0},
-            inputs=_linear_inputs,
-            rows=frozenset({"student_hidden", "teacher_hidden", "labels"}),
-            leaves=frozenset({"student_hidden", "student_weight"}),
-            call=_linear_call,
-            eager=eager.linear_distill,
-            choice=_explained(mfd.linear_distill_loss),
-            work=_linear_work,
-        ),
-        BenchOp(
             "student_step",
-            public="mfd_loss",
             sizes={"batch": 256, "modalities": 3, "width": 512, "classes": 100, "inputs": 1024},
             options=_MFD_OPTIONS,
             inputs=_step_inputs,
@@ -349,6 +358,13 @@ OPS: dict[str, BenchOp] = {
             choice=_step_choice,
             work=_step_work,
         ),
+    ),
+}
+#: Follows from the record of the public ops: one that is not measured has no entry above, and no benchmark runs.
+OPS: dict[str, BenchOp] = {
+    record.name: record
+    for record in (
+        *(replace(record, public=op) for op in protocol.OPS for record in _MEASURED[op]),
         *MODULES,
     )
 }

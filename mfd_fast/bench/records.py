@@ -46,7 +46,7 @@ class BenchOp:
         eager: ``f(**arguments, **options) -> Tensor``.
         choice: ``(arguments, options, backend) -> Choice``: what ``call`` would run on; raises as the op would.
         work: ``(sizes, item size, training) -> Work``.
-        public: the public op that it calls, where that has another name or the workload is more than its call.
+        public: the public op that it calls; "" for a module.
         mean: whether the result is a mean over rows (else one value per row, weighted by a given upstream gradient).
         lenience: how many times eager's error is allowed to mfd_fast: 1 where a kernel of ours does the arithmetic.
             Where it is library GEMMs in another order, both sides round equally often and their 16-bit maxima come

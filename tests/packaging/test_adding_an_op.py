@@ -11,7 +11,6 @@ from op_db import RECORDS
 import mfd_fast as mfd
 from mfd_fast import backends
 from mfd_fast.backends.protocol import OPS
-from mfd_fast.bench.ops import OPS as MEASURED
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "adding_an_op.md").read_text(encoding="utf-8")
@@ -28,8 +27,8 @@ BORDERS = {op.kernels: op.border for op in OPS.values()}
 def test_the_steps_name_files_that_have_the_op():
     files = [row[1].split("`")[1] for row in ROWS]
     assert len(files) == 17
-    assert len(LINES) == 17
-    assert len({*files, *LINES}) == 34
+    assert len(LINES) == 16
+    assert len({*files, *LINES}) == 33
     for name in (*files, *LINES):
         assert re.search("feature|_taps", (ROOT / name).read_text(), re.IGNORECASE), name
 
@@ -48,7 +47,6 @@ def test_every_op_is_in_every_place(name):
     options = set(inspect.signature(op).parameters) - {"backend", "process_group"}
     taken = inspect.signature(check).parameters
     assert options <= set(taken) or any(p.kind is p.VAR_KEYWORD for p in taken.values())
-    assert name in {record.public or record.name for record in MEASURED.values()}
     assert re.search(rf"^\.\. autofunction:: {name}$", (ROOT / "docs/api/ops.md").read_text(), re.MULTILINE)
     assert f"`{name}`" in (ROOT / "CHANGELOG.md").read_text()
 
