@@ -29,6 +29,14 @@ class LinearGradients(NamedTuple):
     temperature: Any = None
     teacher_temperature: Any = None
 
+    @property
+    def student_head(self) -> tuple[Any, Any, Any]:
+        return self.student_hidden, self.student_weight, self.student_bias
+
+    @property
+    def teacher_head(self) -> tuple[Any, Any, Any]:
+        return self.teacher_hidden, self.teacher_weight, self.teacher_bias
+
 
 NOTHING = LinearGradients()
 HEADS = HeadProblem.TENSORS
@@ -75,8 +83,8 @@ def run(
     total = LinearGradients(*(_start(leaf, need, rows) for leaf, need in zip(leaves, needs, strict=True)))
     step = int(heads.chunk_rows)
     kernels = sharded or row_backend(backend)
-    of_teacher = any(needs[3:7])
-    wanted = RowNeeds(any(needs[:3]), bool(needs.temperature), bool(needs.teacher_temperature), False, [of_teacher])
+    of_student, of_teacher = any(needs.student_head), any((*needs.teacher_head, needs.teacher))
+    wanted = RowNeeds(of_student, bool(needs.temperature), bool(needs.teacher_temperature), False, [of_teacher])
     # Logits that were given are the caller's.
     in_place = not of_teacher or heads.teacher_weight is not None
     zero = torch.zeros((), dtype=dtype, device=rows.device)
@@ -98,9 +106,11 @@ def run(
                 chunk, statistics, soft_up, hard_up, wanted, in_place=in_place, student_dtype=student_dtype
             )
             del chunk  # its memory serves what follows
-            _add_head(total[:3], found.student, heads.student_hidden, heads.student_weight, part, narrow)
+            _add_head(total.student_head, found.student, heads.student_hidden, heads.student_weight, part, narrow)
             if heads.teacher_weight is not None:
-                _add_head(total[3:6], found.teachers[0], heads.teacher_hidden, heads.teacher_weight, part, dtype)
+                _add_head(
+                    total.teacher_head, found.teachers[0], heads.teacher_hidden, heads.teacher_weight, part, dtype
+                )
             else:
                 _add(total.teacher, found.teachers[0], part)
             _add(total.temperature, found.temperature, part)

@@ -154,7 +154,7 @@ def _run_loss(
     _check_values(rows)
     wanted = LinearGradients(*needs)
     soft, hard, entropy, found = _scalar(_chosen(backend, rows, loss, heads), rows, loss, heads, wanted)
-    gradients = (soft.new_empty(0) if g is None else g for g in found[:3])
+    gradients = (soft.new_empty(0) if g is None else g for g in found.student_head)
     return combine_rows(rows, loss, soft, hard), soft, hard, entropy, *gradients
 
 

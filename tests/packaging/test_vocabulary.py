@@ -41,7 +41,7 @@ MIRRORS = {
     ),
     *("TopKSlopes", "Side", "TopKRow", "Listed", "RowTerms"),
     # the gradients of a call: tensors, addresses, or what computes them
-    *("RowGradients", "PoolGradients", "TeacherGradients"),
+    *("RowGradients", "PoolGradients"),
 }
 #: Public names of an adapter that are the other library's own.
 DROP_IN = {"LogitsDistillationLoss"}

@@ -242,9 +242,8 @@ def per_row_backward(
         launch(kernel, -(-n // common.blocks.rows), rows.device, common.blocks.warps, taken(kernel, arguments))
     first = None if student is None or d_student is None else finish(student, d_student)
     if several:
-        of_mixture = (needs.teacher_temperature, needs.teacher_weights, *needs.teachers)
-        found = mixture_backward(rows, common, mixed, exponents, at_one, of_mixture)
-        return RowGradients(first, per_side[0], found.temperature, found.weights, found.teachers)
+        of_teachers = mixture_backward(rows, common, mixed, exponents, at_one, needs)
+        return of_teachers._replace(student=first, temperature=per_side[0])
     second = None if teacher is None or d_teacher is None else finish(teacher, d_teacher)
     return RowGradients(first, per_side[0], per_side[1], None, [second])
 

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 from ...divergences import DKD, NKD, AlphaBeta, Divergence, ReverseKL
 from ...problems.rows import RowProblem
 from .. import allocate
+from ..protocol import RowGradients, RowNeeds
 from .launch import constants, finish, gradient, kernels, launch, taken
 from .row_arguments import RowArguments
-
-
-class TeacherGradients(NamedTuple):
-    """Of the teachers' temperature [N], their weights [N, K] and their logits; None where not wanted."""
-
-    temperature: Tensor | None
-    weights: Tensor | None
-    teachers: list[Tensor | None]
 
 
 def has_exponents(divergence: Divergence) -> bool:
@@ -32,18 +23,18 @@ def mixture_backward(
     mixed: Tensor | None,
     exponents: Tensor | None,
     at_one: Tensor | None,
-    needs: tuple[bool, ...],
-) -> TeacherGradients:
-    """``mixed`` [N, classes]: the gradient with respect to the mixture's logits T log p, over p; None if not needed.
-    ``exponents``: None, or logarithms of what to multiply it by.
+    needs: RowNeeds,
+) -> RowGradients:
+    """The gradients of the teachers' side alone.
 
+    ``mixed`` [N, classes]: the gradient with respect to the mixture's logits T log p, over p; None if not needed.
+    ``exponents``: None, or logarithms of what to multiply it by.
     ``at_one`` [N]: of NKD, that with respect to the mixture's probability of the label at temperature 1.
-    ``needs``: whether the temperature, the weights and each of the teachers wants a gradient.
     """
     n, count = rows.n_rows, len(rows.teachers)
-    temperature = allocate.empty((n,), rows.dtype, rows.device) if needs[0] else None
-    weights = allocate.empty((n, count), rows.dtype, rows.device) if needs[1] else None
-    pairs = [gradient(logits) for logits in rows.teachers] if any(needs[2:]) else []
+    temperature = allocate.empty((n,), rows.dtype, rows.device) if needs.teacher_temperature else None
+    weights = allocate.empty((n, count), rows.dtype, rows.device) if needs.teacher_weights else None
+    pairs = [gradient(logits) for logits in rows.teachers] if any(needs.teachers) else []
     if mixed is not None and common is not None:
         widths = tuple(logits.shape[-1] for logits in rows.teachers)
         module = kernels("distill.mixture_backward")
@@ -62,5 +53,5 @@ def mixture_backward(
         width = max(widths) // common.unit if pairs else common.numbers["classes"]
         arguments = common.numbers | {"p": common.problem, "of": outputs, "how": how, "width": width}
         launch(kernel, -(-n // common.blocks.rows), rows.device, common.blocks.warps, taken(kernel, arguments))
-    found = [finish(written, out) if need else None for (written, out), need in zip(pairs, needs[2:], strict=False)]
-    return TeacherGradients(temperature, weights, found or [None] * count)
+    found = [finish(*pair) if need else None for pair, need in zip(pairs, needs.teachers, strict=False)]
+    return RowGradients(None, None, temperature, weights, found or [None] * count)
