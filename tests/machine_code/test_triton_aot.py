@@ -80,10 +80,11 @@ def test_numbers_of_rows_are_run_time_values(compiler, name):
     assert all(other == first for other in others)
 
 
-@pytest.mark.parametrize("option", [*jobs.OPTIONS, *jobs.SPARSE])
+@pytest.mark.parametrize("option", [*jobs.OPTIONS, *jobs.SPARSE, *jobs.PARTS, *jobs.SPARSE_PARTS])
 @pytest.mark.parametrize("classes", [1000, 128256])
 def test_loss_and_gradient_are_one_launch_on_triton(option, classes):
     """Beside the counting of the rows and the sum of the programs' partial losses."""
     name = f"distill_scalar-{classes}-bf16-90-{option}"
-    kernel = "topk_scalar" if option in jobs.SPARSE else "plain_scalar" if jobs.is_plain(name) else "distill_scalar"
+    sparse = option in jobs.SPARSE or option in jobs.SPARSE_PARTS
+    kernel = "topk_scalar" if sparse else "plain_scalar" if jobs.is_plain(name) else "distill_scalar"
     assert jobs.launched(name) == ["count_rows", kernel, "reduce_loss"]

@@ -44,6 +44,10 @@ EXPONENTS: dict[str, dict[str, Any]] = {
     "teachersreverse": {"teachers": 3, "divergence": mfd.ReverseKL()},
     "teachersalphabeta": {"teachers": 3, "divergence": mfd.AlphaBeta(0.5, 0.25)},
 }
+#: The scalar loss with its parts, of all classes and of a sparse teacher.
+PARTS: dict[str, dict[str, Any]] = {f"parts{option}": DIVERGENCES[option] for option in ("forward", "jsd", "dkd")}
+PARTS["partsteachers"] = {"teachers": 3}
+SPARSE_PARTS: dict[str, dict[str, Any]] = {"partsbucket": {"listed": 64, "tail": "bucket"}}
 #: The same with other numbers, which must not compile anything new.
 OTHER_NUMBERS: dict[str, dict[str, Any]] = {
     "jsd": {"divergence": mfd.JSD(0.9)},
@@ -65,6 +69,9 @@ SPARSE: dict[str, dict[str, Any]] = {
 }
 
 
+EVERY = OPTIONS | EXPONENTS | SPARSE | PARTS | SPARSE_PARTS
+
+
 def _names() -> list[str]:
     """On sm_90 every option in every kernel; lengths and dtypes take turns."""
     lengths, dtypes, sparse = itertools.cycle(CLASSES), itertools.cycle(DTYPES), itertools.cycle(SPARSE_KERNELS)
@@ -74,6 +81,8 @@ def _names() -> list[str]:
         next(lengths)
     names += [f"topk_scalar-{next(lengths)}-{next(dtypes)}-90-{option}" for option in SPARSE]
     names += [f"topk_rows-{next(lengths)}-{next(dtypes)}-90-{option}" for option in SPARSE]
+    names += [f"distill_scalar-{next(lengths)}-{next(dtypes)}-90-{option}" for option in PARTS]
+    names += [f"topk_scalar-{next(lengths)}-{next(dtypes)}-90-{option}" for option in SPARSE_PARTS]
     names += [f"mixture_backward-{c}-fp32-90-teachersnkd" for c in CLASSES]
     names += [f"{kernel}-128256-fp32-90-teachersalphabeta" for kernel in OF_EXPONENTS]
     for capability in (80, 100):
@@ -97,6 +106,8 @@ def _complete() -> list[str]:
     shapes = list(itertools.product(CLASSES, DTYPES, CAPABILITIES))
     names = [f"{k}-{c}-{d}-{cc}-{o}" for k, o in itertools.product(KERNELS, OPTIONS) for c, d, cc in shapes]
     names += [f"{k}-{c}-{d}-{cc}-{o}" for k, o in itertools.product(SPARSE_KERNELS, SPARSE) for c, d, cc in shapes]
+    names += [f"distill_scalar-{c}-{d}-{cc}-{o}" for o in PARTS for c, d, cc in shapes]
+    names += [f"topk_scalar-{c}-{d}-{cc}-{o}" for o in SPARSE_PARTS for c, d, cc in shapes]
     names += [f"{k}-{c}-{d}-{cc}-{o}" for k, o in itertools.product(OF_EXPONENTS, EXPONENTS) for c, d, cc in shapes]
     return names + [f"mixture_backward-{c}-{d}-{cc}-{o}" for o in OPTIONS if "teachers" in o for c, d, cc in shapes]
 
@@ -108,7 +119,7 @@ COMPLETE = sorted({*NAMES, *_complete()})
 
 def is_plain(name: str) -> bool:
     """Whether the scalar kernel of this name is `plain_scalar`, which has a road with a column per thread as well."""
-    return name.startswith("distill_scalar") and distill_loss.is_plain(_problem(name, {})[0])
+    return name.startswith("distill_scalar") and "parts" not in name and distill_loss.is_plain(_problem(name, {})[0])
 
 
 def launches(name: str) -> Launch:
@@ -118,7 +129,7 @@ def launches(name: str) -> Launch:
 
 def launched(name: str) -> list[str]:
     """The kernels of a call of the scalar loss, its gradient included."""
-    return [kernel.fn.__name__ for kernel, *_ in unlaunched(lambda: _scalar(*_problem(name, {})))]
+    return [kernel.fn.__name__ for kernel, *_ in unlaunched(lambda: _scalar(*_problem(name, {}), "parts" in name))]
 
 
 def variants(name: str) -> list[Launch]:
@@ -133,13 +144,13 @@ def _recorded(name: str, changes: dict[str, Any]) -> Launch:
     rows, weight = _problem(name, changes)
     if is_plain(name):
         wanted = "plain_scalar"
-    return recorded(wanted, int(capability), lambda: _run_everything(rows, weight))
+    return recorded(wanted, int(capability), lambda: _run_everything(rows, weight, "parts" in name))
 
 
 def _problem(name: str, changes: dict[str, Any]) -> tuple[Any, torch.Tensor]:
     """Rows with labels and a mask, and the weights."""
     _, columns, dtype, _, option = name.split("-")
-    options = {"n": 2, "temperature": 2.0, "label_smoothing": 0.1, **(OPTIONS | EXPONENTS | SPARSE)[option], **changes}
+    options = {"n": 2, "temperature": 2.0, "label_smoothing": 0.1, **EVERY[option], **changes}
     n, classes = options.pop("n"), int(columns)
     student = torch.zeros(n, classes, dtype=DTYPES[dtype])
     teacher: Any = [student.clone() for _ in range(options.pop("teachers", 1))]
@@ -155,14 +166,14 @@ def _problem(name: str, changes: dict[str, Any]) -> tuple[Any, torch.Tensor]:
     return check_rows("aot", student, teacher, labels, mask=mask, **options), weight
 
 
-def _scalar(rows: Any, weight: torch.Tensor) -> Any:
+def _scalar(rows: Any, weight: torch.Tensor, parts: bool) -> Any:
     loss = check_row_loss(rows, 1.0, 0.5, weight, "mean", None)
-    return distill_loss.scalar(rows, loss, needs_grad=True, parts=False)
+    return distill_loss.scalar(rows, loss, needs_grad=True, parts=parts)
 
 
-def _run_everything(rows: Any, weight: torch.Tensor) -> None:
+def _run_everything(rows: Any, weight: torch.Tensor, parts: bool) -> None:
     """Both terms and, in backward, every gradient: the launches that need most registers."""
-    gradient = _scalar(rows, weight).student
+    gradient = _scalar(rows, weight, parts).student
     stats = distill_loss.per_row(rows, terms=True)[2]
     several = len(rows.teachers) > 1
     needs = RowNeeds(True, True, True, several, [True] * len(rows.teachers))

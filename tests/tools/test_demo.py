@@ -11,9 +11,11 @@ import pytest
 import torch
 from scipy import stats
 
+import mfd_fast as mfd
 from mfd_fast import demo
 from mfd_fast.backends import cuda
-from mfd_fast.demo import data, report, statistics, timing
+from mfd_fast.backends.protocol import OPS
+from mfd_fast.demo import data, report, statistics, timing, train
 from mfd_fast.demo.models import FusionNet
 from mfd_fast.demo.train import ARMS, Config, batches, run_seed
 
@@ -76,6 +78,27 @@ def test_equal_seeds_give_equal_results(quick):
     assert again.accuracy == {arm: {c: found["accuracy"][arm][c][1] for c in CONDITIONS} for arm in ARMS}
     assert again.shares == {arm: {s: found["shares"][arm][s][1] for s in data.SENSORS} for arm in ARMS}
     assert all(sum(shares.values()) == pytest.approx(1) for shares in again.shares.values())
+
+
+def test_a_step_of_every_arm_is_one_call_of_ours(monkeypatch):
+    events, fitted = [], []
+
+    def noted(name, function):
+        return lambda *args, **options: (events.append(name), function(*args, **options))[1]
+
+    def fit(model, lesson, steps, *rest):
+        events.clear()
+        fitted.append(train_fit(model, lesson, steps, *rest))
+        assert events == ["mfd_loss", "step"] * steps
+        return fitted[-1]
+
+    train_fit = train.fit
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted("step", torch.optim.AdamW.step))
+    for name in OPS:
+        monkeypatch.setattr(mfd, name, noted(name, getattr(mfd, name)))
+    run_seed(*data.load(), 0, Config(epochs=1), lambda: None)
+    assert len(fitted) == len(ARMS)
 
 
 @pytest.mark.parametrize("count", [2, 12, 40])

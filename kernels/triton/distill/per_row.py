@@ -10,7 +10,7 @@ from ..rows.sides import mixture, place, read, side
 from ..rows.structs import NUMBERS, Numbers, Side
 from .divergences import DKD, NKD, REVERSE
 from .statistics import with_label
-from .values import row_values
+from .values import entropies, row_values
 
 
 class RowTerms(NamedTuple):
@@ -58,8 +58,7 @@ def write_by_products(out, v, s, t, at, how):
         ms, ss, xs, ix = with_label(ms, ss, xs, ix, v.x_label, at.label, s.c)
         mt, st, yt, iy = with_label(mt, st, yt, iy, v.y_label, at.label, t.c)
         nans += ((v.x_label != v.x_label) | (v.y_label != v.y_label)).to(tl.int32)
-    student_entropy = tl.log(ss) - divide(divide(xs, ss), s.T)
-    teacher_entropy = tl.log(st) - divide(divide(yt, st), t.T)
+    student_entropy, teacher_entropy = entropies(v, s, t, at, how)
     tl.store(out.student_entropy_ptr + at.row, tl.where(at.counted, student_entropy, 0.0), mask=at.exists)
     tl.store(out.teacher_entropy_ptr + at.row, tl.where(at.counted, teacher_entropy, 0.0), mask=at.exists)
     agree = at.counted & (at.bad == 0) & (ix == iy) & (nans == 0)

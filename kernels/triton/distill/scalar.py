@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 
 from ..rows.arithmetic import columns, divide, row_scalar
-from ..rows.reduce import divisor
+from ..rows.reduce import PARTS, divisor
 from ..rows.sides import mixture, place, read, side, through_transform
 from ..rows.structs import NUMBERS, LossNumbers, Numbers, Side
 from .divergences import NKD, NONE
 from .gradients import Targets, student_gradient
-from .values import row_values
+from .values import entropies, row_values
 
 
 @triton.jit
@@ -56,6 +56,24 @@ def row_losses(v, T, loss, numbers, at, how):
         total += hard_w * v.hard
         hard_share = tl.where(at.labelled, hard_w.to(DTYPE) * share, 0.0)
     return tl.where(at.counted, w * total, 0.0), slope, hard_share, at_one
+
+
+@triton.jit
+def store_parts(parts_ptr, v, both, T, weight_ptr, at, pid, how):
+    """parts[:, program] = sums over its rows of weight times soft, hard and ``both`` entropies, in float64."""
+    w = tl.full([how.ROWS], 1.0, tl.float64)
+    if weight_ptr is not None:
+        w = tl.load(weight_ptr + at.row, mask=at.counted, other=0.0).to(tl.float64)
+    soft = v.soft.to(tl.float64)
+    if how.SQUARED:
+        soft = soft * T * T
+    each = (soft + v.at_one, v.hard, both[0], both[1])
+    for part in tl.static_range(PARTS):
+        values = each[part].to(tl.float64)
+        if how.DIVERGENCE == NONE and part != 1:
+            values = tl.zeros_like(values)
+        total = tl.sum(tl.where(at.counted, w * values, 0.0), 0)
+        tl.store(parts_ptr + part * tl.num_programs(0).to(tl.int64) + pid, total)
 
 
 @triton.jit
@@ -161,6 +179,11 @@ def general_rows(
     v = row_values(x, y, s, t, at, col, smoothing, a, b, how)
     total, slope, hard_share, at_one = row_losses(v, s.T, loss, numbers, at, how)
     tl.store(loss.partial_ptr + pid, tl.sum(total, 0))
+    if loss.parts_ptr is not None:
+        both = (v.hard, v.hard)
+        if how.DIVERGENCE != NONE:
+            both = entropies(v, s, t, at, how)
+        store_parts(loss.parts_ptr, v, both, s.T, loss.weight_ptr, at, pid, how)
     if loss.grad_ptr is not None:
         targets = label_targets(v, hard_share, at_one, smoothing, classes, how)
         write_gradient(loss.grad_ptr, x, y, s, t, v, at, col, width, slope, targets, how)

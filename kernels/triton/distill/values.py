@@ -9,7 +9,7 @@ from ..rows.arithmetic import INF, LOG2E, divide, finite_max, hard_value, power,
 from ..rows.sides import label_logit, label_prob_at_one
 from .divergences import DKD, NKD, NONE, REVERSE
 from .gradients import Known, Means, centred_gap, know, online_value, pointwise_means
-from .statistics import Sums, hold_rows, stream_rows
+from .statistics import Sums, hold_rows, stream_rows, with_label
 
 
 class Soft(NamedTuple):
@@ -97,6 +97,17 @@ def prob_at_one(t, label, counted, y_label, t_top, t1):
 def surprise_at_one(x_label, s_top, s1):
     """-log q of the label at temperature 1."""
     return tl.log(s1) - (x_label - finite_max(s_top))
+
+
+@triton.jit
+def entropies(v, s, t, at, how):
+    """Of student and teacher, [ROWS], of rows whose values ``v`` were found with TERMS."""
+    ms, ss, xs, ix = v.known.ms, v.known.ss, v.sums.xs, v.sums.ix
+    mt, st, yt, iy = v.known.mt, v.known.st, v.sums.yt, v.sums.iy
+    if (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD):
+        ms, ss, xs, ix = with_label(ms, ss, xs, ix, v.x_label, at.label, s.c)
+        mt, st, yt, iy = with_label(mt, st, yt, iy, v.y_label, at.label, t.c)
+    return tl.log(ss) - divide(divide(xs, ss), s.T), tl.log(st) - divide(divide(yt, st), t.T)
 
 
 @triton.jit

@@ -70,9 +70,13 @@ def count_rows(
         tl.store(counts_ptr + tl.num_programs(0) + pid, tl.sum(of_labels.to(tl.int64), 0))
 
 
+PARTS = tl.constexpr(4)  # of a loss: soft, hard, student's and teacher's entropy
+
+
 @triton.jit(do_not_specialize=["n_partials", "n_counts"])
 def reduce_loss(
     out_ptr,
+    parts_ptr,
     loss,
     normalizer: tl.float64,
     n_partials: tl.int64,
@@ -80,10 +84,21 @@ def reduce_loss(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The sum of the partial losses of ``loss`` (`Loss`), in a fixed order, over its divisor."""
+    """The sum of the partial losses of ``loss`` (`Loss`), in a fixed order, over its divisor; the same of its parts."""
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(0, n_partials, BLOCK):
         k = first + tl.arange(0, BLOCK)
         total += tl.load(loss.partial_ptr + k, mask=k < n_partials, other=0.0).to(tl.float64)
     by = divisor(loss, normalizer, n_counts, False, tl.float64)
     tl.store(out_ptr + tl.arange(0, 1), (tl.sum(total, 0) / by).to(DTYPE))
+    if parts_ptr is not None:
+        of_hard = by
+        if loss.APART:
+            of_hard = divisor(loss, normalizer, n_counts, True, tl.float64)
+        for part in tl.static_range(PARTS):
+            total = tl.zeros([BLOCK], tl.float64)
+            for first in range(0, n_partials, BLOCK):
+                k = first + tl.arange(0, BLOCK)
+                total += tl.load(loss.parts_ptr + part * n_partials + k, mask=k < n_partials, other=0.0)
+            total = tl.sum(total, 0) / (of_hard if part == 1 else by)
+            tl.store(parts_ptr + part + tl.arange(0, 1), total.to(DTYPE))

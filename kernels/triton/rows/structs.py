@@ -98,10 +98,12 @@ class How(NamedTuple):
 class Loss(NamedTuple):
     """The scalar loss: partial sums per program, the student's gradient if it is wanted, and what the terms count for:
     weight per row, weights of the terms, what the sum is divided by (`reduce.divisor`). APART: the hard term is divided
-    by a count of its own, which lies behind that of the rows.
+    by a count of its own, which lies behind that of the rows. parts_ptr: None, or partial sums [PARTS, programs] of the
+    terms before their weights and of both entropies.
     """
 
     partial_ptr: tl.tensor
+    parts_ptr: tl.tensor
     grad_ptr: tl.tensor
     weight_ptr: tl.tensor
     soft_weight_ptr: tl.tensor

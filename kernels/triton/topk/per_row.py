@@ -13,28 +13,12 @@ from ..rows.arithmetic import (
     finite_max,
     first_column,
     power,
-    rescale,
-    rescale_moment,
 )
 from ..rows.sides import label_logit, place, side
 from ..rows.structs import NUMBERS, Numbers, Side
 from .rest import over_tile, row_bits
 from .scalar import write_student
-from .values import RENORMALIZE, ZERO, constant_in_h, pick, topk_row, topk_slopes
-
-
-@triton.jit
-def entropy(total, weighted, T):
-    """Of a softmax from its sum of e = exp((x - max)/T) and the sum of e*(x - max)."""
-    return tl.log(total) - divide(divide(weighted, total), T)
-
-
-@triton.jit
-def tile_sums(x, top, c):
-    """Sum of e = 2**((x - top)*c) and of e*(x - top)."""
-    d = x - finite_max(top)[:, None, None]
-    e = power(d, c[:, None, None])
-    return over_tile(e), over_tile(tl.where(e > 0.0, e * d, 0.0))
+from .values import RENORMALIZE, ZERO, constant_in_h, entropy, pick, softened_sums, topk_row, topk_slopes
 
 
 @triton.jit
@@ -65,21 +49,12 @@ def agreement(v, x, top, at):
 @triton.jit
 def write_by_products(out, v, s, t, at, how):
     """Entropies, agreement and, with labels, their probabilities."""
-    x = tl.where(v.listed, v.x, float("-inf"))
-    top = tl.max(tl.max(x, 2), 1)
-    row_top = tl.maximum(top, v.rest.top - v.shift)
-    total, weighted = tile_sums(x, row_top, s.c)
-    below = v.rest.top - v.shift - finite_max(row_top)
-    total += rescale(v.rest.total, v.rest.top - v.shift, row_top, s.c)
-    weighted += rescale_moment(v.rest.moment, v.rest.total, below, v.rest.top - v.shift, row_top, s.c)
-    total = tl.where(v.bad, float("nan"), total)
-    x_entropy = entropy(total, weighted, s.T)
+    row_top, total, weighted, y_top, y_total, y_weighted = softened_sums(v, s, t)
+    x_entropy, y_entropy = entropy(total, weighted, s.T), entropy(y_total, y_weighted, t.T)
     tl.store(out.student_entropy_ptr + at.row, tl.where(at.counted, x_entropy, 0.0), mask=at.exists)
-    y_top = tl.max(tl.max(v.y, 2), 1)
-    y_total, y_weighted = tile_sums(v.y, y_top, t.c)
-    y_entropy = entropy(y_total, y_weighted, t.T)
     tl.store(out.teacher_entropy_ptr + at.row, tl.where(at.counted, y_entropy, 0.0), mask=at.exists)
-    tl.store(out.agreement_ptr + at.row, agreement(v, x, top, at), mask=at.exists)
+    x = tl.where(v.listed, v.x, float("-inf"))
+    tl.store(out.agreement_ptr + at.row, agreement(v, x, tl.max(tl.max(x, 2), 1), at), mask=at.exists)
     if how.HARD:
         x_label = label_logit(s, at.label, at.counted) - v.shift
         q_label = divide(power(x_label - finite_max(row_top), s.c), total)

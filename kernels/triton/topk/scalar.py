@@ -7,12 +7,12 @@ for the sums over the other classes and once for their gradient. Numbers and str
 import triton
 import triton.language as tl
 
-from ..distill.scalar import row_losses
+from ..distill.scalar import row_losses, store_parts
 from ..rows.arithmetic import columns, divide
 from ..rows.sides import place, read, side, through_transform
 from ..rows.structs import NUMBERS, LossNumbers, Numbers, Side
 from .rest import is_listed, over_tile, row_bits
-from .values import listed_gradient, topk_row, topk_slopes, unlisted_gradient
+from .values import entropy, listed_gradient, softened_sums, topk_row, topk_slopes, unlisted_gradient
 
 
 @triton.jit
@@ -93,6 +93,10 @@ def topk_scalar(
     numbers = LossNumbers(soft_weight, hard_weight, normalizer, n_counts)
     total, slope, hard_share, at_one = row_losses(v, s.T, loss, numbers, at, how)
     tl.store(loss.partial_ptr + row, total, mask=at.exists)
+    if loss.parts_ptr is not None:
+        _top, x_total, x_weighted, _y_top, y_total, y_weighted = softened_sums(v, s, t)
+        both = (entropy(x_total, x_weighted, s.T), entropy(y_total, y_weighted, t.T))
+        store_parts(loss.parts_ptr, v, both, s.T, loss.weight_ptr, at, tl.program_id(0), how)
     if loss.grad_ptr is not None:
         slopes = topk_slopes(v, s, t, slope, hard_share, at_one, smoothing, at.classes, how)
         write_student(loss.grad_ptr, v, s, slopes, listed, bits, at, col, width * p.student.UNIT, how)

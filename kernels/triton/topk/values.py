@@ -15,7 +15,18 @@ from ..distill.divergences import ALPHA_BETA, DKD, FORWARD_POINT, NKD, SKEW, SKE
 from ..distill.gradients import Known, Means, Targets, raised, student_soft, targets_gradient
 from ..distill.statistics import hold_rows
 from ..distill.values import prob_at_one, soft_value, surprise_at_one
-from ..rows.arithmetic import INF, LAST, LOG2E, divide, finite_max, hard_value, power, valid_sum
+from ..rows.arithmetic import (
+    INF,
+    LAST,
+    LOG2E,
+    divide,
+    finite_max,
+    hard_value,
+    power,
+    rescale,
+    rescale_moment,
+    valid_sum,
+)
 from ..rows.sides import label_logit, read
 from ..rows.structs import How, Place
 from .rest import Rest, mark_listed, n_words, no_rest, over_tile, rest_sums
@@ -234,6 +245,35 @@ def topk_row(s, t, p, bits, at, col, n_listed, smoothing, a, b, how):
     tiles = (x, y, seen, slots.slot, slots.column, slots.listed, slots.at_rest, slots.label)
     values = (value, hard, at_one, p1, s1, u_top, u1, soft.t_top, soft.t1, bad)
     return TopKRow(*tiles, shift, top, rest, d.left, share, power_share, *values, soft.known, means)
+
+
+@triton.jit
+def tile_sums(x, top, c):
+    """Sum of e = 2**((x - top)*c) and of e*(x - top)."""
+    d = x - finite_max(top)[:, None, None]
+    e = power(d, c[:, None, None])
+    return over_tile(e), over_tile(tl.where(e > 0.0, e * d, 0.0))
+
+
+@triton.jit
+def entropy(total, weighted, T):
+    """Of a softmax from its sum of e = exp((x - max)/T) and the sum of e*(x - max)."""
+    return tl.log(total) - divide(divide(weighted, total), T)
+
+
+@triton.jit
+def softened_sums(v, s, t):
+    """Of the student's row and of the teacher's tile: maximum, and of both the sums that `entropy` takes."""
+    x = tl.where(v.listed, v.x, float("-inf"))
+    top = tl.maximum(tl.max(tl.max(x, 2), 1), v.rest.top - v.shift)
+    total, weighted = tile_sums(x, top, s.c)
+    below = v.rest.top - v.shift - finite_max(top)
+    total += rescale(v.rest.total, v.rest.top - v.shift, top, s.c)
+    weighted += rescale_moment(v.rest.moment, v.rest.total, below, v.rest.top - v.shift, top, s.c)
+    total = tl.where(v.bad, float("nan"), total)
+    y_top = tl.max(tl.max(v.y, 2), 1)
+    y_total, y_weighted = tile_sums(v.y, y_top, t.c)
+    return top, total, weighted, y_top, y_total, y_weighted
 
 
 class TopKSlopes(NamedTuple):

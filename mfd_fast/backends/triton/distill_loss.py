@@ -12,7 +12,6 @@ from torch import Tensor
 from ...codes import STATISTICS
 from ...divergences import JSD, NKD, TVD, ForwardKL, ReverseKL, SkewKL, SkewReverseKL
 from ...problems.rows import DistillProblem, RowLoss, RowProblem, Scalar, check_indices, check_labels_in_range
-from ...reference.distill_loss import parts_of
 from .. import allocate
 from ..plans import Places, label_places
 from ..protocol import ByProducts, RowGradients, RowNeeds, RowOutputs, ScalarLoss
@@ -28,6 +27,7 @@ COUNT_BLOCK, COUNT_WARPS = 8192, 16
 COUNTED_AT_ONCE = 32768  # rows that one program counts: so every other program has one number to read
 MAX_COUNTS = 128
 REDUCE_BLOCK = 1024
+PARTS = 4  # of `reduce_loss`
 # Numbers of the backward pass that the forward pass of topk_rows does not look at.
 UPSTREAM = ("grad_soft_stride", "grad_hard_stride", "s_width")
 # Beside the forward KL, of 16-bit logits.
@@ -46,10 +46,7 @@ def can_run(rows: RowProblem) -> str | None:
 
 
 def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) -> ScalarLoss:
-    """The scalar loss and, if asked, its gradient with respect to the student, in one pass over the rows.
-
-    The parts come from a pass of their own.
-    """
+    """The scalar loss and, if asked, its parts and its gradient to the student, in one pass over the rows."""
     check_labels_in_range(rows.op, rows)
     check_indices(rows.op, rows)
     soft, hard = loss.use_soft, rows.labels is not None and loss.use_hard
@@ -59,12 +56,7 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) ->
         value.zero_()
         return ScalarLoss(value, None if grad is None else grad.zero_(), value.new_zeros(4) if parts else None)
 
-    of_terms = None
-    if parts:
-        soft_rows, hard_rows, _, extra = per_row(rows if soft else rows.without_teacher(), terms=True)
-        assert extra is not None
-        of_terms = torch.stack(parts_of(rows, loss, soft_rows, hard_rows, *extra[:2]))
-    loss = loss.folded()
+    whole, loss = loss, loss.folded()
     counts, n_counts = None, 0
     divisor: Scalar = 1.0
     if loss.reduction == "mean" and loss.normalizer is not None:
@@ -76,16 +68,18 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) ->
     sparse = soft and rows.topk is not None
     if rows.topk is not None and not sparse:  # the teacher is not read
         rows = rows.replace(topk=None, indices=None, teachers=[rows.student])
-    plain = soft and is_plain(rows)
-    common = row_arguments(rows, (rows.student.shape[-1],), plain=plain)
+    plain = soft and is_plain(rows) and not parts
+    common = row_arguments(rows, (rows.student.shape[-1],), heavy=parts, plain=plain)
     programs = -(-rows.n_rows // common.blocks.rows)
     partial = allocate.empty((programs,), torch.float64, rows.device)
+    of_terms = allocate.empty((PARTS,), rows.dtype, rows.device) if parts else None
+    partial_parts = allocate.empty((PARTS, programs), torch.float64, rows.device) if parts else None
     terms, numbers = loss_arguments(rows, loss, divisor)
     flags = constants({"COUNTS": 1 if n_counts <= 1 else MAX_COUNTS})
-    terms = terms._replace(partial_ptr=partial, grad_ptr=written, counts_ptr=counts, **flags)
+    terms = terms._replace(partial_ptr=partial, parts_ptr=partial_parts, grad_ptr=written, counts_ptr=counts, **flags)
     arguments = common.numbers | numbers | {"n_counts": n_counts, "width": rows.student.shape[-1] // common.unit}
     arguments |= {"p": common.problem, "listed": common.listed, "loss": terms}
-    arguments["how"] = common.how(soft=soft, hard=hard, smooth=rows.label_smoothing != 0)
+    arguments["how"] = common.how(soft=soft, hard=hard, smooth=rows.label_smoothing != 0, terms=parts and soft)
     kernel = kernels("topk.scalar").topk_scalar if sparse else kernels("distill.scalar").distill_scalar
     more = {}
     if plain:
@@ -94,13 +88,15 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) ->
         widest = max(rows.student.element_size(), rows.teacher.element_size())
         more = {"maxnreg": plain_registers(rows, common.blocks, widest)}
     launch(kernel, programs, rows.device, common.blocks.warps, taken(kernel, arguments), **more)
-    _reduce(terms, numbers["normalizer"], programs, n_counts, value)
+    _reduce(terms, numbers["normalizer"], programs, n_counts, value, of_terms)
+    if of_terms is not None and whole.hard_normalizer is not None:  # the launch has summed up
+        of_terms = _over(of_terms, whole.normalizer, whole.hard_normalizer)
     return ScalarLoss(value, None if grad is None or written is None else finish(written, grad), of_terms)
 
 
 def call_plan(rows: RowProblem, loss: RowLoss, parts: bool, places: Places) -> Any:  # noqa: ARG001
     """The native plan of :func:`scalar` for calls like this one, or None."""
-    if parts or not program.can_plan(places):
+    if not program.can_plan(places):
         return None
     needs_grad = rows.student.requires_grad and torch.is_grad_enabled()
 
@@ -131,18 +127,25 @@ def loss_arguments(rows: RowProblem, loss: RowLoss, divisor: Scalar) -> tuple[An
     soft_number, soft_ptr = number(loss.soft_weight, rows.student)
     hard_number, hard_ptr = number(loss.hard_weight, rows.student)
     divisor_number, divisor_ptr = number(divisor, rows.student)
-    pointers = (None, None, aligned(loss.weight), soft_ptr, hard_ptr, divisor_ptr, None)
+    pointers = (None, None, None, aligned(loss.weight), soft_ptr, hard_ptr, divisor_ptr, None)
     terms = kernels("rows.structs").Loss(
         *pointers, **constants({"COUNTS": MAX_COUNTS, "APART": loss.counts_apart(rows)})
     )
     return terms, {"soft_weight": soft_number, "hard_weight": hard_number, "normalizer": divisor_number}
 
 
-def _reduce(terms: Any, normalizer: float, programs: int, n_counts: int, loss: Tensor) -> None:
-    """The second stage of the loss: the partial sums in a fixed order, over the divisor."""
+def _over(parts: Tensor, *normalizers: Scalar | None) -> Tensor:
+    """``parts`` over the normalizer of the soft or of the hard term."""
+    of_soft, of_hard = (parts.new_tensor(n) if not isinstance(n, Tensor) else n.to(parts) for n in normalizers)
+    return parts / torch.stack((of_soft, of_hard, of_soft, of_soft))
+
+
+def _reduce(terms: Any, normalizer: float, programs: int, n_counts: int, loss: Tensor, parts: Tensor | None) -> None:
+    """The second stage of the loss and of its parts: the partial sums in a fixed order, over the divisor."""
     tl = kernels("rows.reduce").tl
     arguments = {
         "out_ptr": loss,
+        "parts_ptr": parts,
         "loss": terms._replace(grad_ptr=None, weight_ptr=None, soft_weight_ptr=None, hard_weight_ptr=None),
         "normalizer": normalizer,
         "n_partials": programs,
