@@ -27,7 +27,8 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dty
     if backend == "cpu":
         from .cpu import gemm  # needs the native module
 
-        if hidden.dtype == weight.dtype == torch.bfloat16 and gemm.has_pair_product(hidden, weight):
+        sixteen = hidden.dtype == weight.dtype == torch.bfloat16 and dtype == torch.float32
+        if sixteen and gemm.has_pair_product(hidden, weight):
             return gemm.pair_product(hidden, weight, None if bias is None else bias.to(dtype))
         if weight.dtype == dtype:
             return gemm.linear(hidden.to(dtype), weight, None if bias is None else bias.to(dtype), exact=True)

@@ -199,7 +199,9 @@ def without_label(log_p: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     rest = log_sum_exp(others)
     empty = rest == -torch.inf
     log_hat = torch.log_softmax(torch.where(empty, torch.zeros_like(others), others), -1)
-    return rest, torch.where(empty | (others == -torch.inf), -torch.inf, log_hat)
+    # A logit of −inf elsewhere keeps its place in the graph: its gradient is the formula's.
+    own = torch.zeros_like(others, dtype=torch.bool).scatter(-1, label[:, None], True)
+    return rest, torch.where(empty | own, -torch.inf, log_hat)
 
 
 def decoupled(divergence: DKD, log_p: Tensor, log_q: Tensor, label: Tensor) -> Tensor:

@@ -278,8 +278,8 @@ def test_classes_without_mass_of_the_divergences_with_labels(backend, name):
     assert found.grads["student"][0, 3] == 0
     exact = evaluate(TERMS, on(TERMS, "reference"), to_float64(call), names=("student",))
     torch.testing.assert_close(value.double(), exact.outputs["soft"], rtol=1e-5, atol=1e-6)
-    rows = value.isfinite()  # where the value is infinite, a finite gradient is all that is promised
-    grads = (found.grads["student"][rows].double(), exact.grads["student"][rows])
+    # Infinite values have the formula's gradient too; without any other class (row 6) it is finite, which is all.
+    grads = (found.grads["student"][:6].double(), exact.grads["student"][:6])
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 

@@ -104,7 +104,8 @@ def scalar(p: MFDProblem, needs: MFDNeeds) -> tuple[MFDOutput, MFDGradients]:
     # Logits are never rounded to 16 bits.
     head_weight, head_bias = p.head_weight, None if p.head_bias is None else cast(p.head_bias, dtype)
     narrow_pooled = None
-    if head_weight.dtype is torch.bfloat16 and all(x.dtype is torch.bfloat16 for x in pool.features):
+    sixteen = all(x.dtype is torch.bfloat16 for x in (head_weight, *pool.features))
+    if sixteen and dtype is torch.float32:  # not beside a float64 teacher
         narrow_pooled = pooled.bfloat16()  # as modal_pool gives it to eager's head
     if narrow_pooled is not None and has_pair_product(narrow_pooled, head_weight):
         logits = pair_product(narrow_pooled, head_weight, head_bias)
@@ -140,7 +141,8 @@ def scalar(p: MFDProblem, needs: MFDNeeds) -> tuple[MFDOutput, MFDGradients]:
     d_pooled = d_head_weight = d_head_bias = None
     if d_logits is not None and (need_pool or needs.head_weight):
         # Gradients that end in bfloat16 may pass through it, as eager's do, where that saves time.
-        narrow = p.head_weight.dtype is torch.bfloat16 and n * classes * width >= NARROW_PRODUCTS
+        products = n * classes * width
+        narrow = p.head_weight.dtype is torch.bfloat16 and dtype is torch.float32 and products >= NARROW_PRODUCTS
         if narrow:
             y = pooled.bfloat16() if narrow_pooled is None else narrow_pooled
             up, w = d_logits.bfloat16(), head_weight
