@@ -47,6 +47,20 @@ def test_a_regression_is_noticed():
 
 
 @pytest.mark.rest
+def test_the_cuts_of_a_step_add_up():
+    found = call_overhead.cuts("modal_pool", 20)
+    parts = (found.function_us, found.node_us, found.backward_us, found.forward_kernel_us, found.backward_kernel_us)
+    assert sum(parts) == pytest.approx(found.step_us)
+    assert 0 < found.empty_us < found.step_us
+
+
+def test_the_cuts_are_shown_and_written(tmp_path, capsys):
+    file = tmp_path / "cuts.json"
+    assert call_overhead.main(["--cuts", "--rounds", "3", "--threads", "2", "--json", str(file)]) == 0
+    assert [each["op"] for each in json.loads(file.read_text())] == list(call_overhead.LIMITS["cpu"])
+    assert capsys.readouterr().out.count("\n") == len(call_overhead.LIMITS["cpu"]) + 1
+
+
 def test_every_backend_is_measured_in_a_process_of_its_own(tmp_path, capsys):
     file = tmp_path / "overhead.json"
     call_overhead.main(["--rounds", "3", "--json", str(file)])

@@ -18,7 +18,7 @@ from ..plans import Places
 from ..protocol import MFDGradients, MFDNeeds
 from . import distill_loss, native, streams
 from . import modal_pool as pooling
-from .gemm import NATIVE_PRODUCTS, has_pair_product, linear, pair_product
+from .gemm import NATIVE_PRODUCTS, has_pair_product, head_gradient, linear, pair_product
 
 __all__ = ["call_plan", "can_run", "has_one_pass", "scalar"]
 
@@ -149,7 +149,7 @@ def scalar(p: MFDProblem, needs: MFDNeeds) -> tuple[MFDOutput, MFDGradients]:
         else:
             up, y, w = d_logits, pooled, cast(head_weight, dtype)
         if needs.head_weight:
-            d_head_weight = cast(linear(up.t(), y.t()), p.head_weight.dtype)
+            d_head_weight = cast(head_gradient(up, y), p.head_weight.dtype)
         if need_pool:
             d_pooled = linear(up, w.t())
     elif needs.head_weight:

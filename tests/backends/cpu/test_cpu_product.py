@@ -33,6 +33,26 @@ def test_rounds_no_more_than_eager(shape, layout):
         assert_close_to_float64(product, exact, torch.nn.functional.linear(x, weight, b))
 
 
+def test_a_large_heads_gradient_rounds_no_more_than_eager():
+    generator = torch.Generator().manual_seed(0)
+    d_logits, pooled = torch.randn(1024, 200, generator=generator), torch.randn(1024, 97, generator=generator)
+    assert d_logits.numel() * pooled.shape[1] > gemm.NATIVE_PRODUCTS
+    exact = d_logits.double().t() @ pooled.double()
+    assert_close_to_float64(gemm.head_gradient(d_logits, pooled), exact, d_logits.t() @ pooled)
+
+
+def test_onednn_is_for_avx512(monkeypatch):
+    """With AVX2 it is slower than MKL, and rounds more than the gate of the benchmarks allows."""
+    gemm.onednn.cache_clear()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    try:
+        assert gemm.onednn() is None
+        x, weight, bias = _operands(300, 400, 200, "dense")
+        assert_bitwise_equal(gemm.linear(x, weight, bias), torch.addmm(bias, x, weight.t()))
+    finally:
+        gemm.onednn.cache_clear()
+
+
 def test_is_the_same_for_any_number_of_threads():
     x, weight, bias = _operands(300, 210, 150, "dense")
     threads = torch.get_num_threads()
