@@ -228,7 +228,7 @@ class Plans(Generic[P]):
         *of: Any,
     ) -> Done:
         """A call that has passed its checks, for its node of autograd; :meth:`learn` for later ones."""
-        tensors, rest = self.learn(arguments, backend, make, *of) or problem.apart()[::-1]
+        tensors, rest = self.learn(arguments, backend, make, *of) or problem.split()[::-1]
         return Done(results, backend, tensors, rest)
 
     def problem(self, rest: Any, tensors: Iterator[Tensor]) -> Any:

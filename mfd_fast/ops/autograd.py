@@ -23,7 +23,7 @@ def save(ctx: Any, problems: tuple[Problem, ...], *more: Tensor | None) -> None:
     """Keeps what :func:`saved` gives back."""
     kept, tensors = [], []
     for problem in problems:
-        rest, found = problem.apart()
+        rest, found = problem.split()
         kept.append(rest)
         tensors += found
     ctx.problems, ctx.count = kept, len(tensors)

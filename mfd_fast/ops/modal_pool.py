@@ -87,7 +87,7 @@ def pool(problem: PoolProblem, backend: str, arguments: tuple[Any, ...] | None =
     with torch.no_grad():
         results = pool_backend(backend).forward(problem)
     if arguments is None:
-        rest, tensors = problem.apart()
+        rest, tensors = problem.split()
         done = Done(results, backend, tensors, rest)
     else:
         plan = getattr(pool_backend(backend), "call_plan", None)

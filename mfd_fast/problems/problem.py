@@ -72,13 +72,13 @@ class Problem:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that is there."""
-        return self.apart()[1]
+        return self.split()[1]
 
     def without_tensors(self) -> Self:
         """A copy that holds none: what a node of autograd may keep."""
-        return self.apart()[0]
+        return self.split()[0]
 
-    def apart(self) -> tuple[Self, list[Tensor]]:
+    def split(self) -> tuple[Self, list[Tensor]]:
         """:meth:`without_tensors` and :meth:`tensors`."""
         values = self.__dict__.copy()
         found: list[Tensor] = []
@@ -93,7 +93,7 @@ class Problem:
             found += [value for value in each if isinstance(value, Tensor)]
             values[name] = [SAVED if isinstance(value, Tensor) else value for value in each]
         for name in self.PARTS:
-            values[name], more = values[name].apart()
+            values[name], more = values[name].split()
             found += more
         if not found:
             return self, found

@@ -50,7 +50,7 @@ class Sums(NamedTuple):
 
 @triton.jit
 def but_label(x, col, label, how):
-    """x, -inf at the label where the divergence treats it apart."""
+    """x, -inf at the label where the divergence decouples it."""
     if (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD):
         return tl.where(col == label[:, None, None], -INF, x)
     else:

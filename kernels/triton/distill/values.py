@@ -52,11 +52,11 @@ class Values(NamedTuple):
 @triton.jit
 def soft_value(x, y, s, t, at, col, x_label, y_label, ms, mt, sums, a, b, how):
     """`Soft` from the sums of the rows, which x, y hold or, with LOOP, are read again where D asks for it."""
-    APART: tl.constexpr = (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD)
+    DECOUPLED: tl.constexpr = (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD)
     none = tl.zeros_like(ms)
     value = none
     ss, st, s1, t1, s_top, t_top = sums.ss, sums.st, sums.s1, sums.t1, ms, mt
-    if APART:
+    if DECOUPLED:
         s_top, t_top = tl.maximum(ms, x_label), tl.maximum(mt, y_label)
         to_s, to_t = x_label - finite_max(s_top), y_label - finite_max(t_top)
         all_s = valid_sum(rescale(ss, ms, s_top, s.c) + power(to_s, s.c))
@@ -76,7 +76,7 @@ def soft_value(x, y, s, t, at, col, x_label, y_label, ms, mt, sums, a, b, how):
         value, means = pointwise_means(x, y, s, t, known, at, col, how)
     elif how.DIVERGENCE != NONE:
         value = online_value(known, pair, sums.cross, sums.blocked, t, how)
-        mean = sums.cross * known.inv_t if APART else divide(sums.cross, st)
+        mean = sums.cross * known.inv_t if DECOUPLED else divide(sums.cross, st)
         rest = none
         if not how.LOOP:
             rest = centred_gap(x, y, col, at.label, s, t, known, mean, how)
@@ -113,12 +113,12 @@ def entropies(v, s, t, at, how):
 @triton.jit
 def row_values(x, y, s, t, at, col, smoothing, a, b, how):
     """Values of the rows that x, y hold or, with LOOP, that are read here. NaN where `bad` or without any logit."""
-    APART: tl.constexpr = (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD)
+    DECOUPLED: tl.constexpr = (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD)
     none = tl.zeros_like(s.T)
     x_label, y_label, hard, at_one, p1 = none, none, none, none, none
-    if how.HARD or APART:
+    if how.HARD or DECOUPLED:
         x_label = label_logit(s, at.label, at.counted)
-    if APART or (how.HARD and how.TERMS):
+    if DECOUPLED or (how.HARD and how.TERMS):
         y_label = label_logit(t, at.label, at.counted)
     shift = tl.where(tl.abs(x_label) < INF, x_label, 0.0)
     if how.LOOP:

@@ -125,7 +125,7 @@ def load_slots(p, bits, at, col, n_listed, how):
     """`Slots` of a row, whose bitmap is set; bad: also an index out of range or twice, or a label that is not listed
     where the divergence needs it.
     """
-    APART: tl.constexpr = (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD)
+    DECOUPLED: tl.constexpr = (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD)
     slot = tl.arange(0, p.SLOTS)[None, :, None]
     listed = at.counted[:, None, None] & (slot < n_listed)
     at_rest = at.counted[:, None, None] & (slot == n_listed) & (p.TAIL != RENORMALIZE)
@@ -136,7 +136,7 @@ def load_slots(p, bits, at, col, n_listed, how):
     bad = at.bad | mark_listed(bits, column, inside, n_words(at.classes), col, how.LANES * how.VEC)
     bad = bad | (over_tile((listed & (inside == 0)).to(tl.int32)) > 0)
     label = tl.min(tl.min(tl.where(listed & (index == at.label[:, None, None]), slot, LAST), 2), 1)
-    if APART:
+    if DECOUPLED:
         bad = bad | (at.counted & (label == LAST))
     return Slots(slot, column, listed, at_rest, label, bad)
 
@@ -195,7 +195,7 @@ def compare(s, t, p, slots, bits, at, col, a, b, how):
 @triton.jit
 def topk_row(s, t, p, bits, at, col, n_listed, smoothing, a, b, how):
     """Values of one row; NaN where `bad`, an index is out of range or twice, or a label that D needs is not listed."""
-    APART: tl.constexpr = (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD)
+    DECOUPLED: tl.constexpr = (how.DIVERGENCE == DKD) or (how.DIVERGENCE == NKD)
     POWERS: tl.constexpr = (how.DIVERGENCE == ALPHA_BETA) and (p.TAIL == ZERO)
     none = tl.zeros_like(s.T)
     slots = load_slots(p, bits, at, col, n_listed, how)
@@ -207,7 +207,7 @@ def topk_row(s, t, p, bits, at, col, n_listed, smoothing, a, b, how):
     compared = slots.listed | slots.at_rest
     ms, mt, sums = hold_rows(x, y, slots.slot, compared, s, t, slots.label, none, p.tile)
     x_label, y_label = none, none
-    if APART:
+    if DECOUPLED:
         at_label = slots.listed & (slots.slot == slots.label[:, None, None])
         x_label, y_label = pick(x, at_label), pick(y, at_label)
     seen = y
