@@ -53,12 +53,12 @@ struct RowParts {
 
 // Where the weighted sum of the row losses goes; and, unless they are null, the weighted sums of soft and
 // hard term and of both entropies, times `share` or `hard_share`.
-struct Loss {
+struct LossSums {
   void *value, *parts;
   double share, hard_share;
 };
 
-void run_scalar(Forward& f, const TopK* topk, const Loss& loss, int threads) {
+void run_scalar(Forward& f, const TopK* topk, const LossSums& loss, int threads) {
   const RowProblem& problem = f.problem;
   std::optional<RowParts> rows;
   if (loss.parts) rows.emplace(f, problem.n_rows);
@@ -119,7 +119,7 @@ void per_row_backward(const RowProblem& problem, const TopK* topk, Address stats
 class CpuDistillPlan final : public DistillPlan {
   using DistillPlan::DistillPlan;
 
-  bool start(Forward& f, Scalars scalars, Outputs outputs, const DLTensor& student,
+  bool start(Forward& f, Scalars scalars, LossOutputs outputs, const DLTensor& student,
              int threads) const override {
     const RowProblem& problem = f.problem;
     int64_t counted = problem.n_rows;

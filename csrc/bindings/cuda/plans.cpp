@@ -98,7 +98,7 @@ class OfScalarLoss : public Plan {
 class CudaDistillPlan final : public OfScalarLoss<DistillPlan> {
   using OfScalarLoss::OfScalarLoss;
 
-  bool start(Forward& f, Scalars scalars, Outputs outputs, const DLTensor& student, int) const override {
+  bool start(Forward& f, Scalars scalars, LossOutputs outputs, const DLTensor& student, int) const override {
     const RowProblem& problem = f.problem;
     const cuda::Where where = where_of(student.device);
     void* const scratch = workspace(where, sizeof(cuda::ScalarWorkspace), "scalar");

@@ -58,7 +58,7 @@ class DistillPlan : public CallPlan {
       gradient = new_like(call.objects[student], call.tensors[student]);
       f.grad = data_of(gradient);
     }
-    const Outputs outputs = {data_of(value), parts_ ? data_of(parts) : nullptr};
+    const LossOutputs outputs = {data_of(value), parts_ ? data_of(parts) : nullptr};
     if (!start(f, scalars, outputs, call.tensors[student], call.threads)) return none;
     return pybind11::make_tuple(value, gradient, parts);
   }
@@ -72,12 +72,12 @@ class DistillPlan : public CallPlan {
   };
 
   // Where the loss goes and, unless null, its parts.
-  struct Outputs {
+  struct LossOutputs {
     void *loss, *parts;
   };
 
   // Writes these and the gradient to `f.grad`; false: the full checks have something to say.
-  virtual bool start(Forward& f, Scalars scalars, Outputs outputs, const DLTensor& student,
+  virtual bool start(Forward& f, Scalars scalars, LossOutputs outputs, const DLTensor& student,
                      int threads) const = 0;
 
  private:
