@@ -294,7 +294,7 @@ def check_rows(
         indices = check_dense(op, "teacher.indices", teacher.indices)
         check_device(op, "teacher.indices", indices, device)
         topk = check_topk(op, teacher, divergence, teacher_transform, classes)
-        indices = indices.reshape(leading.numel(), indices.shape[-1]).to(torch.int64).contiguous()
+        indices = indices.reshape(math.prod(leading), indices.shape[-1]).to(torch.int64).contiguous()
         if teacher.mask is not None:
             candidates = check_dense(op, "teacher.mask", teacher.mask)
             check_device(op, "teacher.mask", candidates, device)
@@ -307,7 +307,7 @@ def check_rows(
     check_bool(op, "scale_by_temperature", scale_by_temperature)
     return RowProblem(
         op=op,
-        n_rows=leading.numel(),
+        n_rows=math.prod(leading),
         classes=classes,
         dtype=dtype,
         divergence=divergence,
