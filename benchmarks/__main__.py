@@ -13,6 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 REPORT = ROOT / "docs" / "performance.md"
+PROFILES = ROOT / "benchmarks" / "profiles.md"
 PICTURES = ROOT / "docs" / "performance"
 PAGE = "cpu"  # the suite that the report begins with
 
@@ -198,7 +199,8 @@ def write(found: dict[str, Any], arguments: argparse.Namespace) -> list[Path]:
             results.save(found, raw)
         (main, whole), *more = published_files()
         pictures = plots.draw(report.combined(whole, more), PICTURES)
-        REPORT.write_text(report.render(whole, main, published(pictures), more), encoding="utf-8")
+        profiles = PROFILES.read_text(encoding="utf-8")
+        REPORT.write_text(report.render(whole, main, published(pictures), more, profiles), encoding="utf-8")
         written += [raw, REPORT]
     return written
 

@@ -1,4 +1,4 @@
-"""docs/performance.md from a raw result file, and from nothing else."""
+"""docs/performance.md from raw result files and the profiles written beside them, and from nothing else."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def combined(found: dict[str, Any], more: Files) -> dict[str, Any]:
     return {**found, "results": list(kept.values()), "left_out": list(left_out.values()), "missing": missing}
 
 
-def render(found: dict[str, Any], raw: str, pictures: list[str], more: Files | None = None) -> str:
+def render(found: dict[str, Any], raw: str, pictures: list[str], more: Files | None = None, profiles: str = "") -> str:
     """Markdown; ``raw`` is the path of the result file and ``pictures`` those of the SVGs, seen from the document;
-    ``more``: result files of other suites.
+    ``more``: result files of other suites; ``profiles``: what was found out about the misses.
     """
     own, more = found, more or []
     found = combined(found, more)
@@ -56,6 +56,7 @@ def render(found: dict[str, Any], raw: str, pictures: list[str], more: Files | N
         _missed(found["results"]),
         *(_op(found["results"], op) for op in dict.fromkeys(r["workload"]["op"] for r in found["results"])),
         _inside(found["results"]),
+        profiles.strip(),
         _growth(found["growth"]),
         _pictures(pictures),
         _absent(found),

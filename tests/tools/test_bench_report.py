@@ -164,7 +164,9 @@ def test_the_published_page_is_its_raw_file():
     names = ["speed_up", "roofline", *(["scaling"] if found.get("growth") else [])]
     pictures = [command.PICTURES / f"{name}.svg" for name in names]
     assert all(path.is_file() for path in pictures)
-    assert page == report.render(found, raw, command.published(pictures), more)
+    profiles = command.PROFILES.read_text(encoding="utf-8")
+    assert page == report.render(found, raw, command.published(pictures), more, profiles)
+    assert "## Where the time goes" in page
 
 
 def test_another_suites_file_replaces_the_results_of_its_workloads():
