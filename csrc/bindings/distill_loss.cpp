@@ -28,7 +28,7 @@ struct RowParts {
   int64_t n;
 
   RowParts(Forward& f, int64_t n_rows)
-      : rows(static_cast<size_t>(kParts * n_rows) * sizeof(double)), n(n_rows) {
+      : rows(static_cast<size_t>(kLossParts * n_rows) * sizeof(double)), n(n_rows) {
     f.soft = row(0);
     if (f.use_hard) f.hard = row(1);
     if (!f.use_soft) return;
@@ -40,7 +40,7 @@ struct RowParts {
   // sum weight*value of each, times what its mean divides by, in the fixed order of the rows.
   template <class T>
   void sum(const Forward& f, double share, double hard_share, T* out) {
-    for (int k = 0; k < kParts; ++k) {
+    for (int k = 0; k < kLossParts; ++k) {
       const T* values = reinterpret_cast<const T*>(row(k));
       const bool used = k == 1 ? f.use_hard : f.use_soft;
       double total = 0;

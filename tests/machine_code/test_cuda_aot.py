@@ -38,9 +38,10 @@ KERNELS = {
     "fusion/feature_loss.cu": {"match_taps": 3, "scale_all": 1},
     "fusion/mfd_loss.cu": {"mfd_single_pass": 1},
     "fusion/modal_pool.cu": {"pool_forward": 3, "pool_backward": 3, "pool_sums": 2},
+    "reduce/parts.cu": {"reduce_parts": 2},
 }
 #: Their rows are copied to shared memory; the backward ones read them from the caches.
-PARKING = set(KERNELS) - {"distill/backward.cu", "distill/mixture_backward.cu", "fusion/mfd_loss.cu"}
+PARKING = set(KERNELS) - {"distill/backward.cu", "distill/mixture_backward.cu", "fusion/mfd_loss.cu", "reduce/parts.cu"}
 COMPLETE = [(source, arch) for arch in ARCHITECTURES for source in SOURCES]
 #: The module is built for sm_90, or for more; the others take turns from source to source.
 TURNS = list(zip(SOURCES, itertools.cycle((80, 100, 120, 89, 86)), strict=False))
@@ -59,8 +60,9 @@ def assert_good_machine_code(cubin: Path, source: str, arch: int) -> None:
     sass = aot.disassemble(cubin)
     seen = aot.inspect(kernels, sass)
     assert seen.local_instructions == 0
-    assert seen.load_widths["128"] > 0
-    assert seen.store_widths["128"] > 0
+    if source != "reduce/parts.cu":  # which reads single values
+        assert seen.load_widths["128"] > 0
+        assert seen.store_widths["128"] > 0
     if source == "fusion/mfd_loss.cu":
         assert re.search(r"\bHMMA\.16816\.F32\.BF16\b", sass), "the products miss the tensor cores"
     if source in PARKING:

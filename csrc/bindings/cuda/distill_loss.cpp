@@ -6,6 +6,7 @@
 
 #include "bindings/cuda/scalar.h"
 #include "cuda/distill/distill.h"
+#include "cuda/reduce/parts.h"
 
 namespace py = pybind11;
 
@@ -49,6 +50,19 @@ void scalar(const RowProblem& problem, const TopK* topk, bool use_soft, bool use
                               pointer<cuda::ScalarWorkspace>(workspace),
                               pointer(loss)};
   start_forward(f, topk, &s, scratch, {device, pointer(stream)});
+}
+
+// The parts of that loss from those values per row, to `parts`; the divisors are those of the terms.
+void reduce_parts(const RowProblem& problem, const std::array<Address, kParts>& rows, Address weight,
+                  const ScalarFields& divisor, const ScalarFields& hard_divisor, bool count_rows,
+                  Address workspace, Address parts, int device, Address stream) {
+  const cuda::Parts p = {{pointer(rows[0]), pointer(rows[1]), pointer(rows[2]), pointer(rows[3])},
+                         scalar_of(divisor),
+                         scalar_of(hard_divisor),
+                         count_rows,
+                         pointer<cuda::PartsWorkspace>(workspace),
+                         pointer(parts)};
+  cuda::reduce_parts(problem, {pointer(weight), 1, 1.0}, p, {device, pointer(stream)});
 }
 
 // Per-row values. Of the by-products `student_entropy` and `teacher_entropy` are both 0 or neither is.
@@ -107,10 +121,12 @@ void bind_cuda(py::module_& parent) {
   bind_cuda_mfd(m);
   bind_cuda_plans(m);
   m.attr("scalar_workspace") = sizeof(cuda::ScalarWorkspace);
+  m.attr("parts_workspace") = sizeof(cuda::PartsWorkspace);
   m.attr("max_teachers") = kMaxTeachers;
   m.def("plan", &plan);
   m.def("scratch_bytes", &scratch_bytes);
   m.def("scalar", &scalar, release());
+  m.def("reduce_parts", &reduce_parts, release());
   m.def("per_row", &per_row, release());
   m.def("per_row_backward", &per_row_backward, release());
   m.def(

@@ -14,6 +14,7 @@
 #include "common/rows/row_math.h"
 #include "cuda/fusion/fusion.h"
 #include "cuda/fusion/mfd_loss.h"
+#include "cuda/reduce/parts.h"
 
 namespace py = pybind11;
 
@@ -95,6 +96,8 @@ class OfScalarLoss : public Plan {
   }
 };
 
+static_assert(kParts == kLossParts, "one number");
+
 class CudaDistillPlan final : public OfScalarLoss<DistillPlan> {
   using OfScalarLoss::OfScalarLoss;
 
@@ -103,6 +106,20 @@ class CudaDistillPlan final : public OfScalarLoss<DistillPlan> {
     const cuda::Where where = where_of(student.device);
     void* const scratch = workspace(where, sizeof(cuda::ScalarWorkspace), "scalar");
     if (!scratch || has_bad_label(problem, student.device)) return false;
+    cuda::Parts parts{};
+    py::object rows;
+    if (outputs.parts) {
+      parts.workspace =
+          static_cast<cuda::PartsWorkspace*>(workspace(where, sizeof(cuda::PartsWorkspace), "parts"));
+      if (!parts.workspace) return false;
+      const uint8_t bits = problem.is_double ? 64 : 32;
+      rows = new_tensor({kFloating, bits, 1}, student.device, {kParts, problem.n_rows});
+      char* const first = static_cast<char*>(data_of(rows));
+      void** const written[kParts] = {&f.soft, &f.hard, &f.student_entropy, &f.teacher_entropy};
+      for (int k = 0; k < kParts; ++k)
+        if (k == 1 ? f.use_hard : f.use_soft)
+          parts.rows[k] = *written[k] = first + k * problem.n_rows * (bits / 8);
+    }
     if (!f.use_soft) f.problem.teacher.data = student.data;
     if (scalars.counts) scalars.divisor = static_cast<double>(problem.n_rows);
     const cuda::ScalarLoss s = {{nullptr, scalars.soft_weight},
@@ -111,7 +128,13 @@ class CudaDistillPlan final : public OfScalarLoss<DistillPlan> {
                                 scalars.counts && (problem.labels || problem.mask),
                                 static_cast<cuda::ScalarWorkspace*>(scratch),
                                 outputs.loss};
-    start_kernels([&] { cuda::forward(f, &s, where); });
+    parts.divisor = parts.hard_divisor = s.divisor;
+    parts.count_rows = s.count_rows;
+    parts.out = outputs.parts;
+    start_kernels([&] {
+      cuda::forward(f, &s, where);
+      if (parts.out) cuda::reduce_parts(problem, f.weight, parts, where);
+    });
     return true;
   }
 };

@@ -8,7 +8,7 @@
 namespace mfd {
 
 // Of a loss, detached: soft and hard term, and the entropies of student and teacher.
-constexpr int64_t kParts = 4;
+constexpr int64_t kLossParts = 4;
 
 class DistillPlan : public CallPlan {
  public:
@@ -53,7 +53,7 @@ class DistillPlan : public CallPlan {
     const DLDataType dtype = {kFloating, static_cast<uint8_t>(f.problem.is_double ? 64 : 32), 1};
     const DLDevice device = call.tensors[student].device;
     pybind11::object value = new_tensor(dtype, device, {}), gradient = none, parts = none;
-    if (parts_) parts = new_tensor(dtype, device, {kParts});
+    if (parts_) parts = new_tensor(dtype, device, {kLossParts});
     if (call.needs_grad) {
       gradient = new_like(call.objects[student], call.tensors[student]);
       f.grad = data_of(gradient);

@@ -11,7 +11,6 @@ from torch import Tensor
 from ...codes import STATISTICS
 from ...problems.checks import temperature_range
 from ...problems.rows import RowLoss, RowProblem, check_indices, check_labels_in_range
-from ...reference.distill_loss import parts_of
 from .. import allocate
 from ..native import RowScalar, address, native_rows, native_topk, reads_rows
 from ..plans import Places
@@ -66,8 +65,8 @@ def plan(rows: RowProblem, soft: bool = True) -> tuple[str, int, int]:
 def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) -> ScalarLoss:
     """The scalar loss and its gradient with respect to the student, from one launch.
 
-    Of many rows with labels or a mask, another one before it counts those that are counted. The parts are
-    reduced by PyTorch from what the launch leaves of each row.
+    Of many rows with labels or a mask, another one before it counts those that are counted. The parts are summed up by
+    one after it from what the launch leaves of each row.
     """
     check_labels_in_range(rows.op, rows)
     check_indices(rows.op, rows)
@@ -82,7 +81,7 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) ->
     # Of every row, where the parts are wanted: soft, hard, and with the soft term both entropies.
     wanted = (soft, hard, soft, soft)
     of_rows = [allocate.empty((rows.n_rows,), dtype, device) if parts and want else None for want in wanted]
-    all_rows, whole, loss = rows, loss, loss.folded()
+    whole, loss = loss, loss.folded()
     if not soft:  # the teachers are not read
         rows = rows.replace(topk=None, indices=None, teachers=[rows.student], teacher_weights=None)
     keep: list[Any] = []
@@ -112,14 +111,28 @@ def scalar(rows: RowProblem, loss: RowLoss, *, needs_grad: bool, parts: bool) ->
     )
     if not parts:
         return ScalarLoss(value, gradient, None)
-    soft_rows, hard_rows, *entropies = (value.new_zeros(rows.n_rows) if t is None else t for t in of_rows)
-    return ScalarLoss(value, gradient, torch.stack(parts_of(all_rows, whole, soft_rows, hard_rows, *entropies)))
+    of_terms = allocate.empty((len(of_rows),), dtype, device)
+    hard_divisor = divisor
+    if whole.normalizer is not None and whole.hard_normalizer is not None:
+        divisor, hard_divisor = whole.normalizer, whole.hard_normalizer
+    module.cuda.reduce_parts(
+        problem,
+        [address(t) for t in of_rows],
+        address(loss.weight),
+        number(divisor, dtype, device, keep),
+        number(hard_divisor, dtype, device, keep),
+        counting,
+        workspace(device, module.cuda.parts_workspace, "parts").data_ptr(),
+        of_terms.data_ptr(),
+        *where(device),
+    )
+    return ScalarLoss(value, gradient, of_terms)
 
 
 def call_plan(rows: RowProblem, loss: RowLoss, parts: bool, places: Places) -> Any:
     """The native plan of :func:`scalar` for calls like this one; None where :func:`reads_rows` says so."""
     module = native()
-    if parts or not hasattr(module.cuda, "DistillPlan") or not rows.n_rows or not reads_rows(rows, loss, places):
+    if not hasattr(module.cuda, "DistillPlan") or not rows.n_rows or not reads_rows(rows, loss, places):
         return None
     use_hard = rows.labels is not None and loss.use_hard
     read = rows if loss.use_soft else rows.replace(teachers=[rows.student])
