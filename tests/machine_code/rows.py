@@ -29,6 +29,7 @@ SOURCES = {
     "pool_": "fusion/modal_pool.cu",
     r"lean_\w+DivergenceE0E": "distill/lean_forward_kl.cu",
     r"lean_\w+DivergenceE[15]E": "distill/lean_pointwise.cu",
+    r"lean_\w+DivergenceE[78]E": "distill/lean_target.cu",
     r"lean_\w+DivergenceE": "distill/lean_of_mean.cu",
     "distill_forward": "distill/forward.cu",
     "count_rows": "distill/forward.cu",

@@ -31,6 +31,7 @@ KERNELS = {
     "distill/lean_forward_kl.cu": {r"lean_warp\w+DivergenceE0E": 12, r"lean_block\w+DivergenceE0E": 6},
     "distill/lean_pointwise.cu": {r"lean_warp\w+DivergenceE[15]E": 8, r"lean_block\w+DivergenceE[15]E": 8},
     "distill/lean_of_mean.cu": {r"lean_warp\w+DivergenceE[234]E": 6, r"lean_block\w+DivergenceE[234]E": 6},
+    "distill/lean_target.cu": {r"lean_warp\w+DivergenceE[78]E": 8, r"lean_block\w+DivergenceE[78]E": 8},
     "distill/backward.cu": {"distill_backward": 3},
     "distill/mixture_forward.cu": {"mixture_forward": 3},
     "distill/mixture_backward.cu": {"mixture_backward": 3},

@@ -62,6 +62,11 @@ CASES = [
         for classes, labels in ((257, True), (1100, False))
     ),
     *(pytest.param(RowCase(1100, "float32", True, name), marks=pytest.mark.rest) for name in ("reverse_kl", "tvd")),
+    *(
+        pytest.param(RowCase(classes, dtype, labels, name), marks=pytest.mark.rest)
+        for name in ("dkd", "nkd")
+        for classes, dtype, labels in ((257, "bfloat16", True), (1100, "bfloat16", False), (1100, "float32", True))
+    ),
 ]
 
 

@@ -43,7 +43,7 @@ MFD_ROW_FN int64_t label_of(const RowProblem& p, int64_t row) {
 }
 
 // The divergences whose sums run over the other classes than the label's.
-MFD_ROW_FN bool decouples_target(Divergence d) {
+MFD_ROW_FN constexpr bool decouples_target(Divergence d) {
   return d == Divergence::kDKD || d == Divergence::kNKD;
 }
 

@@ -1,5 +1,5 @@
 // Forward pass of the row losses: which threads share a row, and the launch.
-#include "cuda/distill/lean.h"
+#include "cuda/distill/ladder.h"
 #include "cuda/rows/scale.cuh"
 
 namespace mfd {

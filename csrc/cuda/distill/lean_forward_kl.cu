@@ -24,7 +24,8 @@ bool is_aligned(const Side& side) {
 bool has_lean_kernel(Divergence divergence, Dtype dtype) {
   if (divergence == Divergence::kForwardKL) return true;
   if (device::is_in_bits(divergence)) return dtype == Dtype::kBFloat16;
-  return (divergence == Divergence::kReverseKL || divergence == Divergence::kTVD) && dtype != Dtype::kFloat16;
+  return dtype != Dtype::kFloat16 && (divergence == Divergence::kReverseKL ||
+                                      divergence == Divergence::kTVD || decouples_target(divergence));
 }
 
 }  // namespace
@@ -34,7 +35,8 @@ bool takes_lean(const Forward& f, const ScalarLoss* scalar, const Plan& plan) {
   return scalar && f.use_soft && has_lean_kernel(p.divergence, p.student.dtype) && !p.keeps_ignored &&
          !f.student_entropy && !p.mixture && !p.is_double && p.student.dtype == p.teacher.dtype &&
          plan.rung != Rung::kStream && is_plain(p.student) && is_plain(p.teacher) &&
-         is_one_for_all(p.student_temperature) && is_one_for_all(p.teacher_temperature);
+         is_one_for_all(p.student_temperature) && is_one_for_all(p.teacher_temperature) &&
+         (!decouples_target(p.divergence) || p.classes > 2);  // two others at least
 }
 
 void lean_forward_kl(const device::ForwardLaunch& launch, const Plan& plan, bool aligned,
@@ -51,6 +53,9 @@ void lean_forward(const device::ForwardLaunch& launch, const Plan& plan, const W
     case Divergence::kReverseKL:
     case Divergence::kTVD:
       return lean_pointwise(launch, plan, aligned, where);
+    case Divergence::kDKD:
+    case Divergence::kNKD:
+      return lean_target(launch, plan, aligned, where);
     default:
       return lean_of_mean(launch, plan, aligned, where);
   }

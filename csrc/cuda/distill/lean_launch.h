@@ -3,18 +3,26 @@
 
 #include <algorithm>
 
+#include "cuda/distill/ladder.h"
 #include "cuda/distill/lean.cuh"
-#include "cuda/distill/lean.h"
 #include "cuda/runtime/resident.h"
 
 namespace mfd {
 namespace cuda {
 
+// Of scratch, terms and the states of `groups` groups of threads.
+template <Dtype kDtype, Divergence kDivergence, bool kLabels>
+constexpr int64_t bytes_before_rows(int groups) {
+  typedef device::LeanTerms<kDtype, kLabels> Terms;
+  if (!decouples_target(kDivergence)) return device::kScratchBytes + sizeof(Terms);
+  return device::target_states_at<Terms>() + groups * static_cast<int64_t>(sizeof(device::TargetState));
+}
+
 template <Dtype kDtype, Divergence kDivergence, bool kLabels, int kVectors>
 void start_warp(device::ForwardLaunch launch, const Where& where) {
   constexpr int kThreads = 128, kRows = kThreads / 32;
   launch.states_at = 0;
-  const int64_t shared = device::kScratchBytes + sizeof(device::LeanTerms<kDtype, kLabels>);
+  const int64_t shared = bytes_before_rows<kDtype, kDivergence, kLabels>(kRows);
   const auto kernel = device::lean_warp<kDtype, kDivergence, kLabels, kVectors>;
   const int64_t needed = (launch.forward.problem.n_rows + kRows - 1) / kRows;
   const int64_t most = std::min(resident(kernel, where, {1, kThreads, shared}), kMaxGroups);
@@ -31,8 +39,8 @@ void start_block(device::ForwardLaunch launch, const Plan& plan, int64_t vectors
   const int64_t each = (vectors + plan.cluster - 1) / plan.cluster,
                 bytes = each * sizeof(device::Packed<kDtype>);
   launch.states_at = static_cast<int>(states_at<device::Cluster>());
-  launch.parking_at = static_cast<int>(
-      round_up(launch.states_at + device::kScratchBytes + sizeof(device::LeanTerms<kDtype, kLabels>), 16));
+  launch.parking_at =
+      static_cast<int>(round_up(launch.states_at + bytes_before_rows<kDtype, kDivergence, kLabels>(1), 16));
   launch.teacher_at = static_cast<int>(bytes);
   const int64_t shared = launch.parking_at + 2 * bytes;
   const auto kernel = device::lean_block<kDtype, kDivergence, kLabels>;

@@ -7,12 +7,12 @@
 #pragma once
 
 #include "cuda/distill/careful_row.cuh"
-#include "cuda/distill/lean_divergences.cuh"
+#include "cuda/distill/lean_target.cuh"
 
 namespace mfd {
 namespace device {
 
-// Slopes of a row's hard term, and its part of the loss.
+// Slopes of a row's hard term and of a decoupled label, and their part of the loss.
 template <Dtype kDtype, Divergence kDivergence, bool kLabels>
 struct LeanRow {
   typedef LeanTerms<kDtype, kLabels> Terms;
@@ -23,6 +23,14 @@ struct LeanRow {
   float hard = 0, shift = 0, label_shift = 0;  // gradient = slope + h*hard - shift
   int label;
   Total loss = 0;
+
+  // A decoupled label has no other gradient than -label_shift.
+  MFD_DEVICE LeanRow(const TargetState& state, int of_label)
+      : hard(static_cast<float>(state.slopes.hard)),
+        shift(static_cast<float>(state.slopes.shift)),
+        label_shift(static_cast<float>(state.slopes.label_shift)),
+        label(of_label),
+        loss(static_cast<Total>(state.loss)) {}
 
   MFD_DEVICE LeanRow(const Terms& terms, const Sides& sides, const Total (&v)[Sums::kCount], float weight,
                      int of_label, float label_logit, int classes)
@@ -41,22 +49,36 @@ struct LeanRow {
   }
 
   // `e`: exponentials of the student; `g`: the slope of the divergence less `shift`.
-  MFD_DEVICE void write(const Sides& sides, const PackedRow<kDtype>& row, unsigned char* at, int first,
+  MFD_DEVICE void write(const Sides& sides, const typename Sides::Row& row, unsigned char* at, int first,
                         const Packed<kDtype>& x, const float (&e)[8], float (&g)[8]) const {
-    if constexpr (kLabels) {
+    if constexpr (Sums::kAtOne) {
       float h[8];
       sides.hard_exponentials(e, x, h);
 #pragma unroll
       for (int k = 0; k < 8; ++k) g[k] = fmaf(h[k], hard, g[k]);
+    }
+    if constexpr (kLabels || Sides::kDecouples) {
       if (static_cast<unsigned>(label - first) < 8u) {
 #pragma unroll
         for (int k = 0; k < 8; ++k)
-          if (first + k == label) g[k] = g[k] - label_shift;
+          if (first + k == label) g[k] = (Sides::kDecouples ? 0.0f : g[k]) - label_shift;
       }
     }
     row.store(at, first, g);
   }
 };
+
+template <Dtype kDtype, Divergence kDivergence, bool kLabels>
+MFD_INLINE LeanRow<kDtype, kDivergence, kLabels> lean_row(
+    const LeanTerms<kDtype, kLabels>& terms, const LeanSides<kDtype, kDivergence, kLabels>& sides,
+    const typename LeanTerms<kDtype, kLabels>::Total (&v)[LeanSums<kDivergence, kLabels>::kCount],
+    float weight, int label, float label_logit, int classes, const TargetState& state) {
+  if constexpr (decouples_target(kDivergence)) {
+    return {state, label};
+  } else {
+    return {terms, sides, v, weight, label, label_logit, classes};
+  }
+}
 
 // Sums of float32 rows are merged in float64.
 template <class Group, int K>
@@ -105,12 +127,14 @@ MFD_INLINE void over_rows(const ForwardLaunch& launch, const Group& group,
   const int64_t groups = static_cast<int64_t>(gridDim.x) / group.parts() * group.in_block();
   const int64_t block = static_cast<int64_t>(blockIdx.x) / group.parts();
   double loss = 0;
+  typedef LeanSides<kDtype, kDivergence, kLabels> Sides;
   for (int64_t row = block * group.in_block() + group.index_in_block(); row < p.n_rows; row += groups) {
-    const PackedRow<kDtype> packed(p, f.grad, row);
+    typename Sides::Row packed(p, f.grad, row);
     const bool counted = is_counted(p, row);
     write_zeros<kDtype>(group, packed.grad, counted ? p.classes : 0, p.student.width);
     if (!counted) continue;
-    const LeanLabel label = label_of(p, kLabels, row);
+    const LeanLabel label = label_of(p, kLabels || Sides::kDecouples, row);
+    packed.excluded = label.label;
     const double special = static_cast<double>(kNan);
     double of = label.bad ? special : of_row(row, packed, label.label);
     if (of != of) of = careful_row<kDtype, kDivergence, Group>(f, terms.factors, row);
@@ -127,6 +151,7 @@ MFD_INLINE void over_rows(const ForwardLaunch& launch, const Group& group,
 
 // Blocks of 128 threads that share a processor: as many as need no spill on any architecture.
 constexpr int warp_blocks(Dtype dtype, Divergence divergence, bool labels, int vectors) {
+  if (decouples_target(divergence)) return 2;
   if (divergence != Divergence::kForwardKL) return dtype == Dtype::kFloat32 ? 2 : 3;
   if (vectors == 1) return dtype == Dtype::kFloat32 ? 4 : 5;
   return dtype == Dtype::kFloat32 || (dtype == Dtype::kFloat16 && labels) ? 3 : 4;
@@ -141,15 +166,17 @@ __global__ void __launch_bounds__(128, warp_blocks(kDtype, kDivergence, kLabels,
   typedef LeanSums<kDivergence, kLabels> Sums;
   typedef LeanDivergence<kDtype, kDivergence, kLabels> Soft;
   typedef Packed<kDtype> Pack;
+  constexpr bool kReadsLabel = kLabels || Sides::kDecouples;
   const Warp group(nullptr);
   const Forward& f = launch.forward;
   const Terms& terms = Terms::shared(launch);
-  const auto of_row = [&](int64_t index, const PackedRow<kDtype>& row, int label) -> double {
+  const auto of_row = [&](int64_t index, const typename Sides::Row& row, int label) -> double {
     Pack x[kVectors], y[kVectors];
     Largest<kDtype> top_s, top_t;
     const int begin = row.column(group.rank());
     const int64_t offset = int64_t{begin} * row.kBytes;
-    const float label_logit = kLabels ? load_one<float>(row.student + label * row.kBytes, kDtype) : 0.0f;
+    const float label_logit = kReadsLabel ? row.value(row.student, label) : 0.0f;
+    const float label_target = Sides::kDecouples ? row.value(row.teacher, label) : 0.0f;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       x[v] = row.load(row.student + offset + 256 * v * row.kBytes, begin + 256 * v);
@@ -157,8 +184,8 @@ __global__ void __launch_bounds__(128, warp_blocks(kDtype, kDivergence, kLabels,
     }
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      top_s.take(x[v]);
-      top_t.take(y[v]);
+      top_s.take(row.without_excluded(x[v], begin + 256 * v));
+      top_t.take(row.without_excluded(y[v], begin + 256 * v));
     }
     float maxima[2] = {top_s.value(), top_t.value()};
     reduce_floats<FloatMax>(group, maxima);
@@ -168,7 +195,7 @@ __global__ void __launch_bounds__(128, warp_blocks(kDtype, kDivergence, kLabels,
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int first = begin + 256 * v;
-      if (row.is_whole(first)) {
+      if (row.all_count(first)) {
         sides.template add<false>(row, first, x[v], y[v], e[v], t[v], sums);
       } else if (first < row.classes) {
         sides.template add<true>(row, first, x[v], y[v], e[v], t[v], sums);
@@ -181,6 +208,10 @@ __global__ void __launch_bounds__(128, warp_blocks(kDtype, kDivergence, kLabels,
     merge_sums(group, sums, totals);
     const float weight = static_cast<float>(at<float>(f.weight, index));
     Soft soft(terms, sides, totals, weight);
+    TargetState& state = target_state<Terms>(launch, group);
+    if constexpr (Sides::kDecouples)
+      soft.settle_row(group, f, terms, index, totals, double{label_logit} - double{maxima[0]},
+                      double{label_target} - double{maxima[1]}, state);
     if constexpr (Soft::kPoints > 0) {
       float points[Soft::kPoints] = {};
 #pragma unroll
@@ -198,8 +229,7 @@ __global__ void __launch_bounds__(128, warp_blocks(kDtype, kDivergence, kLabels,
     }
     if (is_special(soft.value)) return kNan;
 
-    const LeanRow<kDtype, kDivergence, kLabels> of(terms, sides, totals, weight, label, label_logit,
-                                                   row.classes);
+    const auto of = lean_row(terms, sides, totals, weight, label, label_logit, row.classes, state);
     const double loss = of.loss + terms.soft * weight * (soft.value < 0 ? 0 : soft.value);
     if (!row.grad) return loss;
 #pragma unroll
@@ -224,16 +254,18 @@ __global__ void __launch_bounds__(256, 2) lean_block(const __grid_constant__ For
   typedef LeanDivergence<kDtype, kDivergence, kLabels> Soft;
   typedef Packed<kDtype> Pack;
   constexpr int kPack = sizeof(Pack);
+  constexpr bool kReadsLabel = kLabels || Sides::kDecouples;
   unsigned char* const shared = dynamic_shared();
   const Blocks group(reinterpret_cast<Blocks::Shared*>(shared));
   const Forward& f = launch.forward;
   const Terms& terms = Terms::shared(launch);
-  const auto of_row = [&](int64_t index, const PackedRow<kDtype>& row, int label) -> double {
+  const auto of_row = [&](int64_t index, const typename Sides::Row& row, int label) -> double {
     const int all = row.vectors(),
               each = (all + static_cast<int>(group.parts()) - 1) / static_cast<int>(group.parts());
     const int from = each * static_cast<int>(group.part()), count = each < all - from ? each : all - from;
     unsigned char *const xs = shared + launch.parking_at, *const ys = xs + launch.teacher_at;
-    const float label_logit = kLabels ? load_one<float>(row.student + label * row.kBytes, kDtype) : 0.0f;
+    const float label_logit = kReadsLabel ? row.value(row.student, label) : 0.0f;
+    const float label_target = Sides::kDecouples ? row.value(row.teacher, label) : 0.0f;
     // Act on the vectors of this thread.
     const auto over_own = [&](const auto& act) {
       for (int v = group.rank(); v < count; v += group.threads()) act(v * kPack, row.column(from + v));
@@ -252,9 +284,9 @@ __global__ void __launch_bounds__(256, 2) lean_block(const __grid_constant__ For
     });
     await_copies();
     Largest<kDtype> top_s, top_t;
-    over_own([&](int place, int) {
-      top_s.take(Pack::load(xs + place));
-      top_t.take(Pack::load(ys + place));
+    over_own([&](int place, int first) {
+      top_s.take(row.without_excluded(Pack::load(xs + place), first));
+      top_t.take(row.without_excluded(Pack::load(ys + place), first));
     });
     float maxima[2] = {top_s.value(), top_t.value()};
     reduce_floats<FloatMax>(group, maxima);
@@ -264,7 +296,7 @@ __global__ void __launch_bounds__(256, 2) lean_block(const __grid_constant__ For
     over_own([&](int place, int first) {
       const Pack x = Pack::load(xs + place), y = Pack::load(ys + place);
       float e[8], t[8];
-      if (row.is_whole(first)) {
+      if (row.all_count(first)) {
         sides.template add<false>(row, first, x, y, e, t, sums);
       } else {
         sides.template add<true>(row, first, x, y, e, t, sums);
@@ -274,6 +306,10 @@ __global__ void __launch_bounds__(256, 2) lean_block(const __grid_constant__ For
     merge_sums(group, sums, totals);
     const float weight = static_cast<float>(at<float>(f.weight, index));
     Soft soft(terms, sides, totals, weight);
+    TargetState& state = target_state<Terms>(launch, group);
+    if constexpr (Sides::kDecouples)
+      soft.settle_row(group, f, terms, index, totals, double{label_logit} - double{maxima[0]},
+                      double{label_target} - double{maxima[1]}, state);
     const auto exponentials = [&](const Pack& x, const Pack& y, float (&e)[8], float (&t)[8]) {
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
@@ -299,8 +335,7 @@ __global__ void __launch_bounds__(256, 2) lean_block(const __grid_constant__ For
     }
     if (is_special(soft.value)) return kNan;
 
-    const LeanRow<kDtype, kDivergence, kLabels> of(terms, sides, totals, weight, label, label_logit,
-                                                   row.classes);
+    const auto of = lean_row(terms, sides, totals, weight, label, label_logit, row.classes, state);
     const double loss = of.loss + terms.soft * weight * (soft.value < 0 ? 0 : soft.value);
     if (!row.grad) return loss;
     over_own([&](int place, int first) {

@@ -93,7 +93,7 @@ struct LeanDivergence<kDtype, Divergence::kTVD, kLabels> {
     half_t = static_cast<float>(S::divide(Total(0.5), t));
   }
   template <bool kEdge>
-  MFD_DEVICE void points(const Sides&, const PackedRow<kDtype>&, int, const Pack&, const Pack&,
+  MFD_DEVICE void points(const Sides&, const typename Sides::Row&, int, const Pack&, const Pack&,
                          const float (&e)[8], const float (&f)[8], float (&sums)[kPoints]) const {
     float distance = 0, sign = 0;
 #pragma unroll
@@ -184,7 +184,7 @@ struct LeanOfMean {
     }
   }
   template <bool kEdge>
-  MFD_DEVICE void points(const Sides& sides, const PackedRow<kDtype>& row, int first, const Pack& x,
+  MFD_DEVICE void points(const Sides& sides, const typename Sides::Row& row, int first, const Pack& x,
                          const Pack& y, const float (&)[8], const float (&)[8],
                          float (&sums)[kPoints]) const {
     float a = 0, b = 0;

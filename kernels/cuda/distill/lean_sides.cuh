@@ -35,18 +35,20 @@ MFD_INLINE Factors find_factors_in_batches(const ForwardLaunch& launch) {
   return {value_of<float>(launch.soft_weight) / divisor, value_of<float>(launch.hard_weight) / divisor};
 }
 
-// What one pass over a row sums up: kStudent, kTeacher; kCross, E_p[v - u] or E_q[u - v]; kHard, kShifted
-// with labels.
+// What one pass over a row sums up: kStudent, kTeacher; kCross, E_p[v - u], E_q[u - v] or (NKD) E_p[-u];
+// kHard and, with labels, kShifted; kUnit, the teacher's exponentials at temperature 1.
 template <Divergence kDivergence, bool kLabels>
 struct LeanSums {
   static constexpr bool kOfStudent = kDivergence == Divergence::kReverseKL;
+  static constexpr bool kCrossEntropy = kDivergence == Divergence::kNKD;
   // Skew KL asks it whether p is far from q.
-  static constexpr bool kOfTeacher =
-      kDivergence == Divergence::kForwardKL || kDivergence == Divergence::kSkewKL;
-  static constexpr bool kHasCross = kOfStudent || kOfTeacher;
+  static constexpr bool kOfTeacher = kDivergence == Divergence::kForwardKL ||
+                                     kDivergence == Divergence::kSkewKL || kDivergence == Divergence::kDKD;
+  static constexpr bool kHasCross = kOfStudent || kOfTeacher || kCrossEntropy;
+  static constexpr bool kAtOne = kLabels || kCrossEntropy;
   static constexpr int kStudent = 0, kTeacher = 1, kCross = 2, kHard = kHasCross ? 3 : 2,
-                       kShifted = kHard + 1;
-  static constexpr int kCount = kHard + (kLabels ? 2 : 0);
+                       kShifted = kHard + 1, kUnit = kHard + (kLabels ? 2 : 1);
+  static constexpr int kCount = kHard + (kAtOne ? 1 : 0) + (kLabels ? 1 : 0) + (kCrossEntropy ? 1 : 0);
 };
 
 // In shared memory, so that it takes no registers.
@@ -59,7 +61,8 @@ struct LeanTerms {
   S student, teacher, unit;  // unit: the student at temperature 1
   float ts, ratio;           // Ts, Ts/Tt
   int squarings;             // exp(x) is exp(x/Ts) squared so often; -1: Ts is not 1, 2 or 4
-  Total soft, hard;          // weights of the two values
+  int teacher_squarings;
+  Total soft, hard;                            // weights of the two values
   float soft_slope, share, smooth, smoothing;  // share: of the label in its smoothed distribution
   float teacher_share;                         // of the teacher in a mean of p and q
 
@@ -72,7 +75,8 @@ struct LeanTerms {
     const double t = at<float>(p.student_temperature, 0);
     ts = static_cast<float>(t);
     ratio = static_cast<float>(t / at<float>(p.teacher_temperature, 0));
-    squarings = t == 1.0 ? 0 : t == 2.0 ? 1 : t == 4.0 ? 2 : -1;
+    squarings = squarings_of(t);
+    teacher_squarings = squarings_of(at<float>(p.teacher_temperature, 0));
     soft = static_cast<Total>(factors.soft * (p.scale_by_temperature ? t * t : 1.0));
     soft_slope = static_cast<float>(factors.soft * (p.scale_by_temperature ? t : 1.0 / t));
     hard = static_cast<Total>(factors.hard);
@@ -81,6 +85,8 @@ struct LeanTerms {
     smooth = static_cast<float>(p.smoothing / static_cast<double>(p.classes));
     teacher_share = static_cast<float>(p.divergence == Divergence::kSkewReverseKL ? 1 - p.first : p.first);
   }
+
+  static MFD_DEVICE int squarings_of(double t) { return t == 1.0 ? 0 : t == 2.0 ? 1 : t == 4.0 ? 2 : -1; }
 
   // Computed by one thread of the block, behind the scratch of find_factors and finish_loss.
   static MFD_DEVICE const LeanTerms& shared(const ForwardLaunch& launch) {
@@ -100,18 +106,23 @@ struct LeanSides {
   typedef LeanSums<kDivergence, kLabels> Sums;
   typedef typename Terms::S S;
   typedef Packed<kDtype> Pack;
+  static constexpr bool kDecouples = decouples_target(kDivergence);
+  typedef PackedRow<kDtype, kDecouples> Row;
   S student, teacher, unit;
   float ts, ratio;
-  int squarings;
+  int squarings, teacher_squarings;
+  float max_t;
   bool smooths;
 
-  MFD_DEVICE LeanSides(const Terms& terms, float max_s, float max_t)
+  MFD_DEVICE LeanSides(const Terms& terms, float max_s, float of_teacher)
       : student(terms.student),
         teacher(terms.teacher),
         unit(terms.unit),
         ts(terms.ts),
         ratio(terms.ratio),
         squarings(terms.squarings),
+        teacher_squarings(terms.teacher_squarings),
+        max_t(of_teacher),
         smooths(terms.smoothing != 0.0f) {
     student.set_max(max_s);
     teacher.set_max(max_t);
@@ -131,29 +142,39 @@ struct LeanSides {
       for (int k = 0; k < 8; ++k) h[k] = squarings == 0 ? e[k] : (e[k] * e[k]) * (e[k] * e[k]);
     }
   }
+  // The same of the teacher.
+  MFD_DEVICE void unit_exponentials(const float (&f)[8], const Pack& y, float (&h)[8]) const {
+    S at_one = unit;
+    at_one.set_max(max_t);
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+      h[k] = teacher_squarings == 1   ? f[k] * f[k]
+             : teacher_squarings == 0 ? f[k]
+             : teacher_squarings == 2 ? (f[k] * f[k]) * (f[k] * f[k])
+                                      : at_one.exponential(at_one.distance(y.value(k)));
+  }
   // Of one logit from the maximum, as hard_exponentials counts them.
   MFD_DEVICE float hard_distance(float x) const {
     if (squarings < 0 || kDtype == Dtype::kFloat32) return unit.distance(x);
     return student.distance(x) * ts;
   }
 
-  // Distances u and w of column `k`; kEdge: it may be beyond the row, which begins at -`first`.
+  // Distances u and w of column `k`; kEdge: it may not count.
   template <bool kEdge>
-  MFD_DEVICE void distances(const PackedRow<kDtype>& row, int first, const Pack& x, const Pack& y, int k,
-                            float& u, float& w) const {
+  MFD_DEVICE void distances(const Row& row, int first, const Pack& x, const Pack& y, int k, float& u,
+                            float& w) const {
     u = student.distance(x.value(k));
     w = teacher.distance(y.value(k));
-    if (kEdge && !row.holds(first + k)) {
+    if (kEdge && !row.counts(first + k)) {
       u = student.nothing();
       w = teacher.nothing();
     }
   }
 
-  // Exponentials e, f of student and teacher, and their part in the sums. kEdge: some columns are beyond the
-  // row.
+  // Exponentials e, f of student and teacher, and their part in the sums. kEdge: some columns do not count.
   template <bool kEdge>
-  MFD_DEVICE void add(const PackedRow<kDtype>& row, int first, const Pack& x, const Pack& y, float (&e)[8],
-                      float (&f)[8], float (&sums)[Sums::kCount]) const {
+  MFD_DEVICE void add(const Row& row, int first, const Pack& x, const Pack& y, float (&e)[8], float (&f)[8],
+                      float (&sums)[Sums::kCount]) const {
     // An infinity or a NaN among float32 logits shows in the distances alone.
     constexpr bool kShows = kDivergence == Divergence::kTVD && kDtype == Dtype::kFloat32;
     float s = 0, t = 0, cross = 0, shown = 0;
@@ -168,22 +189,37 @@ struct LeanSides {
       if constexpr (kShows) shown += u + w;
       if constexpr (Sums::kOfTeacher) cross = fmaf(f[k], S::difference(w, u, ratio), cross);
       if constexpr (Sums::kOfStudent) cross = fmaf(e[k], -S::difference(w, u, ratio), cross);
+      if constexpr (Sums::kCrossEntropy) cross = fmaf(f[k], -u, cross);
     }
     sums[Sums::kStudent] += kShows ? fmaf(shown, 0.0f, s) : s;
     sums[Sums::kTeacher] += t;
     if constexpr (Sums::kHasCross) sums[Sums::kCross] += cross;
-    if constexpr (kLabels) {
-      float h[8], of_h = 0;
+    if constexpr (Sums::kAtOne) {
+      float h[8];
       hard_exponentials(e, x, h);
-#pragma unroll
-      for (int k = 0; k < 8; ++k) of_h += h[k];
-      sums[Sums::kHard] += of_h;
+      sums[Sums::kHard] += sum_of_counted<kEdge>(row, first, h);
+    }
+    if constexpr (Sums::kCrossEntropy) {
+      float h[8];
+      unit_exponentials(f, y, h);
+      sums[Sums::kUnit] += sum_of_counted<kEdge>(row, first, h);
+    }
+    if constexpr (kLabels) {
       if (smooths) {
 #pragma unroll
         for (int k = 0; k < 8; ++k)
-          if (!kEdge || row.holds(first + k)) sums[Sums::kShifted] += student.distance(x.value(k));
+          if (!kEdge || row.counts(first + k)) sums[Sums::kShifted] += student.distance(x.value(k));
       }
     }
+  }
+
+  // Exponentials of columns beyond the row are 0 already.
+  template <bool kEdge>
+  MFD_DEVICE float sum_of_counted(const Row& row, int first, const float (&h)[8]) const {
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) sum += kEdge && kDecouples && !row.counts(first + k) ? 0.0f : h[k];
+    return sum;
   }
 };
 

@@ -47,6 +47,18 @@ struct Packed {
     if constexpr (kDtype == Dtype::kBFloat16) return bits_as<float>(k % 2 ? w & 0xffff0000u : w << 16);
     return half_to_float(static_cast<uint16_t>(k % 2 ? w >> 16 : w & 0xffffu));
   }
+  // -inf in column k.
+  MFD_DEVICE void set_lowest(int k) {
+    constexpr uint32_t kLowest = kDtype == Dtype::kFloat16 ? 0xfc00u : 0xff80u;
+    uint4& w = words[kDtype == Dtype::kFloat32 ? k / 4 : 0];
+    const int i = kDtype == Dtype::kFloat32 ? k % 4 : k / 2;
+    uint32_t& to = i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w;
+    if (kDtype == Dtype::kFloat32) {
+      to = kLowest << 16;
+    } else {
+      to = k % 2 ? (to & 0xffffu) | kLowest << 16 : (to & 0xffff0000u) | kLowest;
+    }
+  }
   static MFD_DEVICE Packed of(const float (&x)[kColumns]) {
     Packed p;
     uint32_t w[4 * kWords];
@@ -87,8 +99,9 @@ struct Largest<Dtype::kFloat32> {
 };
 
 // The logits and the gradient of one row, in vectors of eight columns that begin where 16 bytes do: vector v
-// holds columns [8v - lead, 8v - lead + 8), of which those of the row exist.
-template <Dtype kDtype>
+// holds columns [8v - lead, 8v - lead + 8), of which those of the row exist. kExcludes: the column `excluded`
+// does not count.
+template <Dtype kDtype, bool kExcludes = false>
 struct PackedRow {
   typedef Packed<kDtype> Pack;
   static constexpr int kBytes = Pack::kBytes;
@@ -96,12 +109,14 @@ struct PackedRow {
   unsigned char* grad;  // null where it is not wanted
   int classes, lead;
   unsigned first_whole_end;  // vectors that begin in columns [0, first_whole_end) are whole and aligned
+  int excluded;
 
-  MFD_DEVICE PackedRow(const RowProblem& p, void* gradient, int64_t row)
+  MFD_DEVICE PackedRow(const RowProblem& p, void* gradient, int64_t row, int without = -1)
       : student(static_cast<const unsigned char*>(p.student.data) + row_offset(p.student, row) * kBytes),
         teacher(static_cast<const unsigned char*>(p.teacher.data) + row_offset(p.teacher, row) * kBytes),
         grad(gradient ? static_cast<unsigned char*>(gradient) + row * p.student.width * kBytes : nullptr),
-        classes(static_cast<int>(p.classes)) {
+        classes(static_cast<int>(p.classes)),
+        excluded(without) {
     const unsigned at = offset_of(student);
     const bool alike = at == offset_of(teacher) && (!grad || at == offset_of(grad));
     lead = alike ? static_cast<int>(at) / kBytes : 0;
@@ -116,6 +131,27 @@ struct PackedRow {
   MFD_DEVICE bool is_whole(int first) const { return static_cast<unsigned>(first) < first_whole_end; }
   MFD_DEVICE bool holds(int column) const {
     return static_cast<unsigned>(column) < static_cast<unsigned>(classes);
+  }
+
+  MFD_DEVICE bool has_excluded(int first) const {
+    return kExcludes && static_cast<unsigned>(excluded - first) < 8u;
+  }
+  // Whether all eight columns from `first` on count, or one does.
+  MFD_DEVICE bool all_count(int first) const { return is_whole(first) && !has_excluded(first); }
+  MFD_DEVICE bool counts(int column) const { return holds(column) && !(kExcludes && column == excluded); }
+  // For maxima: -inf in place of the excluded column.
+  MFD_DEVICE Pack without_excluded(Pack p, int first) const {
+    if (has_excluded(first)) {
+#pragma unroll
+      for (int k = 0; k < 8; ++k)
+        if (first + k == excluded) p.set_lowest(k);
+    }
+    return p;
+  }
+
+  // Of a side's row.
+  MFD_DEVICE float value(const unsigned char* side, int column) const {
+    return load_one<float>(side + int64_t{column} * kBytes, kDtype);
   }
 
   // The vector from column `first` on, which lies (or would lie) at `at`: one with columns beyond the row, or
