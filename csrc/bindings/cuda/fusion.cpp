@@ -29,9 +29,10 @@ void pool_forward(const PoolProblem& pool, const std::tuple<int, int, int>& dtyp
 }
 
 // (whether a row lies in shared memory, whether a block works on a row, blocks)
-std::tuple<bool, bool, int64_t> pool_plan(const PoolProblem& pool, bool backward, int d_pooled_dtype,
-                                          int device) {
-  const cuda::PoolPlan plan = cuda::pool_plan(pool, backward, static_cast<Dtype>(d_pooled_dtype), device);
+std::tuple<bool, bool, int64_t> pool_plan(const PoolProblem& pool, const std::tuple<int, int, int>& dtypes,
+                                          bool backward, int d_pooled_dtype, int device) {
+  const cuda::PoolPlan plan =
+      cuda::pool_plan(pool, types_of(dtypes), backward, static_cast<Dtype>(d_pooled_dtype), device);
   return {plan.parked, plan.whole, plan.blocks};
 }
 

@@ -1,20 +1,17 @@
 // Backward pass of the per-row terms.
 #include "cuda/distill/backward.cuh"
-#include "cuda/runtime/launch.h"
+#include "cuda/distill/ladder.h"
 
 namespace mfd {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kWarpClasses = 1024;
-
 template <class S, class Group>
 void start_backward(const Backward& g, int in_block, const Where& where) {
-  const int64_t needed = (g.problem.n_rows + in_block - 1) / in_block;
-  const int64_t most = int64_t{4} * attribute(cudaDevAttrMultiProcessorCount, where.device);
-  start(where, {needed < most ? needed : most, kThreads, sizeof(typename Group::Shared)},
-        device::distill_backward<S, Group>, g);
+  const auto kernel = device::distill_backward<S, Group>;
+  Shape shape{1, kThreads, sizeof(typename Group::Shared)};
+  shape.blocks = blocks_of(kernel, where, shape, g.problem.n_rows, in_block);
+  start(where, shape, kernel, g);
 }
 
 }  // namespace

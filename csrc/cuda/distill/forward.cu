@@ -22,8 +22,7 @@ bool is_lean(const Forward& f) {
 }
 
 template <class S, class Group, bool kParked, bool kLean>
-void start_kernel(device::ForwardLaunch launch, const Plan& plan, const DeviceFacts& facts,
-                  const Where& where) {
+void start_kernel(device::ForwardLaunch launch, const Plan& plan, const Where& where) {
   const RowProblem& p = launch.forward.problem;
   const int in_block = plan.rung == Rung::kWarp ? plan.threads / 32 : 1;
   launch.states_at = static_cast<int>(states_at<Group>());
@@ -31,18 +30,19 @@ void start_kernel(device::ForwardLaunch launch, const Plan& plan, const DeviceFa
   launch.teacher_at = kParked ? static_cast<int>(parked_bytes(p.classes, p.student.dtype, plan.cluster)) : 0;
   launch.parking_bytes = kParked ? static_cast<int>(pair_bytes(p, launch.forward.use_soft, plan.cluster)) : 0;
   const int64_t shared = launch.parking_at + int64_t{in_block} * launch.parking_bytes;
-  const int64_t blocks = blocks_of(plan, facts, p.n_rows, in_block, shared, kParked);
-  start(where, {blocks, plan.threads, shared, plan.cluster},
-        device::distill_forward<S, Group, kParked, kLean>, launch);
+  const auto kernel = device::distill_forward<S, Group, kParked, kLean>;
+  Shape shape{1, plan.threads, shared, plan.cluster};
+  shape.blocks = kParked ? blocks_of(kernel, where, shape, p.n_rows, in_block)
+                         : streaming_blocks(facts_of(where.device), p.n_rows);
+  start(where, shape, kernel, launch);
 }
 
 template <class Group, bool kParked>
-void start_forward(const device::ForwardLaunch& launch, const Plan& plan, const DeviceFacts& facts,
-                   const Where& where) {
+void start_forward(const device::ForwardLaunch& launch, const Plan& plan, const Where& where) {
   if (is_lean(launch.forward)) {
-    start_kernel<device::F32, Group, kParked, true>(launch, plan, facts, where);
+    start_kernel<device::F32, Group, kParked, true>(launch, plan, where);
   } else {
-    start_kernel<device::F32, Group, kParked, false>(launch, plan, facts, where);
+    start_kernel<device::F32, Group, kParked, false>(launch, plan, where);
   }
 }
 
@@ -78,24 +78,22 @@ void describe_scalar(device::ForwardLaunch& launch, const ScalarLoss* scalar, co
 
 void forward(const Forward& f, const ScalarLoss* scalar, const Where& where) {
   const DeviceGuard guard(where.device);
-  const DeviceFacts facts = facts_of(where.device);
   const RowProblem& p = f.problem;
   device::ForwardLaunch launch{};
   launch.forward = f;
   describe_scalar(launch, scalar, where);
   const Plan plan = plan_of(p, f.use_soft, where.device);
   if (takes_lean(f, scalar, plan)) return lean_forward(launch, plan, where);
-  if (p.is_double)
-    return start_kernel<device::F64, device::ThreadBlock, false, false>(launch, plan, facts, where);
+  if (p.is_double) return start_kernel<device::F64, device::ThreadBlock, false, false>(launch, plan, where);
   switch (plan.rung) {
     case Rung::kWarp:
-      return start_forward<device::Warp, true>(launch, plan, facts, where);
+      return start_forward<device::Warp, true>(launch, plan, where);
     case Rung::kBlock:
-      return start_forward<device::ThreadBlock, true>(launch, plan, facts, where);
+      return start_forward<device::ThreadBlock, true>(launch, plan, where);
     case Rung::kCluster:
-      return start_forward<device::Cluster, true>(launch, plan, facts, where);
+      return start_forward<device::Cluster, true>(launch, plan, where);
     case Rung::kStream:
-      return start_forward<device::ThreadBlock, false>(launch, plan, facts, where);
+      return start_forward<device::ThreadBlock, false>(launch, plan, where);
   }
 }
 
@@ -105,8 +103,8 @@ void scale_in_place(void* grad, Dtype dtype, int64_t n, const void* factor, Dtyp
   constexpr int kThreads = 256;
   constexpr int64_t kPerBlock = kThreads * 8;
   const int64_t needed = (n + kPerBlock - 1) / kPerBlock;
-  const int64_t most = int64_t{8} * attribute(cudaDevAttrMultiProcessorCount, where.device);
-  start(where, {needed < most ? needed : most, kThreads}, device::scale_in_place<>, grad, dtype, n, factor,
+  const int64_t most = resident(device::scale_in_place<>, where, {1, kThreads});
+  start(where, {std::min(needed, most), kThreads}, device::scale_in_place<>, grad, dtype, n, factor,
         factor_dtype);
 }
 

@@ -1,8 +1,10 @@
 // The ladder of the row kernels: which threads share a row, and how large the grid is.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/distill/forward.cuh"
-#include "cuda/runtime/launch.h"
+#include "cuda/runtime/resident.h"
 
 namespace mfd {
 namespace cuda {
@@ -58,18 +60,17 @@ Plan choose_plan(const DeviceFacts& facts, int64_t classes, bool is_double, int6
   return {Rung::kStream, 1, kThreads};
 }
 
-// As many blocks as the device runs at a time; a streamed row should find its second pass in the L2 cache.
-inline int64_t blocks_of(const Plan& plan, const DeviceFacts& facts, int64_t n_rows, int in_block,
-                         int64_t shared, bool parked) {
-  int64_t resident = facts.shared_per_processor / (shared + kOverhead);
-  if (resident > 2048 / plan.threads) resident = 2048 / plan.threads;
-  if (resident < 1 || !parked) resident = 1;
-  int64_t clusters = facts.processors * resident / plan.cluster;
-  if (clusters > kMaxGroups / in_block) clusters = kMaxGroups / in_block;
-  const int64_t needed = (n_rows + in_block - 1) / in_block;
-  if (clusters > needed) clusters = needed;
-  if (clusters < 1) clusters = 1;
-  return clusters * plan.cluster;
+// A streamed row should find its second pass in the L2 cache: one block on each processor.
+inline int64_t streaming_blocks(const DeviceFacts& facts, int64_t n_rows) {
+  return std::max<int64_t>(1, std::min({int64_t{facts.processors}, kMaxGroups, n_rows}));
+}
+
+// As many blocks of `shape`, which has one, as the device runs at a time and the rows need.
+template <class... Parameters>
+int64_t blocks_of(void (*kernel)(Parameters...), const Where& where, const Shape& shape, int64_t n_rows,
+                  int in_block) {
+  const int64_t needed = (n_rows + in_block - 1) / in_block, most = kMaxGroups / in_block;
+  return std::max<int64_t>(1, std::min({resident(kernel, where, shape), most, needed})) * shape.cluster;
 }
 
 Plan mixture_plan(const RowProblem& p, const DeviceFacts& facts);

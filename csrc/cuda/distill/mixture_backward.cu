@@ -9,8 +9,9 @@ namespace {
 // How a backward launch shares rows, and where it keeps those of the mixture.
 struct BackwardPlan {
   bool by_warp, in_shared;
-  int threads;
-  int64_t blocks, shared, mixed_at;
+  int threads, groups;  // groups: in a block
+  int64_t blocks;       // 0: as many as are resident
+  int64_t shared, mixed_at;
 };
 
 BackwardPlan backward_plan(const RowProblem& p, const DeviceFacts& facts) {
@@ -24,19 +25,20 @@ BackwardPlan backward_plan(const RowProblem& p, const DeviceFacts& facts) {
   const int64_t rows = groups * 2 * row_bytes(p);
   plan.in_shared = plan.mixed_at + rows <= facts.shared_per_block;
   plan.shared = plan.mixed_at + (plan.in_shared ? rows : 0);
-  int64_t resident = facts.shared_per_processor / (plan.shared + kOverhead);
+  plan.groups = groups;
   // Rows in device memory should stay in the L2 cache.
-  if (!plan.in_shared || resident < 1) resident = 1;
-  if (resident > 4) resident = 4;
-  plan.blocks = facts.processors * resident;
-  const int64_t needed = (p.n_rows + groups - 1) / groups;
-  if (plan.blocks > needed) plan.blocks = needed;
+  if (!plan.in_shared) plan.blocks = std::min<int64_t>(facts.processors, (p.n_rows + groups - 1) / groups);
   return plan;
 }
 
 template <class S, class Group>
 void start_backward(const device::MixtureBackward& g, const BackwardPlan& plan, const Where& where) {
-  start(where, {plan.blocks, plan.threads, plan.shared}, device::mixture_backward<S, Group>, g);
+  const auto kernel = device::mixture_backward<S, Group>;
+  Shape shape{plan.blocks, plan.threads, plan.shared};
+  if (!shape.blocks)
+    shape.blocks =
+        blocks_of(kernel, where, {1, plan.threads, plan.shared}, g.rows.problem.n_rows, plan.groups);
+  start(where, shape, kernel, g);
 }
 
 }  // namespace

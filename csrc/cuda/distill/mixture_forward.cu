@@ -21,8 +21,7 @@ int64_t forward_parking_at(const RowProblem& p, int groups) {
 
 // Rows of the mixture that a forward launch keeps in device memory.
 int64_t streamed_rows(const RowProblem& p, const Plan& plan, const DeviceFacts& facts) {
-  if (plan.rung != Rung::kStream) return 0;
-  return blocks_of(plan, facts, p.n_rows, 1, forward_parking_at<device::ThreadBlock>(p, 1), false);
+  return plan.rung == Rung::kStream ? streaming_blocks(facts, p.n_rows) : 0;
 }
 
 template <class S, class Group>
@@ -37,8 +36,11 @@ void start_kernel(device::MixtureLaunch launch, const RowProblem& p, const Plan&
       launch.parked ? static_cast<int>(parked_bytes(p.classes, p.student.dtype, plan.cluster)) : 0;
   launch.parking_bytes = launch.parked ? static_cast<int>(parked_pair(p, plan.cluster)) : 0;
   const int64_t shared = launch.parking_at + int64_t{in_block} * launch.parking_bytes;
-  const int64_t blocks = blocks_of(plan, facts, p.n_rows, in_block, shared, launch.parked);
-  start(where, {blocks, plan.threads, shared, plan.cluster}, device::mixture_forward<S, Group>, launch);
+  const auto kernel = device::mixture_forward<S, Group>;
+  Shape shape{1, plan.threads, shared, plan.cluster};
+  shape.blocks =
+      launch.parked ? blocks_of(kernel, where, shape, p.n_rows, in_block) : streaming_blocks(facts, p.n_rows);
+  start(where, shape, kernel, launch);
 }
 
 }  // namespace

@@ -9,13 +9,15 @@ namespace cuda {
 
 // How the device shares the rows of a pool.
 struct PoolPlan {
+  bool lean;           // the kernels of one dtype
   bool parked, whole;  // in shared memory; a block per row
   int threads;         // per block
   int64_t blocks;
 };
 
 // `backward` shares the rows so that few partial sums have to be added up; then d_pooled's dtype counts too.
-PoolPlan pool_plan(const PoolProblem& pool, bool backward, Dtype d_pooled, int device);
+PoolPlan pool_plan(const PoolProblem& pool, const PoolTypes& types, bool backward, Dtype d_pooled,
+                   int device);
 
 // Of PoolForward only what modal_pool itself needs is used: pool, pooled, pooled_dtype, weights.
 void pool_forward(const PoolForward& f, const PoolTypes& types, const Where& where);

@@ -1,7 +1,9 @@
 // modal_pool: which threads share a row, and the launches.
+#include <algorithm>
+
 #include "cuda/fusion/fusion.h"
-#include "cuda/pool/modal_pool.cuh"
-#include "cuda/runtime/launch.h"
+#include "cuda/pool/lean_pool.cuh"
+#include "cuda/runtime/resident.h"
 
 namespace mfd {
 namespace cuda {
@@ -62,23 +64,68 @@ device::PoolLaunch common_of(const PoolProblem& pool, const PoolTypes& types, co
   return c;
 }
 
+// Whether the lean kernels do; `more` are the dtypes of what a pass reads and writes besides.
+bool is_lean(const PoolProblem& p, const PoolTypes& types, Dtype more) {
+  const Dtype dtype = p.features[0].dtype;
+  const auto aligned = [](const RowMatrix& m) {
+    const int64_t columns = m.dtype == Dtype::kFloat32 ? 4 : 8;
+    return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.row_stride % columns == 0 &&
+           m.outer_stride % columns == 0;
+  };
+  bool lean = !p.is_double && p.modalities <= device::kTogether && more == dtype && p.width % 8 == 0 &&
+              p.width <= 8 * 32 * device::kPoolVectors;
+  for (int m = 0; m < p.modalities; ++m)
+    lean = lean && p.features[m].dtype == dtype && aligned(p.features[m]);
+  return lean && (!p.query || (types.query == dtype && reinterpret_cast<uintptr_t>(p.query) % 16 == 0));
+}
+
+auto forward_kernel(const PoolPlan& plan, const PoolProblem& p) {
+  const Dtype dtype = p.features[0].dtype;
+  if (plan.lean)
+    return dtype == Dtype::kFloat32    ? device::lean_pool_forward<Dtype::kFloat32>
+           : dtype == Dtype::kBFloat16 ? device::lean_pool_forward<Dtype::kBFloat16>
+                                       : device::lean_pool_forward<Dtype::kFloat16>;
+  return p.is_double   ? device::pool_forward<device::F64, false>
+         : plan.parked ? device::pool_forward<device::F32, true>
+                       : device::pool_forward<device::F32, false>;
+}
+
+auto backward_kernel(const PoolPlan& plan, const PoolProblem& p) {
+  const Dtype dtype = p.features[0].dtype;
+  if (plan.lean)
+    return dtype == Dtype::kFloat32    ? device::lean_pool_backward<Dtype::kFloat32>
+           : dtype == Dtype::kBFloat16 ? device::lean_pool_backward<Dtype::kBFloat16>
+                                       : device::lean_pool_backward<Dtype::kFloat16>;
+  return p.is_double   ? device::pool_backward<device::F64, false>
+         : plan.parked ? device::pool_backward<device::F32, true>
+                       : device::pool_backward<device::F32, false>;
+}
+
+// Of a lean kernel: what its warps add up in the end.
+int64_t shared_bytes(const PoolPlan& plan, const PoolLayout& l, const PoolProblem& p, bool backward) {
+  if (!plan.lean) return shared_bytes(plan, l);
+  const int64_t sums = plan.threads / 32 * std::max<int64_t>(p.width * 4, (kMaxModalities + 1) * 8);
+  return backward ? sums : 0;
+}
+
 }  // namespace
 
-PoolPlan pool_plan(const PoolProblem& p, bool backward, Dtype d_pooled, int device) {
+PoolPlan pool_plan(const PoolProblem& p, const PoolTypes& types, bool backward, Dtype d_pooled, int device) {
   const DeviceFacts facts = facts_of(device);
   const PoolLayout l = layout_of(p, backward, d_pooled);
   PoolPlan plan{};
-  plan.parked = !p.is_double && team_bytes() + l.group <= facts.shared_per_processor / 2 - kOverhead &&
+  plan.lean = is_lean(p, types, d_pooled);
+  plan.parked = !plan.lean && !p.is_double &&
+                team_bytes() + l.group <= facts.shared_per_processor / 2 - kOverhead &&
                 team_bytes() + l.group <= facts.shared_per_block;
-  plan.whole = p.is_double || !plan.parked || l.group > kWarpBytes ||
-               team_bytes() + kWarpThreads / 32 * l.group > facts.shared_per_block;
+  plan.whole = !plan.lean && (p.is_double || !plan.parked || l.group > kWarpBytes ||
+                              team_bytes() + kWarpThreads / 32 * l.group > facts.shared_per_block);
   plan.threads = plan.whole && !p.is_double ? kBlockThreads : kWarpThreads;
   const int64_t in_block = plan.whole ? 1 : plan.threads / 32;
-  const int64_t shared = shared_bytes(plan, l) + kOverhead;
-  int64_t resident = facts.shared_per_processor / shared, most = 1024 / plan.threads;
-  if (resident > most) resident = most;
-  if (resident < 1) resident = 1;
-  plan.blocks = facts.processors * resident;
+  const Shape shape{1, plan.threads, shared_bytes(plan, l, p, backward)};
+  const Where where{device, nullptr};
+  plan.blocks = backward ? resident(backward_kernel(plan, p), where, shape)
+                         : resident(forward_kernel(plan, p), where, shape);
   const int64_t needed = (p.n_rows + in_block - 1) / in_block;
   // Short sums round less: a group adds up at most kSumRows rows.
   const int64_t least = backward ? (needed + kSumRows - 1) / kSumRows : 1;
@@ -90,17 +137,14 @@ PoolPlan pool_plan(const PoolProblem& p, bool backward, Dtype d_pooled, int devi
 void pool_forward(const PoolForward& f, const PoolTypes& types, const Where& where) {
   const DeviceGuard guard(where.device);
   const PoolProblem& p = *f.pool;
-  const PoolPlan plan = pool_plan(p, false, f.pooled_dtype, where.device);
+  const PoolPlan plan = pool_plan(p, types, false, f.pooled_dtype, where.device);
   const PoolLayout l = layout_of(p, false, f.pooled_dtype);
   device::PoolForwardLaunch launch{};
   launch.common = common_of(p, types, plan, l);
   launch.pooled = f.pooled;
   launch.pooled_dtype = f.pooled_dtype;
   launch.weights = f.weights;
-  const auto kernel = p.is_double   ? device::pool_forward<device::F64, false>
-                      : plan.parked ? device::pool_forward<device::F32, true>
-                                    : device::pool_forward<device::F32, false>;
-  start(where, {plan.blocks, plan.threads, shared_bytes(plan, l)}, kernel, launch);
+  start(where, {plan.blocks, plan.threads, shared_bytes(plan, l, p, false)}, forward_kernel(plan, p), launch);
 }
 
 void pool_backward(const PoolBackward& g, const PoolTypes& types, const PoolPartials& partials,
@@ -108,7 +152,7 @@ void pool_backward(const PoolBackward& g, const PoolTypes& types, const PoolPart
   const DeviceGuard guard(where.device);
   const PoolProblem& p = *g.pool;
   const Dtype d_pooled = g.d_pooled.data ? g.d_pooled.dtype : p.features[0].dtype;
-  const PoolPlan plan = pool_plan(p, true, d_pooled, where.device);
+  const PoolPlan plan = pool_plan(p, types, true, d_pooled, where.device);
   const PoolLayout l = layout_of(p, true, d_pooled);
   device::PoolBackwardLaunch launch{};
   launch.common = common_of(p, types, plan, l);
@@ -122,10 +166,7 @@ void pool_backward(const PoolBackward& g, const PoolTypes& types, const PoolPart
   launch.wants_temperature = g.d_temperature || g.d_row_temperature;
   if (g.d_query) launch.query_partial = partials.query;
   if (g.d_bias || g.d_temperature) launch.shared_partial = partials.shared;
-  const auto kernel = p.is_double   ? device::pool_backward<device::F64, false>
-                      : plan.parked ? device::pool_backward<device::F32, true>
-                                    : device::pool_backward<device::F32, false>;
-  start(where, {plan.blocks, plan.threads, shared_bytes(plan, l)}, kernel, launch);
+  start(where, {plan.blocks, plan.threads, shared_bytes(plan, l, p, true)}, backward_kernel(plan, p), launch);
   if (!launch.query_partial && !launch.shared_partial) return;
   device::PoolSums sums{};
   sums.query_partial = launch.query_partial;

@@ -47,8 +47,7 @@ int64_t shared_bytes(const TopKPlan& t) {
 }
 
 template <class S, class Group>
-void start_kernel(device::TopKLaunch launch, const TopKPlan& t, const DeviceFacts& facts,
-                  const Where& where) {
+void start_kernel(device::TopKLaunch launch, const TopKPlan& t, const Where& where) {
   launch.states_at = static_cast<int>(states_at<Group>());
   launch.parking_at = static_cast<int>(parking_at<Group, device::TopKState>(t.in_block));
   launch.parking_bytes = static_cast<int>(t.room.bytes);
@@ -56,9 +55,12 @@ void start_kernel(device::TopKLaunch launch, const TopKPlan& t, const DeviceFact
   launch.bits_at = static_cast<int>(t.room.bits_at);
   launch.parked = t.plan.rung != Rung::kStream;
   const int64_t shared = shared_bytes<Group>(t);
-  const int64_t blocks =
-      blocks_of(t.plan, facts, launch.forward.problem.n_rows, t.in_block, shared, launch.parked);
-  start(where, {blocks, t.plan.threads, shared, t.plan.cluster}, device::topk_rows<S, Group>, launch);
+  const auto kernel = device::topk_rows<S, Group>;
+  const int64_t n_rows = launch.forward.problem.n_rows;
+  Shape shape{1, t.plan.threads, shared, t.plan.cluster};
+  shape.blocks = launch.parked ? blocks_of(kernel, where, shape, n_rows, t.in_block)
+                               : streaming_blocks(facts_of(where.device), n_rows);
+  start(where, shape, kernel, launch);
 }
 
 }  // namespace
@@ -71,7 +73,7 @@ int64_t topk_scratch(const RowProblem& p, const TopK& topk, int device) {
   const DeviceFacts facts = facts_of(device);
   const TopKPlan t = plan_rows(p, topk, facts);
   if (t.bits_in_shared) return 0;
-  return blocks_of(t.plan, facts, p.n_rows, 1, shared_bytes<device::Blocks>(t), false) * t.room.words * 4;
+  return streaming_blocks(facts, p.n_rows) * t.room.words * 4;
 }
 
 void topk_rows(const TopKPass& pass, const ScalarLoss* scalar, void* scratch, const Where& where) {
@@ -91,9 +93,9 @@ void topk_rows(const TopKPass& pass, const ScalarLoss* scalar, void* scratch, co
   launch.d_teacher_temperature = pass.d_teacher_temperature;
   launch.bits = t.bits_in_shared ? nullptr : static_cast<uint32_t*>(scratch);
   launch.bits_words = t.room.words;
-  if (p.is_double) return start_kernel<device::F64, device::Blocks>(launch, t, facts, where);
-  if (t.plan.rung == Rung::kWarp) return start_kernel<device::F32, device::Warp>(launch, t, facts, where);
-  start_kernel<device::F32, device::Blocks>(launch, t, facts, where);
+  if (p.is_double) return start_kernel<device::F64, device::Blocks>(launch, t, where);
+  if (t.plan.rung == Rung::kWarp) return start_kernel<device::F32, device::Warp>(launch, t, where);
+  start_kernel<device::F32, device::Blocks>(launch, t, where);
 }
 
 }  // namespace cuda

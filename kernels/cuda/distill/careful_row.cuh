@@ -57,13 +57,12 @@ MFD_APART double careful_row(const Forward& f, const Factors& factors, int64_t r
   const RowProblem& p = f.problem;
   const PackedRow<kDtype> of(p, f.grad, row);
   const double ts = at<float>(p.student_temperature, row), tt = at<float>(p.teacher_temperature, row);
-  const Wanted wanted = wanted_sums(f);
-  const Exponents<F32> exponents(ts, tt, wanted.cross_entropy, kDtype != Dtype::kFloat32);
+  constexpr bool kUnit = kDivergence == Divergence::kNKD;
+  const Wanted wanted{true, f.use_hard || kUnit, kUnit, false, false, decouples_target(kDivergence), kUnit};
+  const Exponents<F32> exponents(ts, tt, kUnit, kDtype != Dtype::kFloat32);
   constexpr bool kDecouples = decouples_target(kDivergence);
   constexpr bool kPointwise = kDivergence != Divergence::kForwardKL && !kDecouples;
-  int64_t label = p.labels ? p.labels[row] : 0;
-  const bool bad = label < 0 || label >= p.classes;
-  if (bad) label = 0;
+  int64_t label = kDecouples ? p.labels[row] : 0;
   const auto x_at = [&](int k) { return of.value(of.student, k); };
   const auto y_at = [&](int k) { return of.value(of.teacher, k); };
   // act(k) of this thread's columns, but for a decoupled label.
@@ -81,7 +80,7 @@ MFD_APART double careful_row(const Forward& f, const Factors& factors, int64_t r
   group.template reduce<Max>(maxima);
   const float max_s = static_cast<float>(maxima[0]), max_t = static_cast<float>(maxima[1]);
 
-  double v[6] = {};
+  double v[kUnit ? 6 : 5] = {};
   over_counted([&](int k) {
     const float tx = x_at(k) - max_s, ty = y_at(k) - max_t, e = exponents.student(tx),
                 et = exponents.teacher(ty);
@@ -91,7 +90,7 @@ MFD_APART double careful_row(const Forward& f, const Factors& factors, int64_t r
     if (!exponents.teacher.vanishes(ty)) v[2] += static_cast<double>(et * fmaf(ty, exponents.ratio, -tx));
     v[3] += static_cast<double>(exponents.hard(e, tx));
     v[4] += static_cast<double>(tx);
-    if (wanted.unit) v[5] += static_cast<double>(exponents.unit(et, ty));
+    if constexpr (kUnit) v[5] += static_cast<double>(exponents.unit(et, ty));
   });
   group.template reduce<Sum>(v);
   RowSums sums{};
@@ -101,24 +100,25 @@ MFD_APART double careful_row(const Forward& f, const Factors& factors, int64_t r
   sums.sum_t = v[1];
   sums.cross = v[2] / (ts * v[1]);
   sums.sum_h = v[3];
-  sums.sum_u = v[5];
-  const double label_s = static_cast<double>(x_at(static_cast<int>(label))) - sums.max_s;
-  const double label_t = static_cast<double>(y_at(static_cast<int>(label))) - sums.max_t;
-  const bool smooths = kDecouples && f.use_hard && p.smoothing != 0;
-  sums.mean_x = (v[4] + (smooths ? label_s : 0.0)) / static_cast<double>(p.classes);
+  if constexpr (kUnit) sums.sum_u = v[5];
+  sums.mean_x = v[4] / static_cast<double>(p.classes);
   if (sums.cross == kInf) {  // of a p that is 0 as float32, nothing counts
     const float p_scale = static_cast<float>(1.0 / sums.sum_t);
     double cross[1] = {0};
     over_counted([&](int k) {
       const float tx = x_at(k) - max_s, ty = y_at(k) - max_t, probability = exponents.teacher(ty) * p_scale;
-      const double of_teacher = wanted.cross_entropy ? 0.0 : static_cast<double>(ty) / tt;
+      const double of_teacher = kUnit ? 0.0 : static_cast<double>(ty) / tt;
       if (probability != 0.0f)
         cross[0] += static_cast<double>(probability) * (of_teacher - static_cast<double>(tx) / ts);
     });
     group.template reduce<Sum>(cross);
     sums.cross = cross[0];
   }
-  if (bad) sums.sum_s = sums.sum_t = sums.sum_h = kNan;
+  if (!kDecouples && p.labels) label = p.labels[row];
+  if (label < 0 || label >= p.classes) {
+    sums.sum_s = sums.sum_t = sums.sum_h = kNan;
+    label = 0;
+  }
   reject_empty(sums, wanted);
 
   // act(k, point) of this thread's columns.
@@ -149,6 +149,9 @@ MFD_APART double careful_row(const Forward& f, const Factors& factors, int64_t r
     sums.g = sums.value != sums.value ? kNan : points[1];
   }
 
+  const double label_s = static_cast<double>(x_at(static_cast<int>(label))) - sums.max_s;
+  const double label_t = kDecouples ? static_cast<double>(y_at(static_cast<int>(label))) - sums.max_t : 0.0;
+  if (kDecouples && f.use_hard && p.smoothing != 0) sums.mean_x += label_s / static_cast<double>(p.classes);
   const RowResult result = row_result(f, wanted, ts, tt, sums, label_s, label_t);
   const double weight = at<float>(f.weight, row);
   const double soft = weight * factors.soft, hard = weight * factors.hard;
@@ -161,8 +164,7 @@ MFD_APART double careful_row(const Forward& f, const Factors& factors, int64_t r
     const auto write = [&](int k, float second) {
       const float tx = x_at(k) - max_s, e = exponents.student(tx);
       float g = e * student - second * teacher;
-      if (wanted.hard) g = fmaf(exponents.hard(e, tx), of_hard, g);
-      if (f.use_hard) g = g - (k == label ? label_shift : shift);
+      if (wanted.hard) g = fmaf(exponents.hard(e, tx), of_hard, g) - (k == label ? label_shift : shift);
       if (kDecouples && k == label) g = -label_shift;
       store_one<float>(of.grad + int64_t{k} * of.kBytes, kDtype, g);
     };

@@ -84,9 +84,23 @@ MFD_DEVICE Divisors find_divisors(const ForwardLaunch& launch) {
       labelled += launch.counts[launch.n_counts + k];
     }
   } else {
-    for (int64_t row = thread; row < p.n_rows; row += threads) {
-      counted += is_counted(p, row);
-      if (p.keeps_ignored) labelled += is_counted(p, row) && is_labelled(p, row);
+    // Loads of several rows are on their way together.
+    constexpr int kBatch = 8;
+    for (int64_t row = thread; row < p.n_rows; row += kBatch * threads) {
+      int64_t labels[kBatch];
+      bool on[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        const int64_t at = row + k * threads;
+        on[k] = at < p.n_rows && (!p.mask || p.mask[at]);
+        labels[k] = p.labels && at < p.n_rows ? p.labels[at] : p.ignore_index + 1;
+      }
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        const bool labels_it = labels[k] != p.ignore_index;
+        counted += on[k] && (p.keeps_ignored || labels_it);
+        labelled += on[k] && labels_it && p.labels;
+      }
     }
   }
   double* scratch = reinterpret_cast<double*>(dynamic_shared() + launch.states_at);
@@ -99,6 +113,22 @@ template <class T>
 MFD_DEVICE Factors find_factors(const ForwardLaunch& launch) {
   const Divisors by = find_divisors<T>(launch);
   return {value_of<T>(launch.soft_weight) / by.soft, value_of<T>(launch.hard_weight) / by.hard};
+}
+
+// This thread's part of the sum of what all blocks have written; loads of several are on their way together.
+MFD_DEVICE double sum_of_partials(const double* partial, int64_t count) {
+  constexpr int kBatch = 8;
+  const int64_t step = blockDim.x;
+  double sum = 0;
+  for (int64_t k = threadIdx.x; k < count; k += kBatch * step) {
+    double of[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      of[i] = k + i * step < count ? load_shared_by_all(partial + k + i * step) : 0.0;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) sum += of[i];
+  }
+  return sum;
 }
 
 // The last block to arrive adds up the partial losses in their order.
@@ -114,10 +144,7 @@ MFD_DEVICE void finish_loss(const ForwardLaunch& launch, int64_t partials) {
   __syncthreads();
   if (!*last) return;
   __threadfence();
-  double sum = 0;
-  for (int64_t k = static_cast<int64_t>(threadIdx.x); k < partials; k += blockDim.x)
-    sum += reinterpret_cast<const volatile double*>(launch.partial)[k];
-  sum = over_block<Sum>(sum, scratch);
+  const double sum = over_block<Sum>(sum_of_partials(launch.partial, partials), scratch);
   if (threadIdx.x == 0) {
     *static_cast<T*>(launch.loss) = static_cast<T>(sum);
     *launch.ticket = 0;

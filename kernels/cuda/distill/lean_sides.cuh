@@ -10,31 +10,6 @@ namespace device {
 // Shared memory of find_factors and finish_loss, at `states_at`.
 constexpr int kScratchBytes = 34 * sizeof(double);
 
-// As find_factors; the loads that count rows are in flight together.
-MFD_INLINE Factors find_factors_in_batches(const ForwardLaunch& launch) {
-  const RowProblem& p = launch.forward.problem;
-  if (!launch.count_rows || launch.counts) return find_factors<float>(launch);
-  constexpr int kBatch = 8;
-  const int64_t step = blockDim.x;
-  int counted = 0;
-  for (int64_t row = threadIdx.x; row < p.n_rows; row += kBatch * step) {
-    int64_t labels[kBatch];
-    bool on[kBatch];
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const int64_t at = row + k * step;
-      on[k] = at < p.n_rows && (!p.mask || p.mask[at]);
-      labels[k] = p.labels && at < p.n_rows ? p.labels[at] : p.ignore_index + 1;
-    }
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) counted += on[k] && labels[k] != p.ignore_index;
-  }
-  double* scratch = reinterpret_cast<double*>(dynamic_shared() + launch.states_at);
-  const double total = over_block<Sum>(static_cast<double>(counted), scratch),
-               divisor = total < 1 ? 1.0 : total;
-  return {value_of<float>(launch.soft_weight) / divisor, value_of<float>(launch.hard_weight) / divisor};
-}
-
 // What one pass over a row sums up: kStudent, kTeacher; kCross, E_p[v - u], E_q[u - v] or (NKD) E_p[-u];
 // kHard and, with labels, kShifted; kUnit, the teacher's exponentials at temperature 1.
 template <Divergence kDivergence, bool kLabels>
@@ -90,7 +65,7 @@ struct LeanTerms {
 
   // Computed by one thread of the block, behind the scratch of find_factors and finish_loss.
   static MFD_DEVICE const LeanTerms& shared(const ForwardLaunch& launch) {
-    const Factors factors = find_factors_in_batches(launch);
+    const Factors factors = find_factors<float>(launch);
     LeanTerms* const terms =
         reinterpret_cast<LeanTerms*>(dynamic_shared() + launch.states_at + kScratchBytes);
     if (threadIdx.x == 0) *terms = LeanTerms(launch.forward, factors);

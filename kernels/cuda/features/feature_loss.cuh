@@ -3,6 +3,7 @@
 // second reading finds them in the caches. A masked row is not read.
 #pragma once
 
+#include "cuda/distill/launch.cuh"
 #include "cuda/features/rows.cuh"
 #include "cuda/rows/team.cuh"
 
@@ -138,9 +139,7 @@ MFD_INLINE void finish_taps(const FeatureLaunch& launch, const Team& block, doub
   __syncthreads();
   if (!*last) return;
   __threadfence();
-  double sum[1] = {0};
-  for (unsigned k = threadIdx.x; k < gridDim.x; k += blockDim.x)
-    sum[0] += reinterpret_cast<const volatile double*>(launch.partial)[k];
+  double sum[1] = {sum_of_partials(launch.partial, gridDim.x)};
   block.reduce<Sum>(sum);
   if (threadIdx.x != 0) return;
   T* loss = static_cast<T*>(launch.loss);
@@ -148,13 +147,17 @@ MFD_INLINE void finish_taps(const FeatureLaunch& launch, const Team& block, doub
   *launch.ticket = 0;
 }
 
+MFD_INLINE const FeatureTap& tap_of_block(const FeatureLaunch& launch) {
+  int k = 0;
+  while (k + 1 < launch.count && static_cast<int>(blockIdx.x) >= launch.taps[k + 1].first_block) ++k;
+  return launch.taps[k];
+}
+
 template <class S, bool kParked>
 __global__ void __launch_bounds__(256, 2) match_taps(const __grid_constant__ FeatureLaunch launch) {
   typedef typename S::T T;
   const int block_index = static_cast<int>(blockIdx.x);
-  int k = 0;
-  while (k + 1 < launch.count && block_index >= launch.taps[k + 1].first_block) ++k;
-  const FeatureTap& of = launch.taps[k];
+  const FeatureTap& of = tap_of_block(launch);
   const Tap& tap = of.tap;
   Team::Shared* const shared = reinterpret_cast<Team::Shared*>(dynamic_shared());
   const Team team(shared, of.whole), block(shared, true);

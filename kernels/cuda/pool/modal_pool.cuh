@@ -101,6 +101,23 @@ __global__ void __launch_bounds__(256, 2) pool_forward(const __grid_constant__ P
   }
 }
 
+// What the groups of a block have of the gradients of bias (in lane m) and temperature, into shared memory
+// (33 doubles of each, over all else that is there) and in their order to the block's partial sums.
+MFD_INLINE void add_shared_partials(const PoolBackwardLaunch& launch, int group, bool is_first, int members,
+                                    double d_bias, double d_temperature) {
+  const int modalities = launch.common.pool.modalities, columns = modalities + 1, lane = lane_of();
+  double* const all = reinterpret_cast<double*>(dynamic_shared());
+  double* const of_group = all + group * (kMaxModalities + 1);
+  if (lane < modalities) of_group[lane] = d_bias;
+  if (is_first) of_group[modalities] = d_temperature;
+  __syncthreads();
+  for (int k = static_cast<int>(threadIdx.x); k < columns; k += static_cast<int>(blockDim.x)) {
+    double total = 0;
+    for (int g = 0; g < members; ++g) total += all[g * (kMaxModalities + 1) + k];
+    launch.shared_partial[static_cast<int64_t>(blockIdx.x) * columns + k] = total;
+  }
+}
+
 template <class S, bool kParked>
 __global__ void __launch_bounds__(256, kParked ? 2 : 1)
     pool_backward(const __grid_constant__ PoolBackwardLaunch launch) {
@@ -187,18 +204,7 @@ __global__ void __launch_bounds__(256, kParked ? 2 : 1)
   }
   if (!launch.shared_partial) return;
   __syncthreads();
-  // Over the scratch of the groups: 33 doubles each.
-  double* of_group = reinterpret_cast<double*>(dynamic_shared()) + place.index * (kMaxModalities + 1);
-  if (team.rank() < p.modalities) of_group[lane] = d_bias;
-  if (team.rank() == 0) of_group[p.modalities] = d_temperature;
-  __syncthreads();
-  const int columns = p.modalities + 1;
-  for (int k = static_cast<int>(threadIdx.x); k < columns; k += static_cast<int>(blockDim.x)) {
-    double total = 0;
-    for (int g = 0; g < members; ++g)
-      total += reinterpret_cast<const double*>(dynamic_shared())[g * (kMaxModalities + 1) + k];
-    launch.shared_partial[static_cast<int64_t>(blockIdx.x) * columns + k] = total;
-  }
+  add_shared_partials(launch, place.index, team.rank() == 0, members, d_bias, d_temperature);
 }
 
 // sum over k of partial[k*width + column], 32 columns of a block, every 8th k in one of its 8 warps; the

@@ -88,18 +88,17 @@ MFD_INLINE double pool_dots(const Group& group, const PoolRow<S, kParked>& x, co
   return mine;
 }
 
-// In lane m: softmax_m(s_m/temperature) over the present modalities, 0 where absent. A NaN score makes all of
-// them NaN. fast: as Exponent has it. log_weight, where wants_log: its logarithm, finite where it underflows,
-// -inf where absent.
-template <class S, bool kParked, class Group>
-MFD_INLINE typename S::T pool_weight(const Group& group, const PoolRow<S, kParked>& x, const PoolTypes& types,
-                                     bool fast, bool wants_log, double* log_weight) {
+// In lane m: softmax_m(s_m/temperature) over the present modalities, 0 where absent; `dot` is <query, x_m>. A
+// NaN score makes all of them NaN. fast: as Exponent has it. log_weight, where wants_log: its logarithm,
+// finite where it underflows, -inf where absent.
+template <class S, bool kParked>
+MFD_INLINE typename S::T weight_of_dots(const PoolRow<S, kParked>& x, double dot, const PoolTypes& types,
+                                        bool fast, bool wants_log, double* log_weight) {
   typedef typename S::T T;
   const PoolProblem& p = x.pool;
   const int m = lane_of();
   const bool on = x.has(m);
-  double score = 0;
-  if (p.query) score = p.scale * pool_dots<S, kParked, false>(group, x, source_at<S>(p.query, types.query));
+  double score = p.query ? p.scale * dot : 0.0;
   if (on && p.scores) {
     const unsigned char* scores = static_cast<const unsigned char*>(p.scores);
     score = load_one<double>(scores + (x.row * p.modalities + m) * size_of(types.scores), types.scores);
@@ -114,6 +113,16 @@ MFD_INLINE typename S::T pool_weight(const Group& group, const PoolRow<S, kParke
   const double total = over_warp<Sum>(static_cast<double>(part));
   if (wants_log) *log_weight = on ? (score - top) / temperature - log(total) : -kInf;
   return on ? part / static_cast<T>(total) : T(0);
+}
+
+// The same, with the dots of the group's rows.
+template <class S, bool kParked, class Group>
+MFD_INLINE typename S::T pool_weight(const Group& group, const PoolRow<S, kParked>& x, const PoolTypes& types,
+                                     bool fast, bool wants_log, double* log_weight) {
+  const PoolProblem& p = x.pool;
+  const double dot =
+      p.query ? pool_dots<S, kParked, false>(group, x, source_at<S>(p.query, types.query)) : 0.0;
+  return weight_of_dots<S>(x, dot, types, fast, wants_log, log_weight);
 }
 
 // act(start, y) with y = sum_m a[m]*x_m for this thread's columns; `a` in shared memory.

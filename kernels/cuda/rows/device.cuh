@@ -69,6 +69,11 @@ MFD_DEVICE void copy_16_bytes(void* shared, const void* global) {
 }
 MFD_DEVICE void await_copies() {}
 
+// What other blocks have written before their __threadfence(): not from the processor's own cache.
+MFD_DEVICE double load_shared_by_all(const double* from) {
+  return *static_cast<const volatile double*>(from);
+}
+
 MFD_DEVICE void cluster_barrier() {
   mfd_emulator::cluster_barrier({__FILE__, __LINE__});
 }
@@ -123,6 +128,10 @@ MFD_DEVICE void copy_16_bytes(void* shared, const void* global) {
 }
 MFD_DEVICE void await_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+MFD_DEVICE double load_shared_by_all(const double* from) {
+  return __ldcg(from);
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

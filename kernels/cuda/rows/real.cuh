@@ -106,8 +106,10 @@ struct Exponent<F32> {
     c_lo = static_cast<float>(c - static_cast<double>(c_hi));
     floor = static_cast<float>(-125.999 / c);
   }
-  MFD_DEVICE float operator()(float t) const {
-    if (fast) return vanishes(t) ? 0.0f : exp2_fast(t * c_hi);
+  MFD_DEVICE float operator()(float t) const { return fast ? of<true>(t) : of<false>(t); }
+  template <bool kFast>
+  MFD_DEVICE float of(float t) const {
+    if constexpr (kFast) return vanishes(t) ? 0.0f : exp2_fast(t * c_hi);
     const float magic = 12582912.0f + 127.0f;
     const float shifted = fmaf(t, c_hi, magic);
     const float k = shifted - magic;

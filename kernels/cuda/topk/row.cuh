@@ -111,6 +111,24 @@ struct TopKRow {
     }
   }
 
+  // Calls act(kind) with what is known of the student's logits when the kernel is compiled. kPlain: they are
+  // of kDtype, whole vectors of them may be loaded and nothing transforms them.
+  template <bool kIsPlain, Dtype kOf>
+  struct Kind {
+    static constexpr bool kPlain = kIsPlain;
+    static constexpr Dtype kDtype = kOf;
+  };
+  template <class Act>
+  MFD_DEVICE void with_plain_dtype(bool plain, const Act& act) const {
+    if constexpr (sizeof(T) == 4) {
+      if (plain && x.wide && !changes_gradient(p.student)) {
+        if (p.student.dtype == Dtype::kBFloat16 && by_ts.fast) return act(Kind<true, Dtype::kBFloat16>());
+        if (p.student.dtype == Dtype::kFloat32) return act(Kind<true, Dtype::kFloat32>());
+      }
+    }
+    act(Kind<false, Dtype::kFloat32>());
+  }
+
   // Takes the listed logits out of the row and marks their columns; whether this thread saw a list that is
   // none.
   MFD_DEVICE bool gather() {
@@ -138,8 +156,13 @@ struct TopKRow {
     const bool dots = f.student_entropy || g.d_temperature, spread = use_hard && p.smoothing != 0;
     const RestWanted wanted = {use_hard || is_nkd(), dots, has_powers(), spread};
     RestThread<S> own;
-    if (takes_all_classes())
-      own = rest_of_thread<S>(group, x, span, bits, p.classes, wanted, by_ts, hard, by_power);
+    if (takes_all_classes()) {
+      const bool plain = !dots && !wanted.powers && !spread;
+      with_plain_dtype(plain, [&](auto kind) {
+        own = rest_of_thread<S, kind.kPlain, kind.kDtype>(group, x, span, bits, p.classes, wanted, by_ts,
+                                                          hard, by_power);
+      });
+    }
     double most[4] = {static_cast<double>(own.max), static_cast<double>(S::kLowest),
                       static_cast<double>(S::kLowest), bad ? 1.0 : 0.0};
     double sums[10] = {};
@@ -301,7 +324,7 @@ struct TopKRow {
     const bool dotted = f.grad && p.student.standardize;
     double dot = 0;
     if (dotted || g.d_temperature || g.d_teacher_temperature) {
-      if (dotted) dot = unlisted_gradient<S>(*this, false, 0.0);
+      if (dotted) dot = unlisted_gradient<S, false, Dtype::kFloat32>(*this, false, 0.0);
       const ListedSums own = list_sums<S>(*this, &dot);
       double v[7] = {own.u_x, own.to_u, own.q_x, own.v_y, own.to_v, own.p_y, dot};
       group.template reduce<Sum>(v);
@@ -310,7 +333,8 @@ struct TopKRow {
         write_temperatures(factors, {v[0], v[1], v[2], v[3], v[4], v[5]});
     }
     if (f.grad) {
-      unlisted_gradient<S>(*this, true, dot);
+      with_plain_dtype(!is_renormalized() && !has_powers(),
+                       [&](auto kind) { unlisted_gradient<S, kind.kPlain, kind.kDtype>(*this, true, dot); });
       write_zeros((p.classes + N - 1) / N * N);
       group.sync();  // whole vectors first, then the listed classes among them
     }

@@ -79,8 +79,11 @@ def pool_description(module: ModuleType, p: PoolProblem, keep: list[Any]) -> tup
 def plan(p: PoolProblem, backward: bool = False) -> tuple[bool, bool, int]:
     """How the device shares the rows: whether they lie in shared memory, whether a block works on a row, blocks."""
     module = native()
-    pool, _ = pool_description(module, p, [])
-    found: tuple[bool, bool, int] = module.cuda.pool_plan(pool, backward, DTYPES[p.out_dtype], where(p.device)[0])
+    keep: list[Any] = []
+    pool, dtypes = pool_description(module, p, keep)
+    found: tuple[bool, bool, int] = module.cuda.pool_plan(
+        pool, dtypes, backward, DTYPES[p.out_dtype], where(p.device)[0]
+    )
     return found
 
 
@@ -147,7 +150,7 @@ def backward(
     query_partial = shared_partial = None
     if needs.query or needs.bias or (needs.temperature and not per_row):
         code = up[1] if d_pooled is not None else DTYPES[p.features[0].dtype]
-        _, _, blocks = module.cuda.pool_plan(pool, True, code, where(device)[0])
+        _, _, blocks = module.cuda.pool_plan(pool, dtypes, True, code, where(device)[0])
         if needs.query:
             query_partial = allocate.empty((blocks, p.width), dtype, device)
         if needs.bias or (needs.temperature and not per_row):
