@@ -28,9 +28,11 @@ def compiler() -> str:
 
 
 def name_of(record: dict[str, Any]) -> str:
+    """What a record is about."""
+    op = "" if record["op"] == "distill_loss" else record["op"]
     shape = "x".join(map(str, record["shape"]))
-    parts = [record["kernel"], record["divergence"] or "", shape, record["dtype"], "labels" if record["labels"] else ""]
-    return " ".join(filter(None, parts))
+    parts = [record["backend"], op, record["divergence"] or "", shape, record["dtype"]]
+    return " ".join(filter(None, [*parts, "labels" if record["labels"] else ""]))
 
 
 def line(record: dict[str, Any]) -> str:
@@ -59,7 +61,8 @@ def write(document: dict[str, Any]) -> None:
 
 
 def main(words: list[str]) -> None:
-    from .rows import CASES, measure
+    from .cases import CASES
+    from .rows import measure
 
     keep = "--write" in words
     if "--kept" in words:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections import Counter
 
 from .machine import Trace
@@ -59,6 +61,39 @@ def counts(kernel: Kernel, trace: Trace) -> Counter[str]:
             elif kind == "shared":
                 found["shared cycles"] += access.units
     return found
+
+
+def is_double(instruction: Instruction) -> bool:
+    """Arithmetic on float64, or a conversion from or to 64 bits."""
+    kind = class_of(instruction)
+    wide = any("64" in part for part in instruction.modifiers)
+    return kind == "fp64" or (kind == "conversion" and wide and instruction.name != "FLO")
+
+
+def is_narrow(instruction: Instruction) -> bool:
+    """An access to global memory of fewer than 16 bytes a thread."""
+    return class_of(instruction) == "global" and instruction.name != "CCTL" and instruction.bytes_per_thread < 16
+
+
+def in_column_loops(kernel: Kernel, trace: Trace, warps: int, rows: int) -> dict[str, int]:
+    """What is in the loops over a row's columns that should not be: instructions of :func:`is_double` and of
+    :func:`is_narrow`. Such a loop is what each of ``warps`` executes more often than it has ``rows``.
+    """
+    executed: Counter[int] = Counter()
+    for index, mask in trace.steps:
+        executed[index] += mask.bit_count()
+    often = [kernel.instructions[index] for index, times in executed.items() if times > warps * rows]
+    return {"doubles_in_loops": sum(map(is_double, often)), "narrow_in_loops": sum(map(is_narrow, often))}
+
+
+def digest(kernel: Kernel) -> str:
+    """Of the machine code: the same for kernels that execute the same instructions in the same order."""
+    found = hashlib.sha256()
+    for instruction in kernel.instructions:
+        text = re.sub(r"`\([^)]*\)", str(instruction.target - instruction.index), instruction.text)
+        control = (instruction.stall, instruction.writes, instruction.reads, instruction.waits)
+        found.update(f"{instruction.guard} {text} {control}\n".encode())
+    return found.hexdigest()[:16]
 
 
 def per_element(counted: Counter[str], elements: float) -> dict[str, float]:

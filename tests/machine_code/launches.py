@@ -97,11 +97,18 @@ class Recorder:
     """Takes the launches of ``module``, the emulator's Python module.
 
     ``sources`` maps a pattern of a kernel's name to its file. ``clusters``: which clusters of a grid
-    are executed, all where it is None.
+    are executed, all where it is None; ``kernels``: of those with such a name alone, where it is given.
     """
 
-    def __init__(self, module: Any, sources: dict[str, Path], clusters: set[int] | None = None):
+    def __init__(
+        self,
+        module: Any,
+        sources: dict[str, Path],
+        clusters: set[int] | None = None,
+        kernels: tuple[str, ...] = ("",),
+    ):
         self.launches: list[Launch] = []
+        self._kernels = kernels
         self._module, self._sources, self._clusters = module, sources, clusters
         path = Path(module.__file__)
         self._symbols, self._base = symbols(path), _loaded_at(path)
@@ -113,6 +120,8 @@ class Recorder:
     def _take(self, address: int, grid: int, threads: int, cluster: int, shared: int, parameters: bytes) -> None:
         launch = Launch(self.kernel(address), grid, threads, cluster, shared)
         self.launches.append(launch)
+        if not any(name in launch.kernel.name for name in self._kernels):
+            return
         for number in range(grid // cluster) if self._clusters is None else sorted(self._clusters):
             machine = Machine(launch.kernel, parameters, threads, grid, cluster, number * cluster)
             launch.traces[number] = machine.run()

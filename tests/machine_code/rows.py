@@ -13,7 +13,7 @@ import torch
 import mfd_fast
 from mfd_fast.backends import cuda
 
-from .counting import BYTES_PER_CLOCK, bound, counts, per_element
+from .counting import BYTES_PER_CLOCK, bound, counts, digest, in_column_loops, per_element
 from .launches import ROOT, Launch, Recorder
 from .timing import simulate
 
@@ -58,35 +58,60 @@ class RowCase:
     def needs_labels(self) -> bool:
         return self.labels or self.divergence in ("dkd", "nkd")
 
+    @property
+    def columns(self) -> int:
+        """Of a row; what counts are divided by."""
+        return self.classes
+
+    @property
+    def bytes_per_column(self) -> int:
+        """Two reads and a write."""
+        return 3 * DTYPES[self.dtype].itemsize
+
+    def fields(self) -> dict[str, Any]:
+        """Of a record, which they identify."""
+        return {
+            "op": "distill_loss",
+            "divergence": self.divergence,
+            "labels": self.labels,
+            "shape": [self.classes],
+            "dtype": self.dtype,
+        }
+
+    def call(self, n_rows: int) -> Any:
+        """(loss, student, teacher, labels)."""
+        torch.manual_seed(0)
+        dtype = DTYPES[self.dtype]
+        student, teacher = ((torch.randn(n_rows, self.classes) * 2).to(dtype) for _ in range(2))
+        labels = torch.randint(0, self.classes, (n_rows,)) if self.needs_labels else None
+        student.requires_grad_()
+        loss = mfd_fast.distill_loss(
+            student,
+            teacher,
+            labels,
+            divergence=mfd_fast.AlphaBeta(0.5, 0.25) if self.divergence == "alpha_beta" else self.divergence,
+            temperature=2.0,
+            hard_weight=0.5 if self.labels else 0.0,
+            backend="cuda",
+        )
+        return loss, student, teacher, labels
+
 
 def sources() -> dict[str, Path]:
     return {part: ROOT / "csrc" / "cuda" / name for part, name in SOURCES.items()}
 
 
 def run(case: RowCase, n_rows: int, processors: int, clusters: set[int] | None) -> tuple[list[Launch], Any]:
-    """The launches of one call, and (loss, gradient, student, teacher, labels)."""
+    """The launches of one call, and what the call returns."""
     module = cuda.native()
     module.set_device(90, processors, 232448)
-    torch.manual_seed(0)
-    dtype = DTYPES[case.dtype]
-    student, teacher = ((torch.randn(n_rows, case.classes) * 2).to(dtype) for _ in range(2))
-    labels = torch.randint(0, case.classes, (n_rows,)) if case.needs_labels else None
-    student.requires_grad_()
-    recorder = Recorder(module, sources(), clusters)
+    recorder = Recorder(module, sources(), clusters, case.kernels)
     try:
         with recorder.recording():
-            loss = mfd_fast.distill_loss(
-                student,
-                teacher,
-                labels,
-                divergence=case.divergence,
-                temperature=2.0,
-                hard_weight=0.5 if case.labels else 0.0,
-                backend="cuda",
-            )
+            result = case.call(n_rows)
     finally:
         module.set_device(90, 4, 232448)
-    return recorder.launches, (loss, student, teacher, labels)
+    return recorder.launches, result
 
 
 def _launch(case: RowCase, launches: list[Launch]) -> Launch:
@@ -95,62 +120,53 @@ def _launch(case: RowCase, launches: list[Launch]) -> Launch:
 
 def _groups_in_block(launch: Launch) -> int:
     """Rows that a block handles at a time."""
-    return launch.threads // 32 if re.search("lean_warp|4Warp", launch.kernel.name) else 1
+    by_warp = "lean_warp|4Warp|pool_|match_taps" if launch.threads == 128 else "lean_warp|4Warp"
+    return launch.threads // 32 if re.search(by_warp, launch.kernel.name) else 1
+
+
+def probed(case: RowCase) -> Launch:
+    """A launch of many rows on one multiprocessor, or on as many as a cluster has blocks; nothing is executed."""
+    many = 256 if case.columns <= 1024 else 32
+    launch = _launch(case, run(case, many, 1, set())[0])
+    return launch if launch.cluster == 1 else _launch(case, run(case, many, launch.cluster, set())[0])
+
+
+def facts(case: RowCase, launch: Launch) -> dict[str, Any]:
+    """What a record says of the launch. Equal facts mean equal counts."""
+    return {
+        "backend": "cuda",
+        "kernel": next(name for name in case.kernels if name in launch.kernel.name),
+        "code": digest(launch.kernel),
+        "registers": launch.kernel.registers,
+        "shared_bytes": launch.shared_bytes,
+        "threads": launch.threads,
+        "cluster": launch.cluster,
+        "resident_blocks": launch.resident_blocks,
+        "grid_blocks": launch.grid // launch.cluster,
+    }
 
 
 def measure(case: RowCase) -> dict[str, Any]:
     """A record of counts.json: two more rows of every group of one multiprocessor (or one cluster)."""
-    probe = _launch(case, run(case, 256 if case.classes <= 1024 else 32, 1, set())[0])
+    probe = probed(case)
     cluster, in_block = probe.cluster, _groups_in_block(probe)
-    if cluster > 1:
-        probe = _launch(case, run(case, 32, cluster, set())[0])
     groups = probe.grid // cluster * in_block
     few, many = (_launch(case, run(case, groups * rows, cluster, {0})[0]) for rows in (1, 3))
     difference = Counter(counts(many.kernel, many.traces[0]))
     difference.subtract(counts(few.kernel, few.traces[0]))
-    elements = 2 * in_block * case.classes
-    dram_bytes = 3 * DTYPES[case.dtype].itemsize
+    elements = 2 * in_block * case.columns
     resident = min(few.resident_blocks, groups // in_block)
     times = [simulate(launch.kernel, launch.warps(), resident).clocks for launch in (few, many)]
-    ideal = dram_bytes / BYTES_PER_CLOCK * elements / cluster * resident
-    fraction, binding = bound(difference, elements, dram_bytes)
+    ideal = case.bytes_per_column / BYTES_PER_CLOCK * elements / cluster * resident
+    fraction, binding = bound(difference, elements, case.bytes_per_column)
     by_class = per_element(difference, elements)
-    total = by_class.pop("total")
     return {
-        "backend": "cuda",
-        "kernel": next(name for name in case.kernels if name in many.kernel.name),
-        "divergence": case.divergence,
-        "labels": case.labels,
-        "shape": [case.classes],
-        "dtype": case.dtype,
-        "instructions_per_pair": total,
+        **facts(case, probe),
+        **case.fields(),
+        "instructions_per_pair": by_class.pop("total"),
         "by_class": by_class,
-        "registers": many.kernel.registers,
-        "shared_bytes": many.shared_bytes,
-        "threads": many.threads,
-        "cluster": cluster,
-        "resident_blocks": many.resident_blocks,
-        "grid_blocks": probe.grid // cluster,
         "bound": round(fraction, 3),
         "bound_by": binding,
         "simulated": round(ideal / (times[1] - times[0]), 3),
+        **in_column_loops(many.kernel, many.traces[0], many.threads * cluster // 32, 3),
     }
-
-
-CASES = [
-    *(RowCase(classes, "bfloat16", labels) for classes in (112, 1000, 8192, 32000, 128256) for labels in (False, True)),
-    *(RowCase(classes, "float32", labels) for classes in (1000, 32000) for labels in (False, True)),
-    RowCase(128256, "float32"),
-    RowCase(1000, "float16"),
-    RowCase(50257),
-    *(
-        RowCase(classes, labels=labels, divergence=name)
-        for name in ("reverse_kl", "tvd", "jsd", "skew_kl")
-        for classes, labels in ((1000, False), (32000, True), (128256, False))
-    ),
-    *(RowCase(32000, "float32", divergence=name) for name in ("reverse_kl", "tvd")),
-    *(
-        RowCase(32000, divergence=name)
-        for name in ("reverse_kl", "tvd", "jsd", "skew_kl", "skew_reverse_kl", "alpha_beta", "dkd", "nkd")
-    ),
-]

@@ -2,6 +2,7 @@
 
 python tests/machine_code/triton_rows.py [--write] [words that a case's name has ...]
 python tests/machine_code/triton_rows.py --execute CALLS RESULTS
+python tests/machine_code/triton_rows.py --judge
 
 The launches are recorded from the backend itself. It takes a process without TRITON_INTERPRET: kernels that were
 defined under it cannot be compiled.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import json
 import struct
 import sys
 import tempfile
@@ -31,10 +33,17 @@ import aot  # noqa: E402
 from aot_recorder import replaced  # noqa: E402
 
 import mfd_fast  # noqa: E402
-from machine_code.counting import BYTES_PER_CLOCK, bound, counts, per_element  # noqa: E402
+from machine_code.cases import ROW_CASES  # noqa: E402
+from machine_code.counting import (  # noqa: E402
+    BYTES_PER_CLOCK,
+    bound,
+    counts,
+    digest,
+    in_column_loops,
+    per_element,
+)
 from machine_code.launches import Launch  # noqa: E402
 from machine_code.machine import Machine  # noqa: E402
-from machine_code.rows import CASES as CUDA_CASES  # noqa: E402
 from machine_code.rows import DTYPES, RowCase  # noqa: E402
 from machine_code.sass import Kernel, read  # noqa: E402
 from machine_code.timing import simulate  # noqa: E402
@@ -42,12 +51,11 @@ from mfd_fast.backends.protocol import RowNeeds  # noqa: E402
 from mfd_fast.backends.triton import distill_loss, scale  # noqa: E402
 from mfd_fast.problems.rows import check_row_loss, check_rows  # noqa: E402
 
+#: Of the counted calls; blocks of a program of the counted scaling.
+N_ROWS, SCALED_BLOCKS = 64, 8
 SIZES = {"fp64": "d", "fp32": "f", "i32": "i", "i64": "q"}
-CASES = [
-    dataclasses.replace(case, kernels=("plain_scalar", "distill_scalar"))
-    for case in CUDA_CASES
-    if isinstance(case, RowCase)
-]
+SCALED = ("bfloat16", "float32")
+CASES = [dataclasses.replace(case, kernels=("plain_scalar", "distill_scalar")) for case in ROW_CASES]
 #: Rows of linear_distill_loss between its products.
 CHUNKS = [RowCase(32000, "float32"), RowCase(32000, "float32", True), RowCase(128256, "float32")]
 
@@ -123,17 +131,30 @@ def launches_of(
     return runner.launches, tensors
 
 
+def _launch(case: RowCase, programs: int) -> Launch:
+    """Of N_ROWS rows; ``programs`` of it are executed."""
+    return next(x for x in run(case, N_ROWS, programs)[0] if x.kernel.name in case.kernels)
+
+
 def measure(case: RowCase) -> dict[str, Any]:
     """A record of counts.json: one program, and the time of two more rounds of all that are resident."""
-    n_rows = 64
-    launch = next(x for x in run(case, n_rows, 1)[0] if x.kernel.name in case.kernels)
-    elements = n_rows // launch.grid * case.classes
-    return record(launch, elements, 3 * DTYPES[case.dtype].itemsize) | {
-        "divergence": case.divergence,
-        "labels": case.labels,
-        "shape": [case.classes],
-        "dtype": case.dtype,
-    }
+    launch = _launch(case, 1)
+    rows = N_ROWS // launch.grid
+    return record(launch, rows, case.classes, case.bytes_per_column) | case.fields()
+
+
+def _scale(dtype: str, programs: int) -> Launch:
+    gradient = torch.ones(SCALED_BLOCKS * scale.BLOCK * 4, dtype=DTYPES[dtype])
+    with replaced(runner := Runner(programs)), mock.patch.object(scale, "MAX_PROGRAMS", 4):
+        scale.scale_gradient_(gradient, torch.tensor(0.5))
+    (launch,) = runner.launches
+    assert programs == 0 or bool((gradient[: scale.BLOCK] == 0.5).all())
+    return launch
+
+
+def scale_fields(dtype: str) -> dict[str, Any]:
+    shape = [SCALED_BLOCKS * scale.BLOCK * 4]
+    return {"op": "scale", "divergence": None, "labels": False, "shape": shape, "dtype": dtype}
 
 
 def measure_chunk(kernel: str, case: RowCase) -> dict[str, Any]:
@@ -153,31 +174,34 @@ def measure_chunk(kernel: str, case: RowCase) -> dict[str, Any]:
         )
     launch = next(x for x in runner.launches if x.kernel.name == kernel)
     dram_bytes = 8 if kernel == "distill_rows" else 10  # two logits in; a gradient out
-    return record(launch, n_rows // launch.grid * case.classes, dram_bytes) | {
-        "divergence": case.divergence,
-        "labels": case.labels,
-        "shape": [case.classes],
-        "dtype": "float32, bfloat16 gradient",
-    }
+    found = record(launch, n_rows // launch.grid, case.classes, dram_bytes)
+    return found | case.fields() | {"op": kernel, "dtype": "float32, bfloat16 gradient"}
 
 
 def measure_scale(dtype: str) -> dict[str, Any]:
-    """The same of a gradient multiplied by an upstream factor: 8 blocks of elements a program."""
-    gradient = torch.ones(8 * scale.BLOCK * 4, dtype=DTYPES[dtype])
-    with replaced(runner := Runner(1)), mock.patch.object(scale, "MAX_PROGRAMS", 4):
-        scale.scale_gradient_(gradient, torch.tensor(0.5))
-    (launch,) = runner.launches
-    assert bool((gradient[: scale.BLOCK] == 0.5).all())
-    return record(launch, 8 * scale.BLOCK, 2 * gradient.itemsize) | {
-        "divergence": None,
-        "labels": False,
-        "shape": [gradient.numel()],
-        "dtype": dtype,
+    """The same of a gradient multiplied by an upstream factor."""
+    launch = _scale(dtype, 1)
+    return record(launch, SCALED_BLOCKS, scale.BLOCK, 2 * DTYPES[dtype].itemsize) | scale_fields(dtype)
+
+
+def facts(launch: Launch) -> dict[str, Any]:
+    """What a record says of the launch. Equal facts mean equal counts."""
+    return {
+        "backend": "triton",
+        "kernel": launch.kernel.name,
+        "code": digest(launch.kernel),
+        "registers": launch.kernel.registers,
+        "shared_bytes": launch.shared_bytes,
+        "threads": launch.threads,
+        "cluster": 1,
+        "resident_blocks": launch.resident_blocks,
+        "grid_blocks": launch.grid,
     }
 
 
-def record(launch: Launch, elements: int, dram_bytes: int) -> dict[str, Any]:
-    """What one program of ``elements`` costs; ``dram_bytes`` per element."""
+def record(launch: Launch, rows: int, columns: int, dram_bytes: int) -> dict[str, Any]:
+    """What one program of ``rows`` costs; ``dram_bytes`` per element."""
+    elements = rows * columns
     counted = counts(launch.kernel, launch.traces[0])
     resident = launch.resident_blocks
     times = [simulate(launch.kernel, launch.warps(), resident, k * resident).clocks for k in (2, 4)]
@@ -185,19 +209,13 @@ def record(launch: Launch, elements: int, dram_bytes: int) -> dict[str, Any]:
     fraction, binding = bound(counted, elements, dram_bytes)
     by_class = per_element(counted, elements)
     return {
-        "backend": "triton",
-        "kernel": launch.kernel.name,
+        **facts(launch),
         "instructions_per_pair": by_class.pop("total"),
         "by_class": by_class,
-        "registers": launch.kernel.registers,
-        "shared_bytes": launch.shared_bytes,
-        "threads": launch.threads,
-        "cluster": 1,
-        "resident_blocks": resident,
-        "grid_blocks": launch.grid,
         "bound": round(fraction, 3),
         "bound_by": binding,
         "simulated": round(ideal / (times[1] - times[0]), 3),
+        **in_column_loops(launch.kernel, launch.traces[0], launch.threads // 32, rows),
     }
 
 
@@ -216,7 +234,7 @@ def main(words: list[str]) -> None:
         for case in CHUNKS
         for kernel in ("distill_rows", "distill_rows_backward")
     ]
-    jobs += [(f"scale {dtype}", functools.partial(measure_scale, dtype)) for dtype in ("bfloat16", "float32")]
+    jobs += [(f"scale {dtype}", functools.partial(measure_scale, dtype)) for dtype in SCALED]
     for name, job in jobs:
         if all(word in name.split() for word in words):
             found = job()
@@ -224,6 +242,22 @@ def main(words: list[str]) -> None:
             print(line(found), flush=True)
             if keep:
                 write({**document, "records": list(records.values())})
+
+
+def judge_all() -> dict[str, list[str]]:
+    """The faults of every record of Triton's, by its name."""
+    from machine_code.__main__ import kept, name_of
+    from machine_code.judging import judge
+
+    of_triton = {name_of(found): found for found in kept()["records"] if found["backend"] == "triton"}
+    faults = {}
+    for case in CASES:
+        name = name_of({"backend": "triton", **case.fields()})
+        faults[name] = judge(of_triton[name], facts(_launch(case, 0)), functools.partial(measure, case))
+    for dtype in SCALED:
+        name = name_of({"backend": "triton", **scale_fields(dtype)})
+        faults[name] = judge(of_triton[name], facts(_scale(dtype, 0)), functools.partial(measure_scale, dtype))
+    return faults
 
 
 def execute(calls: Path, results: Path) -> None:
@@ -239,5 +273,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1:2] == ["--execute"]:
         execute(*map(Path, sys.argv[2:]))
+    elif sys.argv[1:2] == ["--judge"]:
+        print(json.dumps(judge_all()))
     else:
         main(sys.argv[1:])
