@@ -2,8 +2,8 @@
 #pragma once
 
 #include "common/problems/rows.h"
-#include "cuda/distill/teachers.cuh"
 #include "cuda/rows/scalar.cuh"
+#include "cuda/rows/teachers.cuh"
 
 namespace mfd {
 namespace cuda {

@@ -4,8 +4,8 @@
 
 #include "common/rows/target_math.h"
 #include "common/vector/mixture.h"
-#include "cuda/distill/teachers.cuh"
 #include "cuda/rows/rows.cuh"
+#include "cuda/rows/teachers.cuh"
 
 namespace mfd {
 namespace device {

@@ -20,7 +20,7 @@ from .launch import number, where, workspace
 
 __all__ = ["call_plan", "can_run", "per_row", "per_row_backward", "plan", "row_description", "scalar"]
 
-MAX_TEACHERS = 32  # kMaxTeachers of kernels/cuda/distill/teachers.cuh
+MAX_TEACHERS = 32  # kMaxTeachers of kernels/cuda/rows/teachers.cuh
 
 
 def can_run(rows: RowProblem) -> str | None:
