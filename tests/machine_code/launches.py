@@ -6,6 +6,7 @@ The emulator's module hands every launch over: kernel, grid, shared memory and p
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import re
 import shutil
@@ -58,21 +59,25 @@ def compile_cubin(source: Path) -> Path:
     cubin = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.cubin"
     if not cubin.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        partial = cubin.with_suffix(".partial.cubin")
+        partial = cubin.with_suffix(f".{os.getpid()}.cubin")
         subprocess.run([nvcc, *FLAGS, "-cubin", source, "-o", partial], check=True, capture_output=True)
         partial.rename(cubin)
     return cubin
 
 
 def kernel_of(name: str, source: Path) -> Kernel:
-    """Kept beside the cubin: nvdisasm takes seconds."""
+    """All kernels of the source are kept beside the cubin: nvdisasm takes seconds."""
     cubin = compile_cubin(source)
-    kept = cubin.with_suffix(f".{hashlib.sha256(name.encode()).hexdigest()[:12]}.pickle")
-    if kept.exists():
-        return pickle.loads(kept.read_bytes())  # type: ignore[no-any-return]
-    kernel = read(cubin, f"^{name}$")[name]
-    kept.write_bytes(pickle.dumps(kernel))
-    return kernel
+
+    def kept(of: str) -> Path:
+        return cubin.with_suffix(f".{hashlib.sha256(of.encode()).hexdigest()[:12]}.pickle")
+
+    if not kept(name).exists():
+        for other, kernel in read(cubin).items():
+            partial = kept(other).with_suffix(f".{os.getpid()}")
+            partial.write_bytes(pickle.dumps(kernel))
+            partial.replace(kept(other))
+    return pickle.loads(kept(name).read_bytes())  # type: ignore[no-any-return]
 
 
 def symbols(module: Path) -> dict[int, str]:

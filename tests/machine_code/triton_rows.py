@@ -2,7 +2,6 @@
 
 python tests/machine_code/triton_rows.py [--write] [words that a case's name has ...]
 python tests/machine_code/triton_rows.py --execute CALLS RESULTS
-python tests/machine_code/triton_rows.py --judge
 
 The launches are recorded from the backend itself. It takes a process without TRITON_INTERPRET: kernels that were
 defined under it cannot be compiled.
@@ -13,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import struct
 import sys
 import tempfile
@@ -244,22 +242,6 @@ def main(words: list[str]) -> None:
                 write({**document, "records": list(records.values())})
 
 
-def judge_all() -> dict[str, list[str]]:
-    """The faults of every record of Triton's, by its name."""
-    from machine_code.__main__ import kept, name_of
-    from machine_code.judging import judge
-
-    of_triton = {name_of(found): found for found in kept()["records"] if found["backend"] == "triton"}
-    faults = {}
-    for case in CASES:
-        name = name_of({"backend": "triton", **case.fields()})
-        faults[name] = judge(of_triton[name], facts(_launch(case, 0)), functools.partial(measure, case))
-    for dtype in SCALED:
-        name = name_of({"backend": "triton", **scale_fields(dtype)})
-        faults[name] = judge(of_triton[name], facts(_scale(dtype, 0)), functools.partial(measure_scale, dtype))
-    return faults
-
-
 def execute(calls: Path, results: Path) -> None:
     """Loss and gradient of every (case, student, teacher, labels) kept in ``calls``, by all programs."""
     found = []
@@ -273,7 +255,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1:2] == ["--execute"]:
         execute(*map(Path, sys.argv[2:]))
-    elif sys.argv[1:2] == ["--judge"]:
-        print(json.dumps(judge_all()))
     else:
         main(sys.argv[1:])
