@@ -184,7 +184,8 @@ class CudaModalPoolPlan final : public ModalPoolPlan {
     py::object query, shared;
     if (g.d_query || g.d_bias) {
       const Dtype upstream = g.d_pooled.data ? g.d_pooled.dtype : pool.features[0].dtype;
-      const int64_t blocks = launching ? cuda::pool_plan(pool, true, upstream, where.device).blocks : 1;
+      const int64_t blocks =
+          launching ? cuda::pool_plan(pool, types_, true, upstream, where.device).blocks : 1;
       const uint8_t bits = pool.is_double ? 64 : 32;
       if (g.d_query) query = new_tensor({kFloating, bits, 1}, device, {blocks, pool.width});
       if (g.d_bias) shared = new_tensor({kFloating, 64, 1}, device, {blocks, pool.modalities + 1});
