@@ -38,7 +38,14 @@ class TopKCase(RowCase):
         teacher = mfd_fast.TopK(values.log_softmax(-1) - 0.1, columns, tail="bucket")
         hard = 0.5 if self.labels else 0.0
         loss = mfd_fast.distill_loss(
-            student, teacher, labels, divergence=self.divergence, temperature=2.0, hard_weight=hard, backend="cuda"
+            student,
+            teacher,
+            labels,
+            divergence=self.divergence,
+            temperature=2.0,
+            hard_weight=hard,
+            normalizer=self.normalizer,
+            backend="cuda",
         )
         return loss, student, teacher, labels
 

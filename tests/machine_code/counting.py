@@ -75,15 +75,46 @@ def is_narrow(instruction: Instruction) -> bool:
     return class_of(instruction) == "global" and instruction.name != "CCTL" and instruction.bytes_per_thread < 16
 
 
-def in_column_loops(kernel: Kernel, trace: Trace, warps: int, rows: int) -> dict[str, int]:
-    """What is in the loops over a row's columns that should not be: instructions of :func:`is_double` and of
-    :func:`is_narrow`. Such a loop is what each of ``warps`` executes more often than it has ``rows``.
-    """
+def executions(trace: Trace) -> tuple[Counter[int], Counter[int]]:
+    """How many warps have executed each instruction, by its index, and how many have reached global memory by it."""
     executed: Counter[int] = Counter()
-    for index, mask in trace.steps:
+    reached: Counter[int] = Counter()
+    for step, (index, mask) in enumerate(trace.steps):
         executed[index] += mask.bit_count()
-    often = [kernel.instructions[index] for index, times in executed.items() if times > warps * rows]
-    return {"doubles_in_loops": sum(map(is_double, often)), "narrow_in_loops": sum(map(is_narrow, often))}
+        reached[index] += len(trace.accesses.get(step, {}))
+    return executed, reached
+
+
+def shuffling(kernel: Kernel) -> set[int]:
+    """The instructions whose innermost loop shuffles: those that reduce over a warp."""
+    loops = [(i.target, i.index) for i in kernel.instructions if i.name == "BRA" and 0 <= i.target < i.index]
+    found: set[int] = set()
+    for first, last in sorted(loops, key=lambda loop: loop[0] - loop[1]):  # the inner ones have the last word
+        inside = range(first, last + 1)
+        shuffles = any(kernel.instructions[k].name == "SHFL" for k in inside)
+        found = found | set(inside) if shuffles else found - set(inside)
+    return found
+
+
+def in_column_loops(kernel: Kernel, trace: Trace, warps: int, rows: int, before: Trace | None = None) -> dict[str, int]:
+    """What is in the loops over a row's columns that should not be: instructions of :func:`is_double` and of
+    :func:`is_narrow`. Such a loop is what each of ``warps`` executes twice or more for each of the ``rows`` that
+    ``trace`` has, beside those of ``before``; a reduction over a warp is none.
+    """
+    reducing = shuffling(kernel)
+    executed, reached = executions(trace)
+    if before is not None:
+        for all_of, less in zip((executed, reached), executions(before), strict=True):
+            all_of.subtract(less)
+
+    def often(of: Counter[int]) -> list[Instruction]:
+        least = 2 * warps * rows
+        return [kernel.instructions[k] for k, times in of.items() if times >= least and k not in reducing]
+
+    return {
+        "doubles_in_loops": sum(map(is_double, often(executed))),
+        "narrow_in_loops": sum(map(is_narrow, often(reached))),
+    }
 
 
 def digest(kernel: Kernel) -> str:

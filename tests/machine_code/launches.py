@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from mfd_fast.backends.cuda import launch as scratch
 
 from . import floating, integers, memory  # noqa: F401  (they register what the machine executes)
 from .machine import Machine, Trace
@@ -133,10 +136,12 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
+        """On scratch memory of its own: the blocks of a launch that is executed in part leave their tickets there."""
         self._module.set_registers(lambda address: self.kernel(address).registers)
         self._module.intercept(self._take)
         try:
-            yield
+            with mock.patch.object(scratch, "_workspaces", {}):
+                yield
         finally:
             self._module.intercept(None)
             self._module.set_registers(None)

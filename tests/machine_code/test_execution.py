@@ -79,3 +79,14 @@ def test_the_machine_code_obeys_the_tolerance_rule(case: RowCase):
     plain = loss_and_gradient(case, student, teacher, labels)
     for k, found in enumerate((loss.detach(), gradient)):
         assert_close_to_float64(found, exact[k], plain[k], f"{case.name}: {('loss', 'gradient')[k]}")
+
+
+def test_a_launch_in_part_leaves_nothing_for_the_next():
+    """Of the blocks that add up a loss, one arrives; those of the next call count from 0."""
+    case = RowCase(112)
+    launches, _ = run(case, 64, 4, {0})
+    assert launches[0].grid > 1
+    loss, student, teacher, labels = case.call(64)
+    exact = loss_and_gradient(case, student.double(), teacher.double(), labels)[0]
+    plain = loss_and_gradient(case, student, teacher, labels)[0]
+    assert_close_to_float64(loss.detach(), exact, plain, "loss")

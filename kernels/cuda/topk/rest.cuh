@@ -118,8 +118,8 @@ struct PlainEight {
   }
 };
 
-// One pass over this thread's columns. kPlain: whole vectors of logits of kDtype that nothing transforms, of
-// which no class is listed, take the short road.
+// One pass over this thread's columns. kPlain: whole vectors of logits of kDtype that nothing transforms take
+// the short road.
 template <class S, bool kPlain, Dtype kDtype, class Group>
 MFD_INLINE RestThread<S> rest_of_thread(const Group& group, const View& view, const Span& span,
                                         const uint32_t* bits, int64_t classes, const RestWanted& wanted,
@@ -131,8 +131,13 @@ MFD_INLINE RestThread<S> rest_of_thread(const Group& group, const View& view, co
   over_vectors<S>(group, span, [&](int64_t start) {
     const uint32_t listed = listed_bits<S>(bits, start - first);
     if constexpr (kPlain) {
-      if (listed == 0 && start + N <= classes) {
-        const Packed<kDtype> pack = Packed<kDtype>::load(view.data + start * Packed<kDtype>::kBytes);
+      if (start + N <= classes) {
+        Packed<kDtype> pack = Packed<kDtype>::load(view.data + start * Packed<kDtype>::kBytes);
+        if (listed) {
+#pragma unroll
+          for (int k = 0; k < N; ++k)
+            if (listed >> k & 1u) pack.set_lowest(k);
+        }
         Largest<kDtype> largest;
         largest.take(pack);
         const float top = largest.value();
@@ -173,6 +178,16 @@ MFD_INLINE RestSums rest_part(const RestThread<S>& own, double max, double over_
   return part;
 }
 
+// Computed here, once: the compiler would convert a double in each round of a loop.
+template <class T>
+MFD_DEVICE T narrowed(double x) {
+  T y = static_cast<T>(x);
+#if !defined(MFD_CUDA_EMULATOR)
+  if constexpr (sizeof(T) == 4) asm volatile("" : "+f"(y));
+#endif
+  return y;
+}
+
 // Factors of the gradient of the classes that are not listed.
 template <class S>
 struct UnlistedSlopes {
@@ -186,17 +201,18 @@ struct UnlistedSlopes {
     const AllClasses& all = row.state->all;
     const TopKSlopes& slopes = row.state->slopes;
     const double below = all.rest.max - all.max;
-    max = static_cast<T>(all.rest.max);
-    soft = static_cast<T>(slopes.rest);
-    power = static_cast<T>(powers ? -slopes.powers * exp(below * row.degree / row.ts) : 0.0);
-    h = static_cast<T>(at_one ? slopes.at_one * row.state->h_scale * exp(below) : 0.0);
-    shift = static_cast<T>(slopes.shift);
-    share = static_cast<T>(row.state->share);
+    max = narrowed<T>(all.rest.max);
+    soft = narrowed<T>(slopes.rest);
+    power = narrowed<T>(powers ? -slopes.powers * exp(below * row.degree / row.ts) : 0.0);
+    h = narrowed<T>(at_one ? slopes.at_one * row.state->h_scale * exp(below) : 0.0);
+    shift = narrowed<T>(slopes.shift);
+    share = narrowed<T>(row.state->share);
   }
 };
 
 // The gradient of the classes that are not listed: this thread's part of its sum with standardised logits, or
-// into memory. kPlain: as rest_of_thread has it.
+// into memory. kPlain: whole vectors, as rest_of_thread has them, into aligned memory; there the listed
+// classes get something too, and write_listed writes over it.
 template <class S, bool kPlain, Dtype kDtype, class Row>
 MFD_INLINE double unlisted_gradient(const Row& row, bool writes, double dot) {
   typedef typename S::T T;
@@ -209,9 +225,8 @@ MFD_INLINE double unlisted_gradient(const Row& row, bool writes, double dot) {
              renormalized = row.is_renormalized();
   double sum = 0;
   over_vectors<S>(row.group, row.span, [&](int64_t start) {
-    const uint32_t marked = reads ? listed_bits<S>(row.bits, start - row.first) : 0;
     if constexpr (kPlain) {
-      if (marked == 0 && start + N <= p.classes && wide && static_cast<uint64_t>(own - start) >= N) {
+      if (start + N <= p.classes) {
         typedef Packed<kDtype> Pack;
         PlainEight<kDtype> eight;
         eight.take(Pack::load(row.x.data + start * Pack::kBytes), slopes.max, row.by_ts);
@@ -222,6 +237,12 @@ MFD_INLINE double unlisted_gradient(const Row& row, bool writes, double dot) {
           eight.take_hard(row.hard);
 #pragma unroll
           for (int k = 0; k < 8; ++k) gradient[k] = fmaf(eight.h[k], slopes.h, gradient[k]) - slopes.shift;
+          if (static_cast<uint64_t>(own - start) < N) {
+#pragma unroll
+            for (int k = 0; k < 8; ++k)
+              if (start + k == own)
+                gradient[k] = fmaf(eight.h[k], slopes.h, eight.e[k] * slopes.soft) - slopes.share;
+          }
         }
         Pack::of(gradient).store_once(out + start * Pack::kBytes);
         return;
@@ -229,6 +250,7 @@ MFD_INLINE double unlisted_gradient(const Row& row, bool writes, double dot) {
     }
     T a[N], gradient[N] = {};
     if (reads) {
+      const uint32_t marked = listed_bits<S>(row.bits, start - row.first);
       load_logits<S, false>(row.x, start, p.classes, a);
 #pragma unroll
       for (int k = 0; k < N; ++k) {

@@ -333,7 +333,7 @@ struct TopKRow {
         write_temperatures(factors, {v[0], v[1], v[2], v[3], v[4], v[5]});
     }
     if (f.grad) {
-      with_plain_dtype(!is_renormalized() && !has_powers(),
+      with_plain_dtype(!is_renormalized() && !has_powers() && is_aligned(student_gradient()),
                        [&](auto kind) { unlisted_gradient<S, kind.kPlain, kind.kDtype>(*this, true, dot); });
       write_zeros((p.classes + N - 1) / N * N);
       group.sync();  // whole vectors first, then the listed classes among them

@@ -12,7 +12,7 @@ namespace mfd {
 namespace device {
 
 template <class S, class Group>
-__global__ void __launch_bounds__(Residency<Group>::kThreads, 1)
+__global__ void __launch_bounds__(Residency<Group>::kThreads, sizeof(typename S::T) == 4 ? 2 : 1)
     topk_rows(const __grid_constant__ TopKLaunch launch) {
   unsigned char* shared = dynamic_shared();
   const Group group(reinterpret_cast<typename Group::Shared*>(shared));
