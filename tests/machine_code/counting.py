@@ -85,31 +85,40 @@ def executions(trace: Trace) -> tuple[Counter[int], Counter[int]]:
     return executed, reached
 
 
-def shuffling(kernel: Kernel) -> set[int]:
-    """The instructions whose innermost loop shuffles: those that reduce over a warp."""
+def _reduces(instruction: Instruction) -> bool:
+    """Whether it takes a value of another thread: by a shuffle, or a double from another block of a cluster."""
+    return instruction.name == "SHFL" or (instruction.name == "LD" and instruction.bytes_per_thread == 8)
+
+
+def reducing(kernel: Kernel) -> set[int]:
+    """The instructions whose innermost loop is one over threads or blocks."""
     loops = [(i.target, i.index) for i in kernel.instructions if i.name == "BRA" and 0 <= i.target < i.index]
     found: set[int] = set()
     for first, last in sorted(loops, key=lambda loop: loop[0] - loop[1]):  # the inner ones have the last word
         inside = range(first, last + 1)
-        shuffles = any(kernel.instructions[k].name == "SHFL" for k in inside)
-        found = found | set(inside) if shuffles else found - set(inside)
+        reduces = any(_reduces(kernel.instructions[k]) for k in inside)
+        found = found | set(inside) if reduces else found - set(inside)
     return found
 
 
-def in_column_loops(kernel: Kernel, trace: Trace, warps: int, rows: int, before: Trace | None = None) -> dict[str, int]:
+def in_column_loops(
+    kernel: Kernel, trace: Trace, warps: int, elements: float, before: Trace | None = None
+) -> dict[str, int]:
     """What is in the loops over a row's columns that should not be: instructions of :func:`is_double` and of
-    :func:`is_narrow`. Such a loop is what each of ``warps`` executes twice or more for each of the ``rows`` that
-    ``trace`` has, beside those of ``before``; a reduction over a warp is none.
+    :func:`is_narrow`.
+
+    Such a loop is what a warp executes for three of four times 32*8 of the ``elements`` that ``trace`` has beside those
+    of ``before``, and each of ``warps``, counted anew for every row, twice or more; a reduction is none.
     """
-    reducing = shuffling(kernel)
+    reductions = reducing(kernel)
     executed, reached = executions(trace)
     if before is not None:
         for all_of, less in zip((executed, reached), executions(before), strict=True):
             all_of.subtract(less)
 
     def often(of: Counter[int]) -> list[Instruction]:
-        least = 2 * warps * rows
-        return [kernel.instructions[k] for k, times in of.items() if times >= least and k not in reducing]
+        least = max(2 * warps, 0.75 * elements / (32 * 8))
+        return [kernel.instructions[k] for k, times in of.items() if times >= least and k not in reductions]
 
     return {
         "doubles_in_loops": sum(map(is_double, often(executed))),

@@ -175,5 +175,5 @@ def measure(case: RowCase) -> dict[str, Any]:
         "bound": round(fraction, 3),
         "bound_by": binding,
         "simulated": round(ideal / (times[1] - times[0]), 3),
-        **in_column_loops(many.kernel, many.traces[0], many.threads * cluster // 32, 2, few.traces[0]),
+        **in_column_loops(many.kernel, many.traces[0], 2 * many.threads * cluster // 32, elements, few.traces[0]),
     }

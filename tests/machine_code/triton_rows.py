@@ -213,7 +213,7 @@ def record(launch: Launch, rows: int, columns: int, dram_bytes: int) -> dict[str
         "bound": round(fraction, 3),
         "bound_by": binding,
         "simulated": round(ideal / (times[1] - times[0]), 3),
-        **in_column_loops(launch.kernel, launch.traces[0], launch.threads // 32, rows),
+        **in_column_loops(launch.kernel, launch.traces[0], rows * launch.threads // 32, elements),
     }
 
 
