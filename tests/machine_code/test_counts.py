@@ -89,4 +89,7 @@ def test_the_cuda_kernels_cost_what_is_recorded(case, record):
 def test_a_record_is_what_executing_its_kernel_counts():
     case, record = COUNTED[0]
     if KEPT["compilers"]["cuda"] == compiler():
-        assert json.loads(json.dumps(measure(case))) == record
+        found = json.loads(json.dumps(measure(case)))
+        # Which lines of 512 bytes the rows share depends on where they lie.
+        assert found.pop("simulated") == pytest.approx(record["simulated"], rel=0.05)
+        assert found == {key: value for key, value in record.items() if key != "simulated"}
