@@ -46,24 +46,28 @@ class DistillMixin:
             without autograd on the inputs that its ``forward`` names, and is not saved with the student.
         distill: keyword arguments of :func:`mfd_fast.distill_loss` (divergence, temperature, soft_weight,
             hard_weight, ...). Not those that the trainer sets from the batch (labels, mask, normalizer, ...), nor
-            ``return_parts``, for the hook returns one loss, nor ``process_group``: a sharded head's logits are gathered
-            by the model.
+            ``ignore_index``, for the Trainer counts the labels that are not −100, nor ``return_parts``, for the hook
+            returns one loss, nor ``process_group``: a sharded head's logits are gathered by the model.
         teacher_column: instead of a model, the batch's column of the teacher's logits ``[..., C]``, or of
             :class:`~mfd_fast.TopK` objects; or a mapping ``{"values": column, "indices": column}`` of a TopK's
             columns, which may name one of its ``mask`` too and hold ``tail`` and ``values_are``. Row i belongs to the
             student's logits i.
-        shift: labels belong to the next token, as in causal language models. None asks the Trainer.
-        align_vocabulary: compare the classes that both sides have (vocabularies padded at the end).
+        shift: labels belong to the next token, as in causal language models; so they are counted. None asks the
+            Trainer.
+        align_vocabulary: compare the classes that both sides have (vocabularies padded at the end) of logits; a
+            :class:`~mfd_fast.TopK` must list classes of the student.
 
     Raises:
         ValueError: a teacher model and a teacher column, or neither; a ``compute_loss_func`` as well; and at the first
-            batch: vocabularies that differ without ``align_vocabulary``, ``hard_weight`` without labels.
+            batch: vocabularies that differ without ``align_vocabulary``, ``hard_weight`` without labels, no teacher
+            column.
     """
 
     accelerator: Any
     args: Any
     model: Any
     _signature_columns: list[str] | None
+    _loss_shifts_labels: bool
 
     def __init__(
         self,
@@ -91,7 +95,9 @@ class DistillMixin:
         self.align_vocabulary = align_vocabulary
         super().__init__(*args, **kwargs)
         self.distill.setdefault("label_smoothing", self.args.label_smoothing_factor)
-        self.shift = bool(self._loss_shifts_labels) if shift is None else shift  # type: ignore[attr-defined]
+        if shift is not None:  # the Trainer leaves the first label of a row out of its count, or does not
+            self._loss_shifts_labels = shift
+        self.shift = bool(self._loss_shifts_labels)
         # So that the labels are counted over the accumulated batch also for a model that takes no **kwargs: the
         # count is for the loss below, no model sees it.
         self.model_accepts_loss_kwargs = True
@@ -123,8 +129,16 @@ class DistillMixin:
         inputs = dict(inputs)
         labels, next_labels = inputs.get("labels"), inputs.pop("shift_labels", None)
         inputs.pop("skip_logits", None)
-        stored = [inputs.pop(name) for name in self._teacher_columns()]
-        if not getattr(self.accelerator.unwrap_model(model).config, "is_encoder_decoder", False):
+        columns = self._teacher_columns()
+        missing = [name for name in columns if name not in inputs]
+        if missing:
+            raise ValueError(
+                f"{type(self).__name__}: teacher_column {', '.join(missing)} is not in the batch, which has "
+                f"{', '.join(inputs)}"
+            )
+        stored = [inputs.pop(name) for name in columns]
+        config = getattr(self.accelerator.unwrap_model(model), "config", None)  # a plain module has none
+        if not getattr(config, "is_encoder_decoder", False):
             inputs.pop("labels", None)
         outputs = model(**inputs)
         loss = self._distill(outputs, self._teacher(inputs, stored), labels, next_labels, inputs, num_items_in_batch)
@@ -163,6 +177,8 @@ class DistillMixin:
         options = dict(self.distill)
         if isinstance(teacher, Tensor) and teacher.shape[-1] != student.shape[-1]:
             options |= self._aligned(student.shape[-1], teacher.shape[-1])
+        if isinstance(teacher, TopK) and self.align_vocabulary:
+            self._check_listed(teacher, student.shape[-1])
         if labels is None and next_labels is None:
             if options.get("hard_weight", 0.0) != 0.0:
                 raise ValueError(f"{type(self).__name__}: hard_weight needs labels, the batch has none")
@@ -172,8 +188,17 @@ class DistillMixin:
         elif next_labels is not None:
             labels = next_labels
         elif self.shift and labels is not None:
-            labels = shift_labels(labels, options.get("ignore_index", -100))
+            labels = shift_labels(labels)
         return distill_loss(student, teacher, labels, normalizer=item_count(num_items_in_batch), **options)
+
+    def _check_listed(self, teacher: TopK, classes: int) -> None:
+        listed = teacher.indices if teacher.mask is None else teacher.indices.masked_fill(~teacher.mask, 0)
+        # A GPU would have to be waited for.
+        if listed.device.type == "cpu" and listed.numel() and int(listed.max()) >= classes:
+            raise ValueError(
+                f"{type(self).__name__}: align_vocabulary restricts logits only, and the TopK teacher lists class "
+                f"{int(listed.max())} of a student of {classes}; TopK(mask=indices < {classes}) leaves such classes out"
+            )
 
     def _aligned(self, student: int, teacher: int) -> dict[str, LogitTransform]:
         """The transforms of ``distill``, restricted to the classes that both sides have."""
@@ -197,6 +222,7 @@ _OPTIONS = set(inspect.signature(distill_loss).parameters) - {
     "teacher_weights",
     "mask",
     "weight",
+    "ignore_index",
     "reduction",
     "normalizer",
     "return_parts",

@@ -214,27 +214,57 @@ def test_columns_of_padded_lists():
     agree(found, recorded(trainer(tiny_llama(0), data=known, teacher_column=without)))
 
 
-class Plain(transformers.PreTrainedModel):
-    """A classifier whose forward takes no **kwargs and no labels."""
+@pytest.mark.parametrize("shift", [True, False])
+def test_labels_are_counted_as_they_are_shifted(shift):
+    """Unasked the Trainer counts a bare module's labels as they lie and leaves out a causal model's first."""
 
-    config_class = transformers.LlamaConfig
+    class Inner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_llama(0)
 
-    def __init__(self, config):
-        super().__init__(config)
+        def forward(self, input_ids):
+            return self.inner(input_ids=input_ids).logits
+
+    moved = [row | {"labels": row["labels"][1:] + [-100]} for row in ROWS]
+    data, student = (ROWS, Inner()) if shift else (moved, tiny_llama(0))
+    for args in ({}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}):
+        made = trainer(student, tiny_llama(1), data, shift=shift, args={"label_names": ["labels"]} | args)
+        found = [{name.removeprefix("inner."): g for name, g in step.items()} for step in recorded(made)]
+        agree(found, recorded(trainer(tiny_llama(0), tiny_llama(1))))
+        student = Inner() if shift else tiny_llama(0)
+
+
+class Plain(torch.nn.Module):
+    """A classifier without a configuration, whose forward takes no **kwargs and no labels."""
+
+    def __init__(self):
+        super().__init__()
         self.embed = torch.nn.Embedding(VOCABULARY, 8)
         self.head = torch.nn.Linear(8, 5)
-        self.post_init()
 
     def forward(self, input_ids):
         return {"logits": self.head(self.embed(input_ids).mean(1))}
 
 
-def plain(seed):
-    torch.manual_seed(seed)
-    return Plain(transformers.LlamaConfig(initializer_range=0.5)).double()
+class Pretrained(transformers.PreTrainedModel):
+    config_class = transformers.LlamaConfig
+
+    def __init__(self):
+        super().__init__(transformers.LlamaConfig(initializer_range=0.5))
+        self.inner = Plain()
+        self.post_init()
+
+    def forward(self, input_ids):
+        return self.inner(input_ids)
 
 
-def test_a_model_without_kwargs():
+@pytest.mark.parametrize("kind", [Plain, Pretrained])
+def test_a_model_without_kwargs(kind):
+    def plain(seed):
+        torch.manual_seed(seed)
+        return kind().double()
+
     rows = [{"input_ids": row["input_ids"], "labels": i % 5 if i % 4 else -100} for i, row in enumerate(ROWS)]
 
     class EagerPlain(Trainer):
@@ -373,9 +403,15 @@ def test_hf_trainer_errors():
         trainer(student, teacher, compute_loss_func=lambda *_: None)
     with pytest.raises(ValueError, match="keyword arguments of distill_loss, got heat, reduction"):
         trainer(student, teacher, distill={"heat": 2, "reduction": "sum"})
-    for name in ("return_parts", "process_group"):  # the trainer needs one scalar of whole logits
+    # The trainer needs one scalar of whole logits, and counts labels that are not -100.
+    for name in ("return_parts", "process_group", "ignore_index"):
         with pytest.raises(ValueError, match=f"keyword arguments of distill_loss, got {name}"):
             trainer(student, teacher, distill={name: True})
     rows = [{"input_ids": row["input_ids"]} for row in ROWS]
     with pytest.raises(ValueError, match="hard_weight needs labels"):
         trainer(student, teacher, rows).train()
+    with pytest.raises(ValueError, match="teacher_column top, tops is not in the batch, which has input_ids"):
+        trainer(student, data=rows, teacher_column={"values": "top", "indices": "tops"}).train()
+    top = mfd.TopK(torch.zeros(1, 2), torch.tensor([[3, VOCABULARY]]))
+    with pytest.raises(ValueError, match=rf"lists class {VOCABULARY} .* TopK\(mask=indices < {VOCABULARY}\) leaves"):
+        trainer(student, teacher, align_vocabulary=True)._check_listed(top, VOCABULARY)
