@@ -250,20 +250,42 @@ def test_gkd_with_its_temperature():
         torch.testing.assert_close(trainer.compute_loss(made.model, dict(batch)), expected)
 
 
-def test_gkd_counts_what_it_generated():
+COUNTED = {"count_generated_tokens": True}
+
+
+@pytest.mark.parametrize("options", [{}, COUNTED], ids=["theirs", "counted"])
+def test_gkd_counts_what_it_generated(options):
     """On its own tokens TRL divides by the number of the data set's labels: an option, off."""
-    counted = {"count_generated_tokens": True}
-    made = gkd(ours.GKDTrainer, lmbda=1.0, options=counted)
-    batch = dict(next(iter(made.get_train_dataloader())))
-    made.model.train()
-    mean = made.compute_loss(made.model, dict(batch))
-    made.current_gradient_accumulation_steps = 1
-    torch.testing.assert_close(made.compute_loss(made.model, dict(batch), num_items_in_batch=1000), mean)
+    made = gkd(ours.GKDTrainer, lmbda=1.0, options=options)
     made.current_gradient_accumulation_steps = 2
-    torch.testing.assert_close(made.compute_loss(made.model, dict(batch), num_items_in_batch=1000), mean / 2)
-    made.count_generated_tokens = False
-    count = (batch["labels"][:, 1:] != -100).sum()
-    torch.testing.assert_close(made.compute_loss(made.model, dict(batch), num_items_in_batch=1000), mean * count / 1000)
+    batch = dict(next(iter(made.get_train_dataloader())))
+    loss = made.training_step(made.model, batch, num_items_in_batch=1000)  # leaves what it generated in the batch
+    inputs = batch["input_ids"], batch["attention_mask"]
+    logits = [model(*inputs).logits[:, :-1].detach() for model in (made.model, made.teacher_model)]
+    labels = batch["labels"][:, 1:]
+    divisor = 2 * (labels != -100).sum() if options else 1000
+    total = TheirGKDTrainer.generalized_jsd_loss(*logits, labels, 0.5, reduction="sum")
+    torch.testing.assert_close(loss, total / divisor)
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0], ids=["data", "own_tokens"])
+def test_gkd_counts_accumulate(lmbda):
+    """Rows of the data set keep the Trainer's count. Own tokens: greedy and without an end, as many in each half."""
+
+    def found(**args):
+        made = gkd(ours.GKDTrainer, lmbda=lmbda, temperature=1e-3, options=COUNTED, **args)
+        made.generation_config.eos_token_id = made.model.generation_config.eos_token_id = None
+        return recorded(made)
+
+    agree(found(per_device_train_batch_size=2, gradient_accumulation_steps=2), found())
+    if lmbda == 0:
+        agree(found(), recorded(gkd(TheirGKDTrainer)))
+
+
+@pytest.mark.parametrize("kind", [ours.GKDTrainer, ours.GOLDTrainer])
+def test_trl_vocabularies_that_differ(kind):
+    with pytest.raises(ValueError, match="teacher must have as many classes as student, got 9 and 7"):
+        kind.generalized_jsd_loss(torch.randn(2, 3, 7), torch.randn(2, 3, 9))
 
 
 def gold(kind, lmbda=0.0, **args):
@@ -292,7 +314,11 @@ def test_gold_steps(lmbda):
 
 def test_gold_accumulation():
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    agree(recorded(gold(ours.GOLDTrainer, **halves)), recorded(gold(TheirGOLDTrainer, **halves)))
+    found = recorded(gold(ours.GOLDTrainer, **halves))
+    agree(found, recorded(gold(TheirGOLDTrainer, **halves)))
+    # TRL's dataloader repeats the whole batch for each micro-batch, and the Trainer counts the labels of both.
+    doubled = [{name: 2 * gradient for name, gradient in step.items()} for step in found[:1]]
+    agree(doubled, recorded(gold(TheirGOLDTrainer))[:1])
 
 
 #: TRL projects hidden states in float32: logits near 1 keep its rounding below 1e-6 of the largest gradient.
@@ -349,6 +375,7 @@ def test_trl_distillation_accumulation():
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     (found, _), (expected, _) = (run(distillation, kind, **halves) for kind in KINDS)
     agree(found, expected)
+    agree(found, run(distillation, ours.DistillationTrainer)[0])
 
 
 def test_trl_distillation_evaluation():
