@@ -20,7 +20,7 @@ $(VENV)/native: export MFD_FAST_CUDA_ARCHS ?= 90
 .SILENT:
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-rest test-all trainers versions docs no-browser aot machine-code gpu lint mypy format bench wheel clean
+.PHONY: help demo test test-rest test-all trainers no-trainers versions docs no-browser aot machine-code gpu lint mypy format bench wheel clean
 
 help:
 	sed -n '1,2s/^# //p' Makefile
@@ -37,9 +37,7 @@ test test-rest test-all: $(VENV)/packages-test $(VENV)/native
 	echo "tests: pytest --tier $(TIER) -n $(WORKERS)"
 	$(BIN)/python -m pytest -q --tier $(TIER) -n $(WORKERS) --dist worksteal $(ARGS)
 test-all: versions
-ifneq ($(wildcard build/trainers-venv/packages),)
-test-all: trainers
-endif
+test-all: $(if $(wildcard build/trainers-venv/packages),trainers,no-trainers)
 test-all: $(if $(CHROMIUM),docs,no-browser)
 
 # A wheel of this tree beside the newest PyTorch to be had, and on newer Pythons: values, gradients and compile.
@@ -51,7 +49,10 @@ versions: $(VENV)/packages-test $(VENV)/native
 TRAINERS := build/trainers-venv
 trainers: $(VENV)/native $(TRAINERS)/packages
 	echo "tests: the trainers"
-	$(TRAINERS)/bin/python -m pytest --confcutdir=tests/integrations -p no:cacheprovider -W ignore -q -n $(WORKERS) $(ARGS) tests/integrations
+	MFD_FAST_TRAINERS=1 $(TRAINERS)/bin/python -m pytest --confcutdir=tests/integrations -p no:cacheprovider -W ignore -q -n $(WORKERS) $(ARGS) tests/integrations
+
+no-trainers:
+	echo "trainers: the adapters are not tried, since their environment is not there (make trainers)"
 
 $(TRAINERS)/packages: pyproject.toml constraints-trainers.txt $(VENV)/python
 	echo "install: torch and the trainers (takes minutes the first time)"

@@ -1,9 +1,13 @@
 """Labels, vocabularies, versions and hooks: what needs no trainer."""
 
 import importlib.metadata
+import importlib.util
+import re
+import runpy
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +80,50 @@ def test_versions(monkeypatch, found, fits):
 def test_a_missing_package():
     with pytest.raises(ImportError, match=r"no-such-trainer is not installed, needed is no-such-trainer>=1,<2"):
         shared.require("no-such-trainer", "1", "2")
+
+
+#: Each adapter's package.
+ADAPTERS = {
+    "autogluon": "autogluon.multimodal",
+    "kernels": "kernels",
+    "lightning": "lightning",
+    "modelopt": "nvidia-modelopt",
+    "open_clip": "open_clip_torch",
+    "sentence_transformers": "sentence-transformers",
+    "timm": "timm",
+    "torchdistill": "torchdistill",
+    "torchtune": "torchtune",
+    "transformers": "transformers",
+    "trl": "trl",
+}
+
+
+@pytest.mark.parametrize("found", ["0.0.1", "99.1"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_an_adapter_of_another_version(monkeypatch, adapter, found):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: found)
+    monkeypatch.delitem(sys.modules, f"mfd_fast.integrations.{adapter}", raising=False)
+    package = re.escape(ADAPTERS[adapter])
+    with pytest.raises(ImportError, match=rf"found {package} {re.escape(found)}, needed is {package}>=[\d.]+,<[\d.]+$"):
+        importlib.import_module(f"mfd_fast.integrations.{adapter}")
+
+
+def test_no_adapter_is_left_out():
+    files = {path.stem for path in Path(shared.__file__).parent.glob("*.py")}
+    assert files - set(ADAPTERS) == {"__init__", "shared", "layers", "fusion"}  # these need no package
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_a_missing_trainer(monkeypatch, required):
+    """Its file is left out; `make trainers` leaves none out."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "timm" else name)
+    monkeypatch.setenv("MFD_FAST_TRAINERS", "1" if required else "")
+    conftest = Path(__file__).with_name("conftest.py")
+    if required:
+        with pytest.raises(pytest.UsageError, match="make trainers: not installed: timm"):
+            runpy.run_path(conftest)
+    else:
+        assert runpy.run_path(conftest)["collect_ignore"] == ["test_timm.py"]
 
 
 def test_signatures():
