@@ -7,7 +7,7 @@ import torch
 import transformers
 from modelopt.torch.distill.plugins.huggingface import KDTrainer as TheirKDTrainer
 from torch import nn
-from trainer_steps import agree, arguments, recorded, steps, tiny_llama, token_rows
+from trainer_steps import VOCABULARY, agree, arguments, recorded, steps, tiny_llama, token_rows
 
 import mfd_fast as mfd
 from mfd_fast.integrations.modelopt import KDTrainer, LogitsDistillationLoss
@@ -100,13 +100,13 @@ def test_modelopt_saves_restores_and_exports(tmp_path):
     assert exported.state_dict().keys() == mlp(0).state_dict().keys()
 
 
-def trainer(kind, args=None, rows=ROWS, options=None):
+def trainer(kind, args=None, rows=ROWS, options=None, vocabulary=VOCABULARY):
     return kind(
         tiny_llama(0),
         transformers.TrainingArguments(**arguments(**args or {})),
         train_dataset=rows,
         eval_dataset=rows[:4],
-        distill_args={"teacher_model": tiny_llama(1, hidden=32), "temperature": 2.0},
+        distill_args={"teacher_model": tiny_llama(1, vocabulary, hidden=32), "temperature": 2.0},
         **options or {},
     )
 
@@ -132,6 +132,13 @@ def test_modelopt_trainer_evaluates():
     found, expected = (trainer(kind).evaluate() for kind in (KDTrainer, TheirKDTrainer))
     for name in ("eval_loss", "eval_ce_loss"):
         assert found[name] == pytest.approx(expected[name], rel=1e-6)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_modelopt_trainer_of_vocabularies_that_differ(labelled):
+    rows = ROWS if labelled else [{"input_ids": row["input_ids"]} for row in ROWS]
+    with pytest.raises(ValueError, match="teacher must have as many classes as student, got 71 and 64"):
+        trainer(KDTrainer, rows=rows, vocabulary=VOCABULARY + 7).train()
 
 
 def test_modelopt_trainer_without_labels():

@@ -69,6 +69,22 @@ def test_torchdistill_segmentation(alpha, more):
     assert found[1] == pytest.approx(expected[1], rel=1e-9)
 
 
+def test_torchdistill_without_a_label():
+    """The cross-entropy of no labels is 0; torch's mean is NaN."""
+    options = PATHS | {"temperature": 4.0, "alpha": 0.3}
+    found, values = three(MfdKDLoss(**options), (6, 10), torch.full((6,), -100))
+    expected, soft = three(KDLoss(**options), (6, 10), None)  # the KL alone, without T² and β
+    assert values[0] == pytest.approx(0.7 * 16 * soft[0], rel=1e-9)
+    agree(found[:1], [{"logits": 0.7 * 16 * expected[0]["logits"]}])
+
+
+@pytest.mark.parametrize("kind", [MfdKDLoss, MfdLogitStdKDLoss])
+@pytest.mark.parametrize("alpha", [0, 0.3])
+def test_torchdistill_classes_that_differ(kind, alpha):
+    with pytest.raises(ValueError, match="teacher must have as many classes as student, got 9 and 7"):
+        kind(**PATHS, temperature=4.0, alpha=alpha)(io(torch.randn(2, 7)), io(torch.randn(2, 9)), torch.tensor([1, 2]))
+
+
 def test_torchdistill_soft_targets():
     targets = torch.rand(6, 10, dtype=torch.float64).softmax(-1)
     options = PATHS | {"temperature": 4.0, "alpha": 0.5, "label_smoothing": 0.1}

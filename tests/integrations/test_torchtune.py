@@ -87,6 +87,15 @@ def test_torchtune_with_no_label(divergence):
     assert not torch.autograd.grad(loss, student)[0].any()
 
 
+@pytest.mark.parametrize("divergence", KINDS)
+def test_torchtune_vocabularies_that_differ(divergence):
+    student, teacher, labels = torch.randn(2, 4, 7), torch.randn(2, 4, 9), torch.zeros(2, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="teacher must have as many classes as student, got 9 and 7"):
+        KLLoss(divergence)(student, teacher, labels)
+    with pytest.raises(ValueError, match="teacher must have as many classes as student, got 9 and 7"):
+        ChunkedKLLoss(2, divergence)(student.chunk(2, 1), teacher.chunk(2, 1), labels)
+
+
 def test_torchtune_compiled():
     """The recipes compile the loss where they compile the model."""
     student, teacher, labels = token_logits()
