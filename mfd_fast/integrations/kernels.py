@@ -1,10 +1,12 @@
 """Hugging Face ``kernels``: this package's layers as a repository that needs no network.
 
+    extend(LogitsDistillationLoss)                                  # ModelOpt's class, or torchtune's ForwardKLLoss
     with use_kernel_mapping(MAPPING):
         kernelize(criterion, mode=Mode.TRAINING, device="cpu")
 
-``criterion`` is, or contains, a module named for kernels (``use_kernel_forward_from_hub("LogitsDistillationLoss")``,
-or :func:`extend` for the classes of ModelOpt and torchtune). Layers are those of ``layers.py``.
+``criterion`` is, or contains, a module of that class. Without :func:`extend` ``kernels`` does not know it and leaves it
+as it is, unless it is a class of yours decorated by ``use_kernel_forward_from_hub("LogitsDistillationLoss")``. Layers
+are those of ``layers.py``.
 """
 
 from __future__ import annotations

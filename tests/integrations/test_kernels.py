@@ -1,5 +1,8 @@
 """Hugging Face kernels: layers of the installed package in the place of ModelOpt's and torchtune's."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,7 @@ from trainer_steps import agree, steps
 from kernels import Mode, kernelize, use_kernel_forward_from_hub, use_kernel_mapping
 from mfd_fast.integrations.kernels import MAPPING, InstalledLayer, extend
 
+PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
 MODE = Mode.TRAINING | Mode.TORCH_COMPILE
 
 
@@ -80,6 +84,22 @@ def test_kernels_extends_a_class_of_modelopt():
     agree(compared(served), compared(ModelOptLoss(3.0, "batchmean")))
     with pytest.raises(ValueError, match="no layer for Linear, only for ForwardKLLoss, LogitsDistillationLoss"):
         extend(nn.Linear)
+
+
+def test_the_lines_of_the_page(monkeypatch):
+    """Three of them, on ModelOpt's own class."""
+    from modelopt.torch.distill import LogitsDistillationLoss as ModelOptLoss
+
+    for name in ("kernel_layer_name", "kernel_condition"):  # what extend sets goes with the test
+        monkeypatch.setattr(ModelOptLoss, name, None, raising=False)
+        monkeypatch.delattr(ModelOptLoss, name)
+    (row,) = re.findall(r"^\| kernels [\d.]+ \| (.*) \|$", PAGE.read_text(encoding="utf-8"), re.M)
+    lines = re.findall(r"`([^`]+)`", row)  # all they need beside themselves is the class and a loss
+    assert len(lines) == 3
+    loss = ModelOptLoss(2.0, "batchmean")
+    exec("\n".join(lines), {"LogitsDistillationLoss": ModelOptLoss, "loss": loss})
+    assert loss.forward.__func__.__module__ == "mfd_fast.integrations.layers"
+    agree(compared(loss), compared(ModelOptLoss(2.0, "batchmean")))
 
 
 def test_kernels_finds_equal_layers_once():
