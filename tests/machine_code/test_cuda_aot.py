@@ -36,9 +36,12 @@ KERNELS = {
     "distill/mixture_forward.cu": {"mixture_forward": 3},
     "distill/mixture_backward.cu": {"mixture_backward": 3},
     "topk/topk.cu": {"topk_rows": 3},
-    "fusion/feature_loss.cu": {"match_taps": 3, "scale_all": 1},
+    "fusion/feature_loss.cu": {"lean_match_taps": 18, r"\dmatch_taps": 3, "scale_all": 1},
     "fusion/mfd_loss.cu": {"mfd_single_pass": 1},
-    "fusion/modal_pool.cu": {"pool_forward": 3, "pool_backward": 3, "pool_sums": 2},
+    "fusion/modal_pool.cu": {
+        **dict.fromkeys(("lean_pool_forward", "lean_pool_backward", r"\dpool_forward", r"\dpool_backward"), 3),
+        "pool_sums": 2,
+    },
     "reduce/parts.cu": {"reduce_parts": 2},
 }
 #: Their rows are copied to shared memory; the backward ones read them from the caches.

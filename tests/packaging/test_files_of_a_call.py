@@ -59,8 +59,7 @@ def native_files(backend):
     return found
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
-@pytest.mark.rest
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cuda", pytest.param("triton", marks=pytest.mark.rest)])
 def test_a_call_goes_through_few_files(backend):
     python, native = python_files(backend), native_files(backend)
     assert {"mfd_fast/ops/distill_loss.py", "mfd_fast/problems/rows.py"} < python

@@ -418,3 +418,5 @@ def test_files_are_short_and_name_no_machine() -> None:
         assert text.count("\n") <= 500, f"{path} has more than 500 lines"
         found = machine.search(text) if path != Path(__file__).resolve() else None
         assert found is None, f"{path} names a place on one machine: {found}"
+        conflict = re.search(r"^(<{7}|>{7}) ", text, re.MULTILINE)
+        assert conflict is None, f"{path} keeps both sides of a conflict: {conflict}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 #: How many times as many draws judge a case that few draws fail: whose maximum of a few numbers is the smaller by luck
 #: depends on the processor. On a GPU, whose time is short, as many once more.
-MORE = (2,) if ON_GPU else (4, 32)
+MORE = (2,) if ON_GPU else (4, 64)
 
 
 def eager_outputs(record: OpRecord, arguments: Arguments) -> dict[str, Tensor]:
@@ -29,7 +29,7 @@ def assert_draws_obey_rule(
     without: tuple[str, ...] = (),
     **options: Any,
 ) -> None:
-    """``arguments_of(seed)`` of the first ``few`` seeds, pooled, or else of ``MORE`` times as many, by the same rule.
+    """``arguments_of(seed)`` of the first ``few`` seeds, pooled, or else of more, by the same rule.
 
     A fault is in every pool; what one maximum is by luck grows rarer with each.
 

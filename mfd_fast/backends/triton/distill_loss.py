@@ -136,7 +136,7 @@ def loss_arguments(rows: RowProblem, loss: RowLoss, divisor: Scalar) -> tuple[An
 
 def _over(parts: Tensor, *normalizers: Scalar | None) -> Tensor:
     """``parts`` over the normalizer of the soft or of the hard term."""
-    of_soft, of_hard = (parts.new_tensor(n) if not isinstance(n, Tensor) else n.to(parts) for n in normalizers)
+    of_soft, of_hard = (n.to(parts) if isinstance(n, Tensor) else parts.new_full((), n) for n in normalizers)  # type: ignore[arg-type]
     return parts / torch.stack((of_soft, of_hard, of_soft, of_soft))
 
 
