@@ -51,7 +51,8 @@ void start_forward(const device::ForwardLaunch& launch, const Plan& plan, const 
 Plan plan_of(const RowProblem& p, bool use_soft, int device) {
   const DeviceFacts facts = facts_of(device);
   if (p.mixture && use_soft) return mixture_plan(p, facts);
-  return choose_plan(facts, p.classes, p.is_double, parking_at<device::Cluster>(1),
+  const int64_t fixed = std::max(parking_at<device::Cluster>(1), states_at<device::Cluster>() + kLeanBytes);
+  return choose_plan(facts, p.classes, p.is_double, fixed,
                      [&](int parts) { return pair_bytes(p, use_soft, parts); });
 }
 

@@ -34,6 +34,10 @@ int64_t parking_at(int groups) {
   return states_at<Group>() + round_up(groups * sizeof(State) + 34 * sizeof(double), 16);
 }
 
+// Beside the group's own memory and the rows, at most: terms and state of a lean kernel, and of both its rows
+// two vectors that begin or end outside an unaligned row.
+constexpr int64_t kLeanBytes = 768;
+
 inline int threads_for(int64_t vectors) {
   return vectors >= 2 * kThreads ? kThreads : kThreads / 2;
 }
@@ -80,8 +84,7 @@ Plan mixture_plan(const RowProblem& p, const DeviceFacts& facts);
 void describe_scalar(device::ForwardLaunch& launch, const ScalarLoss* scalar, const Where& where);
 
 // Row losses of one dtype and one divergence that nothing transforms: the lean kernels, one file for each
-// family of divergences.
-// Whether the lean kernels do; else forward.cu's.
+// family of divergences; the others are forward.cu's.
 bool takes_lean(const Forward& f, const ScalarLoss* scalar, const Plan& plan);
 void lean_forward(const device::ForwardLaunch& launch, const Plan& plan, const Where& where);
 

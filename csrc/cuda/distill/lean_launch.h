@@ -42,6 +42,10 @@ void start_block(device::ForwardLaunch launch, const Plan& plan, int64_t vectors
   launch.parking_at =
       static_cast<int>(round_up(launch.states_at + bytes_before_rows<kDtype, kDivergence, kLabels>(1), 16));
   launch.teacher_at = static_cast<int>(bytes);
+  static_assert(bytes_before_rows<kDtype, kDivergence, kLabels>(1) + 16 +
+                        4 * static_cast<int64_t>(sizeof(device::Packed<kDtype>)) <=
+                    kLeanBytes,
+                "a plan has no room for this kernel");
   const int64_t shared = launch.parking_at + 2 * bytes;
   const auto kernel = device::lean_block<kDtype, kDivergence, kLabels>;
   const int64_t most = std::min(resident(kernel, where, {1, plan.threads, shared, plan.cluster}), kMaxGroups);

@@ -111,6 +111,7 @@ int64_t shared_bytes(const PoolPlan& plan, const PoolLayout& l, const PoolProble
 }  // namespace
 
 PoolPlan pool_plan(const PoolProblem& p, const PoolTypes& types, bool backward, Dtype d_pooled, int device) {
+  const DeviceGuard guard(device);
   const DeviceFacts facts = facts_of(device);
   const PoolLayout l = layout_of(p, backward, d_pooled);
   PoolPlan plan{};

@@ -10,7 +10,7 @@ namespace mfd {
 namespace device {
 
 // What both directions need. Dynamic shared memory, in bytes: the team's own, and for each group its scratch,
-// its parked rows `pitch` bytes decoupled, and its sum for the query's gradient.
+// its parked rows `pitch` bytes apart, and its sum for the query's gradient.
 struct PoolLaunch {
   PoolProblem pool;
   PoolTypes types;
@@ -55,7 +55,7 @@ template <class T>
 struct PoolPlace {
   Team team;
   int index;
-  int64_t first, groups;  // its first row, and how far decoupled its rows are
+  int64_t first, groups;  // its first row, and how far apart its rows are
   PoolScratch<T>* scratch;
   unsigned char *parked, *sum;
 

@@ -51,6 +51,31 @@ def test_shape_and_device_choose(emulate, device, classes, dtype, expected):
     assert plan(classes, dtype)[:2] == expected
 
 
+#: The longest rows that a block holds, and the shortest that it streams.
+EDGES = [
+    (RTX, torch.bfloat16, range(24424, 24616, 8)),
+    (RTX, torch.float32, range(12208, 12312, 8)),
+    (A100, torch.bfloat16, range(40816, 40976, 8)),
+]
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "dkd", "nkd"])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize(("device", "dtype", "edge"), EDGES, ids=str)
+def test_rows_as_long_as_a_block_holds_run(emulate, device, dtype, edge, shift, divergence):
+    """Of a kernel that asks for more memory than its plan left, the launch fails; ``shift``: unaligned rows."""
+    emulate(*device)
+    assert {plan(classes, dtype, rows=1)[0] for classes in edge} == {"block", "stream"}
+    for classes in edge:
+        drawn = distill_inputs((1, classes + shift), dtype=dtype)
+        student, teacher = (side.detach()[:, shift:] for side in (drawn.student, drawn.teacher))
+        losses = [
+            mfd.distill_loss(student.requires_grad_(), teacher, torch.tensor([5]), divergence=divergence, backend=b)
+            for b in ("cuda", "reference")
+        ]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
 # Small shared memory makes short rows long ones: (device, classes) and the rung.
 RUNGS = {
     "warp": (H100, 130),
