@@ -18,6 +18,17 @@ ROWS = token_rows()
 OPTIONS = {"temperature": 2.0, "soft_weight": 0.7, "hard_weight": 0.3}
 
 
+class Bare(torch.nn.Module):
+    """A language model without a configuration, whose forward takes the tokens alone and returns logits."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.inner = tiny_llama(seed)
+
+    def forward(self, input_ids):
+        return self.inner(input_ids=input_ids).logits
+
+
 def trainer(student, teacher=None, data=ROWS, kind=DistillTrainer, distill=OPTIONS, args=None, **options):
     args = TrainingArguments(**arguments(**args or {}))
     if teacher is not None:
@@ -142,16 +153,7 @@ def test_a_vision_language_model():
 
 def test_a_text_student_of_a_vision_language_teacher_gets_no_pixels():
     """A teacher's forward that names its inputs gets those alone."""
-
-    class Teacher(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = tiny_llama(1)
-
-        def forward(self, input_ids):
-            return self.inner(input_ids=input_ids).logits
-
-    agree(recorded(trainer(tiny_llama(0), Teacher())), recorded(trainer(tiny_llama(0), tiny_llama(1))))
+    agree(recorded(trainer(tiny_llama(0), Bare(1))), recorded(trainer(tiny_llama(0), tiny_llama(1))))
 
 
 def test_a_column_of_top_k():
@@ -217,22 +219,13 @@ def test_columns_of_padded_lists():
 @pytest.mark.parametrize("shift", [True, False])
 def test_labels_are_counted_as_they_are_shifted(shift):
     """Unasked the Trainer counts a bare module's labels as they lie and leaves out a causal model's first."""
-
-    class Inner(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = tiny_llama(0)
-
-        def forward(self, input_ids):
-            return self.inner(input_ids=input_ids).logits
-
     moved = [row | {"labels": row["labels"][1:] + [-100]} for row in ROWS]
-    data, student = (ROWS, Inner()) if shift else (moved, tiny_llama(0))
+    data, student = (ROWS, Bare(0)) if shift else (moved, tiny_llama(0))
     for args in ({}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}):
         made = trainer(student, tiny_llama(1), data, shift=shift, args={"label_names": ["labels"]} | args)
         found = [{name.removeprefix("inner."): g for name, g in step.items()} for step in recorded(made)]
         agree(found, recorded(trainer(tiny_llama(0), tiny_llama(1))))
-        student = Inner() if shift else tiny_llama(0)
+        student = Bare(0) if shift else tiny_llama(0)
 
 
 class Plain(torch.nn.Module):
